@@ -1,0 +1,1 @@
+"""Experiments of the talk as command lines; they use the public names of lightning_entropy alone."""
