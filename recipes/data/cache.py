@@ -29,9 +29,7 @@ def cached(path: Path, build: Callable[[], Any]) -> Any:
         try:
             return torch.load(path, weights_only=True)
         except Exception as error:
-            raise OSError(
-                f"cache must be readable, got {path} ({error}); delete it and it will be made again"
-            ) from error
+            raise OSError(f"cache must be readable, got {path}: delete it and it will be made again") from error
     content = build()
     try:
         write(path, lambda file: torch.save(content, file))
