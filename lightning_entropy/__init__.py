@@ -1,3 +1,36 @@
 """Local-entropy optimization for PyTorch Lightning."""
 
+from lightning_entropy.attach import relax
+from lightning_entropy.inner_outer import InnerOuter
+from lightning_entropy.presets import (
+    diloco,
+    elastic_sgd,
+    entropy_sgd,
+    hamilton_jacobi,
+    heat,
+    local_sgd,
+    lookahead,
+    parle,
+    two_timescale,
+)
+from lightning_entropy.relaxation import Relaxation
+from lightning_entropy.schedules import Scoping, Widening
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "InnerOuter",
+    "Relaxation",
+    "Scoping",
+    "Widening",
+    "diloco",
+    "elastic_sgd",
+    "entropy_sgd",
+    "hamilton_jacobi",
+    "heat",
+    "local_sgd",
+    "lookahead",
+    "parle",
+    "relax",
+    "two_timescale",
+]

@@ -1,0 +1,51 @@
+"""The way in for plain PyTorch."""
+
+from torch.optim import Optimizer
+
+from lightning_entropy.inner_outer import InnerOuter, OuterFactory, ReplicaMean
+from lightning_entropy.perturbed import PerturbedLoop
+from lightning_entropy.relaxation import Relaxation
+
+
+def relax(
+    optimizer: Optimizer,
+    relaxation: Relaxation,
+    *,
+    outer: OuterFactory | None = None,
+    replica_mean: ReplicaMean | None = None,
+    seed: int | None = None,
+) -> InnerOuter:
+    """Attach a relaxation to an optimizer: from now on ``optimizer.step()`` is one inner step.
+
+    Attach when the weights are loaded and on their device; weights loaded later are to be loaded in ``at_anchor()``.
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer, or a third party's that runs torch's step hooks.
+        relaxation: the method.
+        outer: makes the outer optimizer from the list of anchors; None: SGD with the relaxation's ``outer_lr``
+            and Nesterov ``outer_momentum``. One given here replaces both.
+        replica_mean: mean of a list of tensors over replicas: returns the list, or a callable that waits for it (the
+            tensors do not change until it is called). None: one replica.
+        seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
+
+    Returns:
+        The loop.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_entropy import lookahead
+        >>> w = torch.nn.Parameter(torch.tensor([3.0]))
+        >>> optimizer = torch.optim.SGD([w], lr=1.0)
+        >>> loop = relax(optimizer, lookahead(inner_steps=2, outer_lr=0.5))
+        >>> for _ in range(2):
+        ...     w.grad = torch.ones(1)
+        ...     optimizer.step()
+        >>> w.data  # 3 -> 2 -> 1, then half way back
+        tensor([2.])
+    """
+    kind = PerturbedLoop if relaxation.perturb else InnerOuter
+    return kind(optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed)

@@ -1,0 +1,311 @@
+"""The arithmetic of one inner and one outer step, in place on lists of tensors. Nothing here remembers anything."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 20  # weights drawn from one stream of random numbers
+_SLICE = 1 << 15  # weights updated at once while they are in the cache; torch starts no threads below this
+
+
+def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], stiffness: Sequence[float | Tensor]) -> None:
+    r"""Pull y toward x by the implicit spring step y <- (y + k x) / (1 + k), in place.
+
+    The proximal map of  k/2 |y - x|^2  with k = lr * gamma: stable for every k >= 0, and the
+    decoupled form of the force gamma (y - x) in Algorithm 1, line 4.
+
+    Args:
+        params: y, any shapes. Overwritten.
+        anchors: x, same shapes as ``params``; the arithmetic is done in their type.
+        stiffness: k = lr * gamma, one per parameter, dimensionless, >= 0. Zero leaves y as it is.
+
+    Raises:
+        ValueError: if the lists differ in length.
+
+    Example:
+        >>> y = [torch.tensor([3.0])]
+        >>> pull_(y, [torch.tensor([1.0])], [1.0]); y
+        [tensor([2.])]
+
+    References:
+        Chaudhari et al., Entropy-SGD, ICLR 2017, arXiv:1611.01838.
+    """
+    for y, x, k in zip(params, anchors, stiffness, strict=True):
+        if isinstance(k, float) and k == 0:
+            continue
+        _write_(y, x, k / (1 + k))
+
+
+def attract_(params: Sequence[Tensor], anchors: Sequence[Tensor], stiffness: Sequence[float | Tensor]) -> None:
+    r"""Take the explicit spring step y <- y - k (y - x), in place: stable for 0 <= k < 2.
+
+    Args, errors: as :func:`pull_`.
+
+    Raises:
+        ValueError: if the lists differ in length.
+
+    Example:
+        >>> y = [torch.tensor([3.0])]
+        >>> attract_(y, [torch.tensor([1.0])], [0.5]); y
+        [tensor([2.])]
+    """
+    for y, x, k in zip(params, anchors, stiffness, strict=True):
+        _write_(y, x, k)
+
+
+def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float) -> None:
+    r"""Update the running mean z <- z + weight (y - z), in place.
+
+    Args:
+        averages: z, any shapes. Overwritten.
+        params: y, same shapes.
+        weight: of the newest y, in (0, 1].
+
+    Raises:
+        ValueError: if the lists differ in length.
+
+    Example:
+        >>> z = [torch.tensor([1.0])]
+        >>> average_(z, [torch.tensor([3.0])], 0.75); z
+        [tensor([2.5000])]
+    """
+    for z, y in zip(averages, params, strict=True):
+        z.lerp_(y.to(z.dtype), weight)
+
+
+def _write_(y: Tensor, x: Tensor, weight: float | Tensor) -> None:
+    """Move y the fraction ``weight`` of the way to x, in x's precision."""
+    if isinstance(weight, Tensor):
+        weight = weight.to(x.dtype)
+    if y.dtype == x.dtype:
+        y.lerp_(x, weight)
+    else:
+        y.copy_(y.to(x.dtype).lerp_(x, weight))
+
+
+def seed_of(base: int, counter: int) -> int:
+    """Map a stream's number to the seed of its generator: a bijection of the integers modulo 2^32.
+
+    The CPU generator of torch uses 32 bits of its seed, so streams are counted, which keeps 2^32 of them apart,
+    and the count is then scrambled, because neighbouring seeds of a Mersenne twister start alike.
+
+    Args:
+        base: where this optimizer's streams start, any int.
+        counter: number of the stream, >= 0.
+
+    Returns:
+        An int in [0, 2^32).
+    """
+    h = (base + counter) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # Wellons, "lowbias32"
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def gaussian(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:
+    """Draw the N(0, 1) numbers that :func:`inner_move_` adds to a parameter of one stream.
+
+    Args:
+        shape: of the result.
+        seed: in [0, 2^32); the global random state is neither read nor changed.
+        like: gives device and type; a complex one has both parts N(0, 1).
+
+    Returns:
+        A new tensor.
+    """
+    return _normal(shape, like, torch.Generator(device=like.device).manual_seed(seed))
+
+
+def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    if like.is_complex():
+        real = torch.empty((*shape, 2), dtype=torch.view_as_real(like).dtype, device=like.device)
+        return torch.view_as_complex(real.normal_(generator=generator))
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device).normal_(generator=generator)
+
+
+def streams(param: Tensor) -> int:
+    """Count the random streams that :func:`inner_move_` draws a parameter's noise from: one per 2^20 weights."""
+    return max(1, -(-param.numel() // BLOCK))
+
+
+def inner_move_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    averages: Sequence[Tensor] | None,
+    *,
+    stiffness: Sequence[float | Tensor],
+    noise: Sequence[float | Tensor],
+    average: float,
+    seeds: Sequence[Sequence[int]] | None,
+) -> None:
+    r"""Pull, shake and average: what follows the optimizer's update in every inner step, in place.
+
+    y <- (y + k x) / (1 + k);  y <- y + s N(0, I);  z <- z + average (y - z).
+    On the CPU the three are done tensor by tensor, or with noise slice by slice, while y is in the cache, and the
+    noise is drawn by as many threads as torch uses. The result does not depend on their number.
+
+    Args:
+        params: y. Overwritten.
+        anchors: x, same shapes; the arithmetic is done in their type.
+        averages: z, same shapes. Overwritten; None: no running mean.
+        stiffness: k = lr * gamma >= 0, one per parameter.
+        noise: s = sqrt(lr) * noise >= 0, one per parameter.
+        average: weight of the newest y in z, in (0, 1].
+        seeds: one list per parameter with :func:`streams` (param) seeds; None: no noise.
+
+    Raises:
+        ValueError: if the lists differ in length.
+    """
+    rows = list(zip(params, anchors, averages or [None] * len(params), stiffness, noise, strict=True))
+    if seeds is None:
+        if params and params[0].device.type != "cpu":
+            _foreach_move_(params, anchors, averages, stiffness, average)
+            return
+        for y, x, z, k, _ in rows:
+            pull_([y], [x], [k])
+            if z is not None:
+                average_([z], [y], average)
+        return
+    jobs = [
+        (*block, k, s, average, seed)
+        for (y, x, z, k, s), param_seeds in zip(rows, seeds, strict=True)
+        for block, seed in zip([(y, x, z)] if _varies(s) else _blocks(y, x, z), param_seeds, strict=False)
+    ]
+    threads = torch.get_num_threads()
+    if threads == 1 or len(jobs) == 1 or params[0].device.type != "cpu" or sum(p.numel() for p in params) < BLOCK:
+        for job in jobs:
+            _noisy_move_(*job)
+        return
+    # Largest first, so that no thread is left alone with a large one at the end.
+    jobs.sort(key=lambda job: -job[0].numel())
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda job: _noisy_move_(*job), jobs):
+            pass
+
+
+def _foreach_move_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    averages: Sequence[Tensor] | None,
+    stiffness: Sequence[float | Tensor],
+    average: float,
+) -> None:
+    """Do the same in few launches on an accelerator: one per distinct k where types agree."""
+    by_stiffness: dict[float, list[int]] = {}
+    for i, (y, x, k) in enumerate(zip(params, anchors, stiffness, strict=True)):
+        if isinstance(k, Tensor) or y.dtype != x.dtype:
+            pull_([y], [x], [k])
+        elif k != 0:
+            by_stiffness.setdefault(k, []).append(i)
+    for k, rows in by_stiffness.items():
+        torch._foreach_lerp_([params[i] for i in rows], [anchors[i] for i in rows], k / (1 + k))
+    if averages is not None and averages:
+        torch._foreach_lerp_(list(averages), [y.to(z.dtype) for y, z in zip(params, averages, strict=True)], average)
+
+
+def _varies(scale: float | Tensor) -> bool:
+    return isinstance(scale, Tensor) and scale.dim() > 0
+
+
+def _blocks(y: Tensor, x: Tensor, z: Tensor | None) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+    """Cut a parameter into flat blocks of at most 2^20 weights; one block as it is where it cannot be flattened."""
+    flats = [None if t is None else _flat(t) for t in (y, x, z)]
+    if flats[0] is None or flats[1] is None or (z is not None and flats[2] is None) or y.is_complex():
+        return [(y, x, z)]
+    cut = [[None] * streams(y) if f is None else f.split(BLOCK) for f in flats]
+    return list(zip(*cut, strict=True))  # type: ignore[arg-type]
+
+
+def _flat(t: Tensor) -> Tensor | None:
+    """View a dense tensor as one dimension in the order of its memory; None where no such view is known."""
+    if t.is_contiguous():
+        return t.view(-1)
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if t.dim() == dims and t.is_contiguous(memory_format=memory_format):
+            return t.movedim(1, -1).view(-1)
+    return None
+
+
+@torch.no_grad()
+def _noisy_move_(
+    y: Tensor, x: Tensor, z: Tensor | None, k: float | Tensor, s: float | Tensor, average: float, seed: int
+) -> None:
+    """Pull, shake and average one block: a flat one on the CPU in slices that stay in the cache."""
+    generator = torch.Generator(device=y.device).manual_seed(seed)
+    flat = y.dim() == 1 and y.device.type == "cpu" and not y.is_complex()
+    slices = [[y], [x], [z]]
+    buffer = None
+    if flat:
+        slices = [[None] * len(y.split(_SLICE)) if t is None else list(t.split(_SLICE)) for t in (y, x, z)]
+        buffer = torch.empty(min(_SLICE, y.numel()), dtype=x.dtype)
+    for y_, x_, z_ in zip(*slices, strict=True):
+        pull_([y_], [x_], [k])
+        n = _normal(x_.shape, x_, generator) if buffer is None else buffer[: y_.numel()].normal_(generator=generator)
+        shake_(y_, n, s)
+        if z_ is not None:
+            average_([z_], [y_], average)
+
+
+def shake_(y: Tensor, n: Tensor, scale: float | Tensor) -> None:
+    """Add noise, y <- y + scale * n, in place and in the precision of n.
+
+    Args:
+        y: overwritten.
+        n: N(0, 1) numbers, same shape. Overwritten where ``scale`` is a tensor.
+        scale: a number, or a tensor that broadcasts.
+
+    Example:
+        >>> y = torch.tensor([1.0])
+        >>> shake_(y, torch.tensor([2.0]), 0.5); y
+        tensor([2.])
+    """
+    if isinstance(scale, Tensor):
+        n, scale = n.mul_(scale.to(n.dtype)), 1.0
+    if y.dtype == n.dtype:
+        y.add_(n, alpha=scale)
+    else:
+        y.copy_(y.to(n.dtype).add_(n, alpha=scale))
+
+
+def filter_norms(param: Tensor) -> Tensor:
+    """Give the norm of each output filter, ready to broadcast.
+
+    Args:
+        param: (out, ...) with two dimensions or more; a vector or scalar counts as one filter.
+
+    Returns:
+        (out, 1, ...), or a scalar for a vector.
+
+    Example:
+        >>> filter_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[5.],
+                [2.]])
+
+    References:
+        Bisla, Wang and Choromanska, Low-pass filtering SGD, AISTATS 2022, arXiv:2201.08025.
+    """
+    if param.dim() < 2:
+        return torch.linalg.vector_norm(param)
+    return torch.linalg.vector_norm(param, dim=tuple(range(1, param.dim())), keepdim=True)
+
+
+def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Give the root mean square per weight of left - right, in the unit of a weight.
+
+    Args:
+        left: tensors of any shape.
+        right: same shapes.
+
+    Returns:
+        A scalar on the tensors' device; no device is waited for.
+
+    Example:
+        >>> rms_distance([torch.tensor([1.0, 1.0])], [torch.tensor([2.0, 0.0])])
+        tensor(1.)
+    """
+    squares = [torch.linalg.vector_norm(a.to(b.dtype) - b).square() for a, b in zip(left, right, strict=True)]
+    device = squares[0].device
+    total = torch.stack([s.to(device) for s in squares]).sum()
+    return (total / sum(a.numel() for a in left)).sqrt()

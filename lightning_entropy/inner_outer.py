@@ -1,0 +1,581 @@
+r"""The engine: one loop for every method, attached to the user's own optimizer.
+
+A :class:`Relaxation` says what the loop does; the methods of the family differ in its numbers alone. Here the loop is
+unrolled: ``optimizer.step()`` is one inner step, and a counter says when the outer step is due. So the optimizer
+stays the user's: its class, its state, its checkpoint keys, its schedulers.
+"""
+
+import hashlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_entropy import functional as F
+from lightning_entropy.relaxation import Relaxation, check_integer
+from lightning_entropy.step_hooks import StepHooks
+
+OuterFactory = Callable[[list[Tensor]], Optimizer]
+# Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
+ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
+
+_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class Slot:
+    """What a loop keeps of one parameter, in float32 or the parameter's own wider type."""
+
+    param: Tensor
+    anchor: Tensor
+    average: Tensor | None = None
+    gradient: Tensor | None = None  # sum over a loop: the heat variant's, and that which gamma="auto" measures
+    hidden: Tensor | None = None  # y, while the parameter shows x
+    moved: bool = False  # since the last outer step
+
+    @property
+    def inner(self) -> Tensor:
+        """The inner iterate y."""
+        return self.param.detach() if self.hidden is None else self.hidden
+
+    @property
+    def mean(self) -> Tensor:
+        """The running mean z, which is y where there is none."""
+        return self.inner.to(self.anchor.dtype) if self.average is None else self.average
+
+
+class InnerOuter:
+    """The loop of one optimizer, made by :func:`lightning_entropy.relax`.
+
+    Attributes:
+        optimizer: the user's.
+        relaxation: the method.
+        settings: its numbers at step t.
+        inner_step: k, inner steps since the last outer step, in [0, L).
+        outer_step: t, outer steps done.
+        outer: the outer optimizer once it has stepped; None where x <- x + outer_lr (z - x) needs none.
+        gamma_start: what ``gamma="auto"`` measured; None before.
+        measure: whether outer steps take :attr:`distances` (two passes over the weights, no device is waited for).
+        distances: rms per weight of y - x and z - x, as scalars, at the last outer step with ``measure``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        relaxation: Relaxation,
+        *,
+        outer: OuterFactory | None = None,
+        replica_mean: ReplicaMean | None = None,
+        seed: int | None = None,
+        names: Mapping[Tensor, str] | None = None,
+        count_attempts: bool = False,
+    ) -> None:
+        """Attach to the optimizer.
+
+        Args:
+            optimizer: see :func:`lightning_entropy.relax`, also for ``relaxation``, ``outer``, ``replica_mean``, ``seed``.
+            relaxation: the method.
+            outer: makes the outer optimizer.
+            replica_mean: mean over replicas.
+            seed: of the noise.
+            names: keys of the parameters in :meth:`state_dict`; without one, a parameter's key is its position.
+            count_attempts: leave the counter to the caller, who calls :meth:`advance` after every attempted step, so
+                that replicas stay in step when a gradient scaler skips an update on one of them.
+
+        Raises:
+            TypeError: not a torch optimizer.
+            ValueError: the relaxation cannot work with this optimizer, or it has a loop already.
+        """
+        _check(optimizer, relaxation, outer)
+        self.optimizer = optimizer
+        self.relaxation = relaxation
+        self.settings = relaxation.at(0)
+        self.inner_step = 0
+        self.outer_step = 0
+        self.outer: Optimizer | None = None
+        self.gamma_start: float | None = None
+        self.measure = False
+        self.distances: tuple[Tensor, Tensor] | None = None
+        self._seed = torch.initial_seed() if seed is None else check_integer("seed", seed, 0)
+        self._outer_factory = outer
+        self._outer_state: dict[str, Any] | None = None  # loaded, and waiting for its optimizer
+        self._replica_mean = replica_mean
+        self._elastic_mean: list[Tensor] | Callable[[], list[Tensor]] | None = (
+            None  # under way since the last outer step
+        )
+        self._names = names or {}
+        self._count_attempts = count_attempts
+        self._slots: dict[Tensor, Slot] = {}
+        self._streams: dict[Tensor, int] = {}
+        self._measured = 0  # gradients summed for gamma="auto"
+        self._show_depth = 0
+        self._warned = False
+        self._hooks = StepHooks(optimizer, self._before_step, self._on_gradients, self._after_step)
+        _attached.add(optimizer)
+
+    # What a user reads and calls
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters of the optimizer, in its order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def anchor(self) -> list[Tensor]:
+        """x, a tensor per parameter in the optimizer's order; the parameter itself where it has not moved yet."""
+        return [self._slots[p].anchor if p in self._slots else p.detach() for p in self.params]
+
+    @property
+    def average(self) -> list[Tensor]:
+        """z, a tensor per parameter in the optimizer's order; y where the mean is the last iterate."""
+        return [self._slots[p].mean if p in self._slots else p.detach() for p in self.params]
+
+    @property
+    def shows_anchor(self) -> bool:
+        """Whether the parameters hold x now: inside :meth:`at_anchor`, and where y is x."""
+        return self._show_depth > 0 or self._at_rest
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """Put x into the parameters by value, and y back at the end.
+
+        Weights that are changed in here (a checkpoint loaded, say) become the new x, and y restarts there.
+
+        Yields:
+            Nothing. Stepping the optimizer in here is a ``RuntimeError``.
+        """
+        self.show()
+        try:
+            yield
+        finally:
+            self.hide()
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Enter :meth:`at_anchor`; calls nest."""
+        self._show_depth += 1
+        if self._show_depth > 1 or self._at_rest:
+            return
+        for slot in self._slots.values():
+            slot.hidden = slot.param.detach().clone()
+            slot.param.copy_(slot.anchor)
+
+    @torch.no_grad()
+    def hide(self) -> None:
+        """Leave :meth:`at_anchor`."""
+        self._show_depth -= 1
+        if self._show_depth > 0:
+            return
+        for slot in self._changed():
+            slot.anchor.copy_(slot.param)
+            slot.hidden = None
+            if slot.average is not None:
+                slot.average.copy_(slot.param)
+        for slot in self._slots.values():
+            if slot.hidden is not None:
+                slot.param.copy_(slot.hidden)
+                slot.hidden = None
+
+    def _changed(self) -> list[Slot]:
+        """Slots whose parameter was given another value than the x it showed; one wait for the device."""
+        slots = list(self._slots.values())
+        differ = [(slot.param != slot.anchor.to(slot.param.dtype)).any().cpu() for slot in slots]
+        return [slot for slot, yes in zip(slots, differ, strict=True) if yes]
+
+    def detach(self) -> None:
+        """Leave x in the parameters and no hook behind. May be called twice."""
+        if self._show_depth == 0:
+            self.show()
+        for slot in self._slots.values():
+            slot.hidden = None
+        self._hooks.remove()
+        _attached.discard(self.optimizer)
+
+    # One inner step
+
+    def begin(self) -> None:
+        """Prepare a loop: what otherwise happens at its first step.
+
+        With replicas, a slot for every trainable parameter and the start of the elastic mean.
+        """
+        if self._replica_mean is None:
+            return
+        for p in self.params:
+            if p.requires_grad:
+                self._slot(p)
+        if self._elastic_mean is None and self.relaxation.elastic_target == "anchor" and self.relaxation.rho != 0:
+            self._elastic_mean = self._replica_mean([slot.anchor for slot in self._slots.values()])
+
+    def _before_step(self) -> None:
+        if self._show_depth:
+            raise RuntimeError("optimizer.step() while the parameters show the anchor: leave at_anchor() first")
+        self._read_settings()
+
+    def _read_settings(self) -> None:
+        """Read the numbers of step t when its loop begins, before any weight has changed."""
+        if self.inner_step:
+            return
+        self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
+        if self._warned or not (self.relaxation.coupled or self.relaxation.explicit):
+            return
+        stiffest = self.settings.gamma * max((float(g["lr"]) for g in self.optimizer.param_groups), default=0.0)
+        if stiffest >= 2:
+            self._warned = True
+            warnings.warn(
+                f"lr * gamma must be below 2 for a coupled or explicit spring to be stable, got {stiffest:.3g} with "
+                f"gamma = {self.settings.gamma:.3g} at outer step {self.outer_step}; lower one of them, or use the "
+                "default spring, which is stable for every value",
+                stacklevel=2,
+            )
+
+    def _on_gradients(self, first: bool) -> None:
+        if self._overflowed():
+            return
+        self.begin()
+        slots, lrs = self._stepping(create=True)
+        if first and self._measures_gamma:
+            self._measured += 1
+            for slot in slots:
+                self._add_gradient(slot)
+        gamma = self.settings.gamma
+        if not gamma:
+            return
+        if self.relaxation.coupled:
+            scale = self._grad_scale()
+            for slot in slots:
+                grad = slot.param.grad
+                assert grad is not None
+                if grad.is_sparse:
+                    raise ValueError("coupled must be False where gradients are sparse, got coupled=True")
+                force = (slot.param - slot.anchor).mul_(gamma)
+                grad.add_(force if scale is None else force.mul_(scale))
+        elif self.relaxation.explicit and first:
+            F.attract_([s.param for s in slots], [s.anchor for s in slots], [lr * gamma for lr in lrs])
+
+    def _after_step(self) -> None:
+        slots, lrs = self._stepping()
+        if not slots or self._overflowed():
+            return
+        now = self.settings
+        spring = 0.0 if self.relaxation.coupled or self.relaxation.explicit else now.gamma
+        averages: list[Tensor] | None = None
+        if now.average == 1:
+            for slot in slots:
+                slot.average = None
+        else:
+            averages = [slot.average if slot.average is not None else self._new_average(slot) for slot in slots]
+        params = [slot.param for slot in slots]
+        if spring or now.noise or averages:
+            F.inner_move_(
+                params,
+                [slot.anchor for slot in slots],
+                averages,
+                stiffness=[lr * spring for lr in lrs],
+                noise=[lr**0.5 * now.noise for lr in lrs],
+                average=now.average,
+                seeds=self.noise_seeds(params) if now.noise else None,
+            )
+        for slot in slots:
+            slot.moved = True
+        if not self._count_attempts:
+            self.advance()
+
+    def advance(self) -> None:
+        """Count one inner step, and take the outer step when L are done."""
+        self.inner_step += 1
+        if self.inner_step >= self.relaxation.inner_steps:
+            self._outer_step()
+
+    # The outer step
+
+    @torch.no_grad()
+    def _outer_step(self) -> None:
+        slots = [s for s in self._slots.values() if s.moved or self._replica_mean is not None]
+        if self.measure and slots:
+            anchors = [s.anchor for s in slots]
+            self.distances = (
+                F.rms_distance([s.inner for s in slots], anchors),
+                F.rms_distance([s.mean for s in slots], anchors),
+            )
+        if self._measures_gamma:
+            self._measure_gamma(slots)
+        if slots:
+            self._step_anchors(slots)
+        self.inner_step = 0
+        self.outer_step += 1
+        self._elastic_mean = None
+        for slot in slots:
+            slot.moved = False
+            if not self.relaxation.reset:
+                continue
+            slot.param.copy_(slot.anchor)
+            if slot.average is not None:
+                slot.average.copy_(slot.anchor)
+        if self.relaxation.reset_momentum:
+            for slot in slots:
+                for key in ("momentum_buffer", "exp_avg"):
+                    moment = self.optimizer.state.get(slot.param, {}).get(key)
+                    if moment is not None:
+                        moment.zero_()
+        self.begin()
+
+    def _step_anchors(self, slots: list[Slot]) -> None:
+        """x <- outer(x, x - z + rho (x - mean over replicas of x))."""
+        now, anchors, means = self.settings, [s.anchor for s in slots], [s.mean for s in slots]
+        pull: list[Tensor] | None = None
+        if self.relaxation.elastic_target == "pseudo_gradient":
+            if self._replica_mean is not None:
+                drift = self._mean([x - z for x, z in zip(anchors, means, strict=True)])
+                means = [x - d for x, d in zip(anchors, drift, strict=True)]
+        elif now.rho or self._elastic_mean is not None:
+            pull = [x - m for x, m in zip(anchors, self._elastic_target(anchors, means), strict=True)]
+        if self._outer_factory is None and not self.relaxation.outer_momentum:
+            # lerp with weight 1 is exact where x - (x - z) is not: L = 1 is the user's optimizer bit for bit.
+            for i, (x, z) in enumerate(zip(anchors, means, strict=True)):
+                x.lerp_(z, now.outer_lr)
+                if pull is not None:
+                    x.add_(pull[i], alpha=-now.outer_lr * now.rho)
+            return
+        outer = self._outer(anchors)
+        if self._outer_factory is None:
+            for group in outer.param_groups:
+                group["lr"] = now.outer_lr
+        for i, (x, z) in enumerate(zip(anchors, means, strict=True)):
+            x.grad = x - z
+            if pull is not None:
+                x.grad.add_(pull[i], alpha=now.rho)
+        outer.step()
+        for x in anchors:
+            x.grad = None
+
+    def _elastic_target(self, anchors: list[Tensor], means: list[Tensor]) -> list[Tensor]:
+        if self.relaxation.elastic_target == "average":
+            return self._mean(means)
+        if self._replica_mean is None:
+            return anchors
+        self.begin()
+        assert self._elastic_mean is not None
+        return self._elastic_mean() if callable(self._elastic_mean) else self._elastic_mean
+
+    def _mean(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._replica_mean is None:
+            return tensors
+        mean = self._replica_mean(tensors)
+        return mean() if callable(mean) else mean
+
+    def _outer(self, anchors: list[Tensor]) -> Optimizer:
+        if self.outer is None:
+            if self._outer_factory is not None:
+                self.outer = self._outer_factory(anchors)
+            else:
+                momentum = self.relaxation.outer_momentum
+                self.outer = torch.optim.SGD(anchors, lr=1.0, momentum=momentum, nesterov=True)
+        known = {p for group in self.outer.param_groups for p in group["params"]}
+        self.outer.param_groups[0]["params"].extend(x for x in anchors if x not in known)
+        if self._outer_state is not None:
+            self._load_outer(self._outer_state)
+            self._outer_state = None
+        return self.outer
+
+    # gamma="auto"
+
+    @property
+    def _measures_gamma(self) -> bool:
+        return self.relaxation.auto_gamma and self.gamma_start is None
+
+    def _add_gradient(self, slot: Slot) -> None:
+        """Add this step's gradient, without the loss scale, to the slot's sum."""
+        assert slot.param.grad is not None
+        gradient, scale = (
+            slot.param.grad.to_dense() if slot.param.grad.is_sparse else slot.param.grad,
+            self._grad_scale(),
+        )
+        gradient = gradient.to(slot.anchor.dtype, copy=slot.gradient is None)
+        if scale is not None:
+            gradient = gradient / scale
+        slot.gradient = gradient if slot.gradient is None else slot.gradient.add_(gradient)
+
+    def _measure_gamma(self, slots: list[Slot]) -> None:
+        """Set gamma's start where gamma |x - z| is the norm of the mean gradient; measure again where neither moved."""
+        count = sum(s.param.numel() for s in slots if s.gradient is not None)
+        gradients = [s.gradient for s in slots if s.gradient is not None]
+        if gradients and self._measured:
+            force = F.rms_distance(gradients, [torch.zeros_like(g) for g in gradients]) * count**0.5 / self._measured
+            distance = F.rms_distance([s.mean for s in slots], [s.anchor for s in slots])
+            ratio = (force / (distance * sum(s.param.numel() for s in slots) ** 0.5)).item()
+            if 0 < ratio < float("inf"):
+                self.gamma_start = ratio
+        self._measured = 0
+        for slot in slots:
+            slot.gradient = None
+
+    # Slots, noise, loss scale
+
+    @property
+    def _at_rest(self) -> bool:
+        return self.inner_step == 0 and self.relaxation.reset
+
+    def _slot(self, p: Tensor) -> Slot:
+        """Give the parameter's slot, made where it first gets a gradient: until then x and y are its value."""
+        if p not in self._slots:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            anchor = p.detach().to(wide, copy=True, memory_format=torch.preserve_format)
+            self._slots[p] = Slot(p, anchor)
+        return self._slots[p]
+
+    def _new_average(self, slot: Slot) -> Tensor:
+        slot.average = slot.anchor.clone()
+        return slot.average
+
+    def _stepping(self, create: bool = False) -> tuple[list[Slot], list[Any]]:
+        """Slots of the parameters that have a gradient now, and their learning rates."""
+        slots, lrs = [], []
+        for group in self.optimizer.param_groups:
+            lr = group.get("lr", 0.0)
+            lr = float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr
+            for p in group["params"]:
+                if p.grad is not None and (create or p in self._slots):
+                    slots.append(self._slot(p))
+                    lrs.append(lr)
+        return slots, lrs
+
+    def noise_seeds(self, params: list[Tensor]) -> list[list[int]]:
+        """Give the seeds of the noise of this step, a list per parameter: of (seed, step, parameter) alone."""
+        if len(self._streams) != len(self.params):
+            self._streams, first = {}, 0
+            for p in self.params:
+                self._streams[p] = first
+                first += F.streams(p)
+            self._stride = first
+        base = int.from_bytes(hashlib.blake2b(str(self._seed).encode(), digest_size=4).digest(), "little")
+        step = (self.outer_step * self.relaxation.inner_steps + self.inner_step) * self._stride
+        return [[F.seed_of(base, step + self._streams[p] + i) for i in range(F.streams(p))] for p in params]
+
+    def _grad_scale(self) -> Tensor | None:
+        """The loss scale that a fused optimizer under a gradient scaler has yet to divide by."""
+        return getattr(self.optimizer, "grad_scale", None)
+
+    def _overflowed(self) -> bool:
+        """Whether a fused optimizer under a gradient scaler will skip this step by itself."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        return found_inf is not None and bool(found_inf.item())
+
+    # State
+
+    def state_dict(self, *, anchor: bool = True) -> dict[str, Any]:
+        """Give what a later :meth:`load_state_dict` needs to go on exactly; tensors are references, as in torch.
+
+        Args:
+            anchor: with x; without it, whoever loads has put x into the parameters.
+        """
+        slots = {}
+        for name, slot in self._named_slots():
+            entry: dict[str, Any] = {}
+            if anchor or slot.anchor.dtype != slot.param.dtype:
+                entry["anchor"] = slot.anchor
+            slots[name] = entry | self._inner_state(slot)
+        return {
+            "inner_step": self.inner_step,
+            "outer_step": self.outer_step,
+            "seed": self._seed,
+            "gamma_start": self.gamma_start,
+            "measured": self._measured,
+            "slots": slots,
+            "outer": self._outer_state if self.outer is None else self._save_outer(self.outer),
+        }
+
+    def _inner_state(self, slot: Slot) -> dict[str, Any]:
+        """Give what of a slot is not known from x; nothing where y, z and x are one."""
+        if self._at_rest:
+            return {}
+        tensors = {"inner": slot.inner, "average": slot.average, "gradient": slot.gradient}
+        return {"moved": slot.moved, **{key: t for key, t in tensors.items() if t is not None}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called; the parameters get y.
+
+        Args:
+            state: of a loop over the same parameters.
+
+        Raises:
+            ValueError: a parameter that this optimizer does not have, or another shape.
+        """
+        by_name = {self._name(i, p): p for i, p in enumerate(self.params)}
+        for name, entry in state["slots"].items():
+            if name not in by_name:
+                raise ValueError(f"state_dict must be of the optimizer's parameters, got {name!r}, which is not one")
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and value.shape != by_name[name].shape:
+                    shapes = f"{tuple(value.shape)} for {name!r} of shape {tuple(by_name[name].shape)}"
+                    raise ValueError(f"{key} in state_dict must have the parameter's shape, got {shapes}")
+        self.inner_step, self.outer_step = state["inner_step"], state["outer_step"]
+        self._seed, self.gamma_start, self._measured = state["seed"], state["gamma_start"], state["measured"]
+        self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
+        self._slots, self.outer, self._outer_state, self._elastic_mean = {}, None, state["outer"], None
+        for name, entry in state["slots"].items():
+            p = by_name[name]
+            if "anchor" in entry:
+                p.copy_(entry["anchor"])
+            slot = self._slot(p)
+            if "anchor" in entry:
+                slot.anchor.copy_(entry["anchor"])
+            slot.moved = entry.get("moved", False)
+            for key in ("average", "gradient"):
+                if key in entry:
+                    setattr(slot, key, torch.empty_like(slot.anchor).copy_(entry[key]))
+            if "inner" in entry:
+                target = p if not self._show_depth else torch.empty_like(p)
+                target.copy_(entry["inner"])
+                slot.hidden = None if target is p else target
+
+    def _name(self, position: int, p: Tensor) -> str:
+        return self._names.get(p, str(position))
+
+    def _named_slots(self) -> Iterator[tuple[str, Slot]]:
+        for i, p in enumerate(self.params):
+            if p in self._slots:
+                yield self._name(i, p), self._slots[p]
+
+    def _save_outer(self, outer: Optimizer) -> dict[str, Any]:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in outer.param_groups]
+        return {"options": options, "state": {n: dict(outer.state[s.anchor]) for n, s in self._named_slots()}}
+
+    def _load_outer(self, state: Mapping[str, Any]) -> None:
+        assert self.outer is not None
+        for group, options in zip(self.outer.param_groups, state["options"], strict=True):
+            group.update(options)
+        for name, slot in self._named_slots():
+            for key, value in state["state"].get(name, {}).items():
+                # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
+                moment = isinstance(value, Tensor) and value.shape == slot.anchor.shape
+                self.outer.state[slot.anchor][key] = value.to(slot.anchor.device, copy=True) if moment else value
+
+
+def _check(optimizer: Optimizer, relaxation: Relaxation, outer: OuterFactory | None) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(relaxation, Relaxation):
+        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+    if optimizer in _attached:
+        raise ValueError("optimizer must have no loop yet, got one that has: detach() it first")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(f"optimizer must run torch's step hooks, got {type(optimizer).__name__}, which does not")
+    if (relaxation.gamma != 0 or relaxation.noise != 0) and not relaxation.perturb:
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        if relaxation.coupled:
+            raise ValueError("coupled must be False with LBFGS: its line search needs the loss that the gradient is of")
+        if relaxation.perturb and relaxation.inner_steps > 1:
+            raise ValueError(f"inner_steps must be 1 for the heat variant with LBFGS, got {relaxation.inner_steps}")
+    if outer is not None:
+        made = outer([torch.zeros(1)])
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"outer must return a torch.optim.Optimizer, got {type(made).__name__}")
