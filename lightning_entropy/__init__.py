@@ -1,6 +1,7 @@
 """Local-entropy optimization for PyTorch Lightning."""
 
 from lightning_entropy.attach import relax
+from lightning_entropy.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
 from lightning_entropy.inner_outer import InnerOuter
 from lightning_entropy.presets import (
     diloco,
@@ -19,7 +20,11 @@ from lightning_entropy.schedules import Scoping, Widening
 __version__ = "0.1.0"
 
 __all__ = [
+    "EntropySGD",
+    "HamiltonJacobi",
+    "HeatSmoothing",
     "InnerOuter",
+    "InnerOuterCallback",
     "Relaxation",
     "Scoping",
     "Widening",

@@ -1,5 +1,7 @@
 """The way in for plain PyTorch."""
 
+from typing import Any
+
 from torch.optim import Optimizer
 
 from lightning_entropy.inner_outer import InnerOuter, OuterFactory, ReplicaMean
@@ -47,5 +49,10 @@ def relax(
         >>> w.data  # 3 -> 2 -> 1, then half way back
         tensor([2.])
     """
-    kind = PerturbedLoop if relaxation.perturb else InnerOuter
-    return kind(optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed)
+    return make_loop(optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed)
+
+
+def make_loop(optimizer: Optimizer, relaxation: Relaxation, **kwargs: Any) -> InnerOuter:
+    """Make the loop that a relaxation needs; the arguments are those of :class:`InnerOuter`."""
+    kind = PerturbedLoop if isinstance(relaxation, Relaxation) and relaxation.perturb else InnerOuter
+    return kind(optimizer, relaxation, **kwargs)

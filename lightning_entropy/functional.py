@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,7 +236,7 @@ def _noisy_move_(
     """Pull, shake and average one block: a flat one on the CPU in slices that stay in the cache."""
     generator = torch.Generator(device=y.device).manual_seed(seed)
     flat = y.dim() == 1 and y.device.type == "cpu" and not y.is_complex()
-    slices = [[y], [x], [z]]
+    slices: list[list[Any]] = [[y], [x], [z]]
     buffer = None
     if flat:
         slices = [[None] * len(y.split(_SLICE)) if t is None else list(t.split(_SLICE)) for t in (y, x, z)]

@@ -326,7 +326,7 @@ class InnerOuter:
         self.begin()
 
     def _step_anchors(self, slots: list[Slot]) -> None:
-        """x <- outer(x, x - z + rho (x - mean over replicas of x))."""
+        """X <- outer(x, x - z + rho (x - mean over replicas of x))."""
         now, anchors, means = self.settings, [s.anchor for s in slots], [s.mean for s in slots]
         pull: list[Tensor] | None = None
         if self.relaxation.elastic_target == "pseudo_gradient":

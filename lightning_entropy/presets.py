@@ -5,6 +5,10 @@ from typing import Literal
 from lightning_entropy.relaxation import Gamma, Number, Relaxation
 from lightning_entropy.schedules import Scoping
 
+ENTROPY_SCOPING = Scoping(0.03, 1e-3)
+PARLE_GAMMA = Scoping(0.01, 1e-3, limit=1.0)
+PARLE_RHO = Scoping(0.1, 1e-3, limit=1.0)
+
 
 def lookahead(inner_steps: int = 5, outer_lr: Number = 0.5) -> Relaxation:
     """Step toward where k steps of the optimizer lead: x <- x + outer_lr (y_k - x).
@@ -25,7 +29,7 @@ def lookahead(inner_steps: int = 5, outer_lr: Number = 0.5) -> Relaxation:
 
 def entropy_sgd(
     inner_steps: int = 20,
-    gamma: Gamma = Scoping(0.03, 1e-3),
+    gamma: Gamma = ENTROPY_SCOPING,
     noise: Number = 1e-4,
     average: Number = 0.75,
     *,
@@ -71,7 +75,7 @@ def entropy_sgd(
 
 def hamilton_jacobi(
     inner_steps: int = 20,
-    gamma: Gamma = Scoping(0.03, 1e-3),
+    gamma: Gamma = ENTROPY_SCOPING,
     *,
     coupled: bool = False,
     reset_momentum: bool = False,
@@ -204,8 +208,8 @@ def diloco(inner_steps: int = 500, outer_lr: Number = 0.7, outer_momentum: float
 
 def parle(
     inner_steps: int = 25,
-    gamma: Gamma = Scoping(0.01, 1e-3, limit=1.0),
-    rho: Number = Scoping(0.1, 1e-3, limit=1.0),
+    gamma: Gamma = PARLE_GAMMA,
+    rho: Number = PARLE_RHO,
     average: Number = 0.25,
     *,
     elastic_target: Literal["anchor", "average"] = "anchor",

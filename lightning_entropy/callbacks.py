@@ -1,0 +1,251 @@
+"""Smoothing for a Trainer that works: one callback, any LightningModule, any torch optimizer."""
+
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import initial_seed
+
+from lightning_entropy import presets
+from lightning_entropy.inner_outer import OuterFactory
+from lightning_entropy.loops import Loops, claim
+from lightning_entropy.presets import ENTROPY_SCOPING
+from lightning_entropy.relaxation import Gamma, Number, Relaxation, check_integer
+
+
+class InnerOuterCallback(Callback):
+    """Run a :class:`Relaxation` on every optimizer of the Trainer: one training step is one inner step.
+
+    Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, and DDP. The
+    weights one keeps are the anchor x: validation, test, ``state_dict()`` and with it every kind of checkpoint, and
+    the module after fit or after an exception hold x. Only code that reads the parameters directly between two training
+    batches of an epoch may find y. A checkpoint loads without the callback, and one made without it loads with it.
+
+    At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs ``entropy/gamma``,
+    ``entropy/rho``, ``entropy/inner_distance`` and ``entropy/mean_distance`` (rms per weight of y - x and z - x before the
+    outer step), ``entropy/outer_step`` and ``entropy/effective_epochs`` (passes over the data, every gradient counted).
+
+    Args:
+        relaxation: the method, such as ``le.lookahead()``.
+        outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
+        seed: of the noise, >= 0; None: the seed of torch's generator, rank 0's where there are several.
+
+    Raises:
+        TypeError: ``relaxation`` is not one.
+        MisconfigurationException: at the start of fit: under FSDP, DeepSpeed or ModelParallel, whose parameters are
+            shards; beside another owner of the loop; where a parameter is in two optimizers.
+    """
+
+    def __init__(self, relaxation: Relaxation, *, outer: OuterFactory | None = None, seed: int | None = None) -> None:
+        if not isinstance(relaxation, Relaxation):
+            raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+        self.relaxation = relaxation
+        self.outer = outer
+        self.seed = None if seed is None else check_integer("seed", seed, 0)
+        self._loops: Loops | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._logged_at = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is trained."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"strategy must keep whole parameters on every rank for {type(self).__name__} (a single device, ddp), "
+                f"got {type(trainer.strategy).__name__}"
+            )
+        claim(trainer, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: the first moment at which everything is restored and on its device."""
+        seed = trainer.strategy.broadcast(initial_seed() if self.seed is None else self.seed)
+        self._loops = Loops(pl_module, trainer.optimizers, self.relaxation, outer=self.outer, seed=seed)
+        if self._loaded is not None:
+            self._loops.load_state_dict(self._loaded["loops"])
+            self._loaded = None
+        self._logged_at = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Go on with y."""
+        if self._loops is None:
+            return
+        self._loops.begin()
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = bool(trainer.loggers) and trainer.global_step + 1 - self._logged_at >= every
+        for loop in self._loops.loops:
+            loop.measure = due
+            loop.distances = None
+        self._outer_steps = [loop.outer_step for loop in self._loops.loops]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, if an outer step was taken and it is time to."""
+        if self._loops is None or not self._loops.loops[0].measure:
+            return
+        if self._outer_steps == [loop.outer_step for loop in self._loops.loops]:
+            return
+        metrics = self._loops.metrics()
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if trainer.num_training_batches != float("inf"):
+            metrics["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=epoch_loop._batches_that_stepped)
+        self._logged_at = trainer.global_step
+
+    def _show(self) -> None:
+        if self._loops is not None:
+            self._loops.show()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show x until the next training batch."""
+        self._show()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show x until the next training batch."""
+        self._show()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave x; y stays beside it for the checkpoint that follows."""
+        self._show()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave x, whatever was raised and wherever."""
+        self._show()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take every hook away."""
+        if self._loops is not None:
+            self._loops.detach()
+            self._loops = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give y, z, the counters and the outer optimizer of every loop."""
+        if self._loops is None:
+            return self._loaded or {}
+        return {"loops": self._loops.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the optimizers are there."""
+        self._loaded = state_dict
+
+
+class EntropySGD(InnerOuterCallback):
+    """Entropy-SGD on an existing Trainer: ``Trainer(callbacks=[EntropySGD()])``.
+
+    Every L training steps the weights jump to the running mean of a noisy descent that a spring holds near them. See
+    :func:`lightning_entropy.entropy_sgd` for the equation, the sources and the units; :class:`InnerOuterCallback` for who
+    sees which weights.
+
+    Args:
+        inner_steps: L, int >= 1.
+        gamma: stiffness, >= 0; ``"auto"`` measures its start; 1/gamma in *Deep Relaxation* and *Parle*.
+        noise: thermal noise, >= 0.
+        average: weight of the newest y, in (0, 1].
+        coupled: the spring inside the optimizer's momentum, as the paper writes it.
+        reset_momentum: zero the optimizer's momentum at outer steps, as the released code does.
+        outer_lr: step size of the outer step, > 0.
+        outer_momentum: Nesterov momentum of the outer step, in [0, 1).
+        outer: another outer optimizer (``torch.optim.Adam`` makes Entropy-Adam); replaces both.
+        seed: of the noise, >= 0.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: an argument of another type.
+    """
+
+    def __init__(
+        self,
+        inner_steps: int = 20,
+        gamma: Gamma = ENTROPY_SCOPING,
+        noise: Number = 1e-4,
+        average: Number = 0.75,
+        *,
+        coupled: bool = False,
+        reset_momentum: bool = False,
+        outer_lr: Number = 1.0,
+        outer_momentum: float = 0.0,
+        outer: OuterFactory | None = None,
+        seed: int | None = None,
+    ) -> None:
+        relaxation = presets.entropy_sgd(
+            inner_steps,
+            gamma,
+            noise,
+            average,
+            coupled=coupled,
+            reset_momentum=reset_momentum,
+            outer_lr=outer_lr,
+            outer_momentum=outer_momentum,
+        )
+        super().__init__(relaxation, outer=outer, seed=seed)
+
+
+class HamiltonJacobi(InnerOuterCallback):
+    """Proximal-point steps on an existing Trainer: the non-viscous Hamilton-Jacobi equation.
+
+    See :func:`lightning_entropy.hamilton_jacobi`.
+
+    Args:
+        inner_steps: L, int >= 1.
+        gamma: stiffness, 1/t, >= 0; ``"auto"`` measures its start.
+        coupled: the spring inside the optimizer's momentum.
+        reset_momentum: zero the optimizer's momentum at outer steps.
+        outer_lr: step size of the outer step, > 0.
+        outer_momentum: Nesterov momentum of the outer step, in [0, 1).
+        outer: another outer optimizer; replaces both.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: an argument of another type.
+    """
+
+    def __init__(
+        self,
+        inner_steps: int = 20,
+        gamma: Gamma = ENTROPY_SCOPING,
+        *,
+        coupled: bool = False,
+        reset_momentum: bool = False,
+        outer_lr: Number = 1.0,
+        outer_momentum: float = 0.0,
+        outer: OuterFactory | None = None,
+    ) -> None:
+        relaxation = presets.hamilton_jacobi(
+            inner_steps,
+            gamma,
+            coupled=coupled,
+            reset_momentum=reset_momentum,
+            outer_lr=outer_lr,
+            outer_momentum=outer_momentum,
+        )
+        super().__init__(relaxation, outer=outer)
+
+
+class HeatSmoothing(InnerOuterCallback):
+    """Gaussian smoothing on an existing Trainer: gradients at randomly perturbed weights.
+
+    See :func:`lightning_entropy.heat`.
+
+    Args:
+        inner_steps: gradients averaged per update, int >= 1.
+        gamma: 1 / variance of the perturbation, > 0; relative to the squared filter norm with ``scale="filter"``.
+        scale: ``"absolute"`` (the heat equation) or ``"filter"`` (LPF-SGD).
+        seed: of the perturbation, >= 0.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: an argument of another type.
+    """
+
+    def __init__(
+        self,
+        inner_steps: int = 1,
+        gamma: Number = 1e4,
+        *,
+        scale: Literal["absolute", "filter"] = "absolute",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(presets.heat(inner_steps, gamma, scale=scale), seed=seed)

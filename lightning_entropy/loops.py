@@ -1,0 +1,175 @@
+"""The loops of a Trainer's optimizers, and who sees x when: what every driver of the engine shares."""
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_entropy.attach import make_loop
+from lightning_entropy.inner_outer import OuterFactory, ReplicaMean
+from lightning_entropy.relaxation import Relaxation
+
+_owners: "weakref.WeakKeyDictionary[Trainer, Any]" = weakref.WeakKeyDictionary()
+
+
+def claim(trainer: Trainer, owner: Any) -> None:
+    """Make ``owner`` (a callback or a strategy) the one that drives the loops of this trainer.
+
+    Raises:
+        MisconfigurationException: another object does already; the message says what to remove.
+    """
+    other = _owners.setdefault(trainer, owner)
+    if other is not owner:
+        names = f"{type(other).__name__} and {type(owner).__name__}"
+        raise MisconfigurationException(
+            f"one object can drive the inner and outer loop of a Trainer, got {names}: remove one of them"
+        )
+
+
+class Loops:
+    """One loop per optimizer of a LightningModule, shown and hidden together.
+
+    The module shows x whenever anyone looks: by value from :meth:`show` to :meth:`hide`, and in its ``state_dict()``
+    (also a submodule's) at any time, through a hook that puts x in the place of y and costs a training step nothing.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        optimizers: Sequence[Optimizer],
+        relaxation: Relaxation,
+        *,
+        outer: OuterFactory | None = None,
+        replica_mean: ReplicaMean | None = None,
+        seed: int = 0,
+        count_attempts: bool = False,
+    ) -> None:
+        """Attach; optimizer i draws its noise from (seed, i).
+
+        Args:
+            module: whose parameters the optimizers hold.
+            optimizers: of the trainer.
+            relaxation: the method.
+            outer: see :func:`lightning_entropy.relax`, also for ``replica_mean``.
+            replica_mean: mean over replicas.
+            seed: of the noise, the same on all ranks that share gradients, >= 0.
+            count_attempts: see :class:`InnerOuter`.
+
+        Raises:
+            MisconfigurationException: a parameter is in two optimizers.
+        """
+        names = {p: name for name, p in module.named_parameters()}
+        counts = Counter(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+        shared = sorted(names.get(p, "?") for p, count in counts.items() if count > 1)
+        if shared:
+            raise MisconfigurationException(f"a parameter must be in one optimizer, got several for {shared}")
+        self.shown = False
+        self.loops = [
+            make_loop(
+                optimizer,
+                relaxation,
+                outer=outer,
+                replica_mean=replica_mean,
+                seed=seed + (i << 64),
+                names=names,
+                count_attempts=count_attempts,
+            )
+            for i, optimizer in enumerate(optimizers)
+        ]
+        hook = ShowAnchor(self)
+        self._handles = [
+            submodule.register_state_dict_post_hook(hook)
+            for submodule in module.modules()
+            if next(submodule.parameters(recurse=False), None) is not None
+        ]
+
+    def begin(self) -> None:
+        """Put y into the parameters, and start what a loop starts before its first step."""
+        self.hide()
+        for loop in self.loops:
+            loop.begin()
+
+    def show(self) -> None:
+        """Put x into the parameters. May be called twice."""
+        if not self.shown:
+            for loop in self.loops:
+                loop.show()
+        self.shown = True
+
+    def hide(self) -> None:
+        """Put y back. May be called twice."""
+        if self.shown:
+            for loop in self.loops:
+                loop.hide()
+        self.shown = False
+
+    def detach(self) -> None:
+        """Leave x in the parameters, and no hook behind."""
+        for loop in self.loops:
+            loop.detach()
+        for handle in self._handles:
+            handle.remove()
+
+    def anchors(self) -> dict[Tensor, Tensor]:
+        """Map every parameter that does not hold x now to x."""
+        pairs: dict[Tensor, Tensor] = {}
+        for loop in self.loops:
+            if not loop.shows_anchor:
+                pairs.update(zip(loop.params, loop.anchor, strict=True))
+        return pairs
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Give the state of every loop, without x: that is in the module's."""
+        return [loop.state_dict(anchor=False) for loop in self.loops]
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the state of every loop; the module holds x.
+
+        Raises:
+            MisconfigurationException: another number of optimizers.
+        """
+        if len(states) != len(self.loops):
+            raise MisconfigurationException(
+                f"the checkpoint must be of {len(self.loops)} optimizers, got {len(states)}: "
+                "use the module that wrote it, or drop the callback's state from it"
+            )
+        for loop, state in zip(self.loops, states, strict=True):
+            loop.load_state_dict(state)
+
+    def metrics(self) -> dict[str, Any]:
+        """Give what is logged at outer steps, numbers and scalar tensors; no device is waited for."""
+        values: dict[str, Any] = {}
+        for i, loop in enumerate(self.loops):
+            prefix = "entropy/" if len(self.loops) == 1 else f"entropy/{i}/"
+            values[prefix + "gamma"] = loop.settings.gamma
+            values[prefix + "rho"] = loop.settings.rho
+            values[prefix + "outer_step"] = loop.outer_step
+            if loop.distances is not None:
+                values[prefix + "inner_distance"], values[prefix + "mean_distance"] = loop.distances
+        return values
+
+
+class ShowAnchor:
+    """Put x in the place of y in a module's state dict. A copy of it (of a copied or pickled module) does nothing."""
+
+    def __init__(self, loops: Loops | None = None) -> None:
+        self._loops = None if loops is None else weakref.ref(loops)
+
+    def __call__(self, module: Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        """Replace the module's own parameters; submodules have this hook themselves."""
+        loops = None if self._loops is None else self._loops()
+        if loops is None or loops.shown:
+            return
+        anchors = loops.anchors()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if p in anchors and prefix + name in state_dict:
+                state_dict[prefix + name] = anchors[p].detach().to(p.dtype)
+
+    def __reduce__(self) -> tuple[type["ShowAnchor"], tuple[()]]:
+        return ShowAnchor, ()
