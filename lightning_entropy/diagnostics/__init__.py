@@ -1,0 +1,19 @@
+"""How flat is the minimum, how loud and how round is the noise, does SGD walk in circles.
+
+Each estimator is a function that returns a frozen result with numbers, error bars and ``.plot(ax=None)``; its callback
+stands beside it. Needs scipy and matplotlib: ``pip install "lightning-entropy[diagnostics]"``.
+"""
+
+from importlib.util import find_spec
+
+_missing = [name for name in ("scipy", "matplotlib") if find_spec(name) is None]
+if _missing:
+    raise ImportError(
+        f'lightning_entropy.diagnostics needs {" and ".join(_missing)}: pip install "lightning-entropy[diagnostics]"'
+    )
+
+from lightning_entropy.diagnostics.estimate import Estimate  # noqa: E402
+from lightning_entropy.diagnostics.hessian import HessianResult, HessianSpectrum, hessian_spectrum  # noqa: E402
+from lightning_entropy.diagnostics.surface import cross_entropy  # noqa: E402
+
+__all__ = ["Estimate", "HessianResult", "HessianSpectrum", "cross_entropy", "hessian_spectrum"]

@@ -1,0 +1,93 @@
+"""A number with its error bar."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of independent samples, with its standard error.
+
+    ``error``, the error bar that results print and plots draw, is the half-width of the two-sided 99 % Student
+    interval: it stays honest for a handful of samples, where one or two standard errors would promise too much.
+
+    Args:
+        value: The estimate.
+        stderr: Its standard error, in the unit of ``value``, >= 0. Zero for what was computed exactly.
+        dof: Degrees of freedom of the standard error: samples - 1. ``math.inf`` for an exact number.
+
+    Example:
+        >>> import torch
+        >>> e = Estimate.of(torch.tensor([1.0, 2.0, 3.0]))
+        >>> e.value, round(e.stderr, 4), e.dof          # stderr = 1 / sqrt(3)
+        (2.0, 0.5774, 2)
+        >>> round(e.error / e.stderr, 3)                # Student's t, 2 degrees of freedom, 99 %
+        9.925
+    """
+
+    value: float
+    stderr: float = 0.0
+    dof: float = math.inf
+
+    @classmethod
+    def of(cls, samples: Tensor) -> "Estimate":
+        """Average independent samples, a vector of n >= 2 numbers."""
+        value, stderr, dof = mean_and_stderr(samples.double())
+        return cls(float(value), float(stderr), dof)
+
+    @property
+    def error(self) -> float:
+        """Half-width of the 99 % interval, in the unit of ``value``."""
+        return self.stderr * student(self.dof) if self.stderr else 0.0
+
+    def covers(self, truth: float) -> bool:
+        """Say whether ``truth`` lies within the error bar (and rounding) of the estimate."""
+        return abs(self.value - truth) <= self.error + 1e-12 * max(1.0, abs(truth))
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {self.error:.2g}" if self.stderr else f"{self.value:.4g}"
+
+
+def student(dof: float, level: float = 0.99) -> float:
+    """Two-sided quantile of Student's t.
+
+    Args:
+        dof: Degrees of freedom, > 0.
+        level: Probability inside, in (0, 1).
+
+    Returns:
+        t, dimensionless: an interval of +- t standard errors holds the truth with probability ``level``.
+
+    Example:
+        >>> round(student(math.inf, 0.95), 3)
+        1.96
+    """
+    from scipy.stats import norm, t
+
+    upper = 0.5 + level / 2
+    return float(norm.ppf(upper) if math.isinf(dof) else t.ppf(upper, dof))
+
+
+def mean_and_stderr(samples: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Average over the first dimension, with standard errors.
+
+    Args:
+        samples: Independent samples along dimension 0, at least 2; any other dimensions.
+
+    Returns:
+        Mean and standard error, each of the shape of one sample, and the degrees of freedom.
+
+    Raises:
+        ValueError: If there are fewer than two samples.
+
+    Example:
+        >>> import torch
+        >>> mean_and_stderr(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        (tensor([2., 5.]), tensor([1., 0.]), 1)
+    """
+    n = len(samples)
+    if n < 2:
+        raise ValueError(f"samples must be at least 2 for an error bar, got {n}")
+    return samples.mean(0), samples.std(0) / math.sqrt(n), n - 1

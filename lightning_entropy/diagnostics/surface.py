@@ -1,0 +1,289 @@
+"""The loss over some examples as a function of one flat vector of weights, with the module left as it was."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_entropy.diagnostics.data import Batch, batch_size, map_batch, take_batches
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross entropy of ``module(x)`` against ``y`` for a batch ``(x, y)`` of inputs and class indices.
+
+    The default loss of the diagnostics: no weight decay, no label smoothing, no auxiliary terms.
+
+    Args:
+        module: Maps x to logits, shape (batch, classes, ...).
+        batch: A pair (x, y), y of integers.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        ValueError: If the batch or the output is of another kind.
+
+    Example:
+        >>> round(cross_entropy(nn.Identity(), (torch.zeros(3, 10), torch.tensor([1, 2, 3]))).item(), 4)  # log 10
+        2.3026
+    """
+    if not (isinstance(batch, list | tuple) and len(batch) == 2):
+        raise ValueError(
+            f"a batch must be a pair (x, y) for the default loss, got {type(batch).__name__}: "
+            "pass loss=, a callable (module, batch) -> scalar"
+        )
+    x, y = batch
+    logits = module(x)
+    if not (isinstance(y, Tensor) and isinstance(logits, Tensor)) or y.is_floating_point() or logits.ndim < 2:
+        raise ValueError(
+            "y must hold class indices and module(x) logits of shape (batch, classes) for the default loss, got "
+            f"{_kind(y)} and {_kind(logits)}: pass loss=, a callable (module, batch) -> scalar"
+        )
+    return nn.functional.cross_entropy(logits, y)
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+@contextmanager
+def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[None]:
+    """Put a module in a mode and seed every global generator, and put everything back on leaving.
+
+    Covers the training flag of every submodule, the random states of torch (CPU and CUDA), numpy and Python, and
+    the grad, inference and autocast modes. Restores after an exception too.
+
+    Args:
+        module: Measured within the context.
+        mode: "eval" or "train".
+        seed: Of the global generators within the context.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If ``mode`` is neither.
+
+    Example:
+        >>> net, before = nn.Dropout(), torch.get_rng_state()
+        >>> with untouched(net):
+        ...     _ = torch.rand(3), net.training
+        >>> net.training, bool((torch.get_rng_state() == before).all())
+        (True, True)
+    """
+    if mode not in ("eval", "train"):
+        raise ValueError(f'mode must be "eval" or "train", got {mode!r}')
+    flags = [(m, m.training) for m in module.modules()]
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    kinds = {"cpu"} | {p.device.type for p in module.parameters()} & {"cuda", "mps", "xpu"}
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in module.modules()):
+            # Compiled graphs cannot be differentiated twice.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            module.train(mode == "train")
+            yield
+        finally:
+            for m, flag in flags:
+                m.training = flag
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])
+            random.setstate(states[2])
+            if cuda:
+                torch.cuda.set_rng_state_all(cuda)
+
+
+class LossSurface:
+    """f(w): the loss averaged over examples, each weighing the same, as a function of a flat vector w.
+
+    w holds the trainable parameters in ``module.named_parameters()`` order; frozen ones and buffers are constants.
+    The module is called through ``torch.func.functional_call`` on copies, so that its own weights, gradients and
+    buffers are neither read again nor written. Use it within :func:`untouched`. Half-precision weights are
+    promoted to float32: second differences of a loss are lost in 8 bits of mantissa.
+
+    In train mode BatchNorm normalises by the batch, so f depends on how the examples are batched, and dropout
+    draws the same mask each time that a batch is evaluated: f is a fixed function in both modes.
+
+    Args:
+        module: Any module; with a LightningModule, ``state`` makes it the anchor's surface.
+        data: A loader or an iterable of batches.
+        loss: ``(module, batch) -> scalar``, a mean over the batch. None: :func:`cross_entropy`.
+        examples: How many examples of ``data``, >= 1. None: all.
+        mode: "eval" or "train"; must be the mode given to :func:`untouched`.
+        seed: Of the choice of examples and of dropout.
+        state: Values by name, e.g. ``module.state_dict()``, in place of the module's own parameters and buffers.
+        transfer: Moves a batch to the module's device. None: a plain copy.
+
+    Raises:
+        ValueError: If nothing is trainable, the data is empty, or the loss is not a finite, differentiable scalar.
+
+    Example:
+        >>> class Square(nn.Module):                         # f(w) = mean of (w x)^2 / 2, at w = 3
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = nn.Parameter(torch.tensor([3.0]))
+        >>> surface = LossSurface(Square(), [torch.tensor([1.0]), torch.tensor([2.0, 2.0])],
+        ...                       loss=lambda m, x: (m.w * x).square().mean() / 2)
+        >>> surface.value, surface.gradient(surface.weights)      # mean of x^2 is 3
+        (13.5, tensor([9.]))
+        >>> surface.hessian_products(surface.weights, torch.ones(1, 1))
+        tensor([[3.]])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Iterable[Batch],
+        *,
+        loss: Loss | None = None,
+        examples: int | None = None,
+        mode: str = "eval",
+        seed: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        transfer: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        state = state or {}
+        named = dict(module.named_parameters())
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        if not trainable:
+            raise ValueError("module must have a trainable weight (requires_grad=True), got none")
+        self.mode, self.seed, self.device = mode, seed, next(iter(trainable.values())).device
+        double = all(p.dtype == torch.float64 for p in trainable.values())
+        self.dtype = torch.float64 if double else torch.float32
+
+        def constant(name: str, tensor: Tensor) -> Tensor:
+            return self._cast(state.get(name, tensor).detach().clone().to(self.device))
+
+        self.names = list(trainable)
+        self._shapes = [p.shape for p in trainable.values()]
+        self._numels = [p.numel() for p in trainable.values()]
+        self.weights = torch.cat([constant(name, p).flatten().to(self.dtype) for name, p in trainable.items()])
+        self._frozen = {n: constant(n, p) for n, p in named.items() if not p.requires_grad}
+        self._buffers = {n: constant(n, b) for n, b in module.named_buffers()}
+
+        self._objective = _Objective(module, loss or cross_entropy)
+        transfer = transfer or (lambda batch: move_data_to_device(batch, self.device))
+        self.batches = [map_batch(transfer(b), self._cast) for b in take_batches(data, examples, seed=seed)]
+        sizes = [batch_size(batch) for batch in self.batches]
+        self.examples = sum(sizes)
+        self.shares = [size / self.examples for size in sizes]
+        self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # (the caller's w, its leaf, the gradient)
+
+        self.value = self.loss(self.weights, check=True)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def __len__(self) -> int:
+        """Count the weights, P."""
+        return len(self.weights)
+
+    def batch_loss(self, weights: Tensor, batch: Batch, seed: int | None = None) -> Tensor:
+        """Evaluate the loss of one batch at ``weights``, shape (P,), as a scalar tensor with its graph."""
+        parts = zip(self.names, weights.split(self._numels), self._shapes, strict=True)
+        values = {name: part.view(shape) for name, part, shape in parts}
+        buffers = self._buffers
+        if self.mode == "train":
+            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            if seed is not None:
+                torch.manual_seed(self.seed + seed)
+        values = {f"module.{name}": value for name, value in {**values, **self._frozen, **buffers}.items()}
+        return functional_call(self._objective, values, (batch,))
+
+    def loss(self, weights: Tensor, *, check: bool = False) -> float:
+        """Evaluate f at ``weights``, shape (P,); with ``check``, raise ValueError unless losses are finite scalars."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
+                value = self.batch_loss(weights, batch, i)
+                if check and not (isinstance(value, Tensor) and value.ndim == 0):
+                    raise ValueError(f"loss must be a scalar tensor, got {_kind(value)}")
+                if check and not value.isfinite():
+                    raise ValueError(f"loss must be finite, got {value.item()} on batch {i}")
+                total += share * value
+        return total.item()
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """Evaluate the gradient of f at ``weights``, shape (P,), in (P,)."""
+        return self.value_and_gradient(weights)[1]
+
+    def value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate f, a float64 scalar tensor, and its gradient, shape (P,), at ``weights``, shape (P,)."""
+        w = weights.detach().requires_grad_()
+        value = torch.zeros((), dtype=torch.float64, device=self.device)
+        gradient = torch.zeros_like(weights)
+        for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
+            loss = self._differentiable(self.batch_loss(w, batch, i))
+            value += share * loss.detach()
+            gradient.add_(torch.autograd.grad(loss, w)[0], alpha=share)
+        return value, gradient
+
+    def hessian_products(self, weights: Tensor, vectors: Tensor) -> Tensor:
+        """Multiply vectors by the Hessian of f at ``weights``: backward through the gradient (Pearlmutter 1994).
+
+        Each batch's gradient graph is built once for all ``vectors``; with a single batch it is kept for the next
+        call, which saves the forward and first backward pass of every product but the first.
+
+        Args:
+            weights: Shape (P,). The kept graph belongs to this very tensor.
+            vectors: Shape (k, P).
+
+        Returns:
+            Shape (k, P).
+        """
+        products = torch.zeros_like(vectors)
+        for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
+            w, gradient = self._gradient_graph(weights, batch, i)
+            for k, vector in enumerate(vectors):
+                last = len(self.batches) > 1 and k == len(vectors) - 1
+                if gradient.requires_grad:  # A loss linear in w has none, and no curvature.
+                    product = torch.autograd.grad(gradient, w, vector, retain_graph=not last, materialize_grads=True)
+                    products[k].add_(product[0], alpha=share)
+        return products
+
+    def _gradient_graph(self, weights: Tensor, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+        if self._graph is not None and self._graph[0] is weights:
+            return self._graph[1:]
+        w = weights.detach().requires_grad_()
+        # Fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = self._differentiable(self.batch_loss(w, batch, index))
+            (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+        if len(self.batches) == 1:
+            self._graph = weights, w, gradient
+        return w, gradient
+
+    @staticmethod
+    def _differentiable(loss: Tensor) -> Tensor:
+        if not loss.requires_grad:
+            raise ValueError("loss must depend on the trainable weights, got a constant")
+        return loss
+
+
+class _Objective(nn.Module):
+    """The loss as the forward of a module, for ``functional_call`` to reach the weights inside it."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = (loss,)  # In a tuple, lest a loss that is a module be registered.
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss[0](self.module, batch)
