@@ -1,6 +1,7 @@
 """Local-entropy optimization for PyTorch Lightning."""
 
 from lightning_entropy.attach import relax
+from lightning_entropy.batchnorm import RefreshBatchNorm
 from lightning_entropy.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
 from lightning_entropy.inner_outer import InnerOuter
 from lightning_entropy.presets import (
@@ -25,6 +26,7 @@ __all__ = [
     "HeatSmoothing",
     "InnerOuter",
     "InnerOuterCallback",
+    "RefreshBatchNorm",
     "Relaxation",
     "Scoping",
     "Widening",

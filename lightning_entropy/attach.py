@@ -4,7 +4,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_entropy.inner_outer import InnerOuter, OuterFactory, ReplicaMean
+from lightning_entropy.inner_outer import InnerOuter, ReplicaMean
+from lightning_entropy.outer import OuterFactory
 from lightning_entropy.perturbed import PerturbedLoop
 from lightning_entropy.relaxation import Relaxation
 

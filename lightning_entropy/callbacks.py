@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import initial_seed
 
 from lightning_entropy import presets
-from lightning_entropy.inner_outer import OuterFactory
+from lightning_entropy.outer import OuterFactory
 from lightning_entropy.loops import Loops, claim
 from lightning_entropy.presets import ENTROPY_SCOPING
 from lightning_entropy.relaxation import Gamma, Number, Relaxation, check_integer
@@ -17,14 +17,16 @@ from lightning_entropy.relaxation import Gamma, Number, Relaxation, check_intege
 class InnerOuterCallback(Callback):
     """Run a :class:`Relaxation` on every optimizer of the Trainer: one training step is one inner step.
 
-    Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, and DDP. The
-    weights one keeps are the anchor x: validation, test, ``state_dict()`` and with it every kind of checkpoint, and
-    the module after fit or after an exception hold x. Only code that reads the parameters directly between two training
-    batches of an epoch may find y. A checkpoint loads without the callback, and one made without it loads with it.
+    Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, and
+    DDP. The weights one keeps are the anchor x: validation, test, ``state_dict()`` and with it every kind of
+    checkpoint, and the module after fit or after an exception hold x. Only code that reads the parameters directly
+    between two training batches of an epoch may find y. A checkpoint loads without the callback, and one made
+    without it loads with it.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs ``entropy/gamma``,
-    ``entropy/rho``, ``entropy/inner_distance`` and ``entropy/mean_distance`` (rms per weight of y - x and z - x before the
-    outer step), ``entropy/outer_step`` and ``entropy/effective_epochs`` (passes over the data, every gradient counted).
+    ``entropy/rho``, ``entropy/inner_distance`` and ``entropy/mean_distance`` (rms per weight of y - x and z - x
+    before the outer step), ``entropy/outer_step`` and ``entropy/effective_epochs`` (passes over the data, every
+    gradient counted).
 
     Args:
         relaxation: the method, such as ``le.lookahead()``.
@@ -135,9 +137,9 @@ class InnerOuterCallback(Callback):
 class EntropySGD(InnerOuterCallback):
     """Entropy-SGD on an existing Trainer: ``Trainer(callbacks=[EntropySGD()])``.
 
-    Every L training steps the weights jump to the running mean of a noisy descent that a spring holds near them. See
-    :func:`lightning_entropy.entropy_sgd` for the equation, the sources and the units; :class:`InnerOuterCallback` for who
-    sees which weights.
+    Every L training steps the weights jump to the running mean of a noisy descent that a spring holds near them.
+    See :func:`lightning_entropy.entropy_sgd` for the equation, the sources and the units, and
+    :class:`InnerOuterCallback` for who sees which weights.
 
     Args:
         inner_steps: L, int >= 1.

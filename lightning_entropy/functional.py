@@ -215,7 +215,7 @@ def _blocks(y: Tensor, x: Tensor, z: Tensor | None) -> Iterable[tuple[Tensor, Te
     flats = [None if t is None else _flat(t) for t in (y, x, z)]
     if flats[0] is None or flats[1] is None or (z is not None and flats[2] is None) or y.is_complex():
         return [(y, x, z)]
-    cut = [[None] * streams(y) if f is None else f.split(BLOCK) for f in flats]
+    cut: list[Any] = [[None] * streams(y) if f is None else f.split(BLOCK) for f in flats]
     return list(zip(*cut, strict=True))  # type: ignore[arg-type]
 
 

@@ -10,7 +10,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,36 +17,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_entropy import functional as F
+from lightning_entropy.outer import Outer, OuterFactory
 from lightning_entropy.relaxation import Relaxation, check_integer
+from lightning_entropy.slots import Slot, Slots
 from lightning_entropy.step_hooks import StepHooks
 
-OuterFactory = Callable[[list[Tensor]], Optimizer]
 # Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
 ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
 
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
-
-
-@dataclass(eq=False)
-class Slot:
-    """What a loop keeps of one parameter, in float32 or the parameter's own wider type."""
-
-    param: Tensor
-    anchor: Tensor
-    average: Tensor | None = None
-    gradient: Tensor | None = None  # sum over a loop: the heat variant's, and that which gamma="auto" measures
-    hidden: Tensor | None = None  # y, while the parameter shows x
-    moved: bool = False  # since the last outer step
-
-    @property
-    def inner(self) -> Tensor:
-        """The inner iterate y."""
-        return self.param.detach() if self.hidden is None else self.hidden
-
-    @property
-    def mean(self) -> Tensor:
-        """The running mean z, which is y where there is none."""
-        return self.inner.to(self.anchor.dtype) if self.average is None else self.average
 
 
 class InnerOuter:
@@ -59,7 +37,6 @@ class InnerOuter:
         settings: its numbers at step t.
         inner_step: k, inner steps since the last outer step, in [0, L).
         outer_step: t, outer steps done.
-        outer: the outer optimizer once it has stepped; None where x <- x + outer_lr (z - x) needs none.
         gamma_start: what ``gamma="auto"`` measured; None before.
         measure: whether outer steps take :attr:`distances` (two passes over the weights, no device is waited for).
         distances: rms per weight of y - x and z - x, as scalars, at the last outer step with ``measure``.
@@ -79,7 +56,7 @@ class InnerOuter:
         """Attach to the optimizer.
 
         Args:
-            optimizer: see :func:`lightning_entropy.relax`, also for ``relaxation``, ``outer``, ``replica_mean``, ``seed``.
+            optimizer: the user's. This and the next four are documented at :func:`lightning_entropy.relax`.
             relaxation: the method.
             outer: makes the outer optimizer.
             replica_mean: mean over replicas.
@@ -92,26 +69,23 @@ class InnerOuter:
             TypeError: not a torch optimizer.
             ValueError: the relaxation cannot work with this optimizer, or it has a loop already.
         """
-        _check(optimizer, relaxation, outer)
+        _check(optimizer, relaxation)
         self.optimizer = optimizer
         self.relaxation = relaxation
         self.settings = relaxation.at(0)
         self.inner_step = 0
         self.outer_step = 0
-        self.outer: Optimizer | None = None
         self.gamma_start: float | None = None
         self.measure = False
         self.distances: tuple[Tensor, Tensor] | None = None
         self._seed = torch.initial_seed() if seed is None else check_integer("seed", seed, 0)
-        self._outer_factory = outer
-        self._outer_state: dict[str, Any] | None = None  # loaded, and waiting for its optimizer
+        self._outer = Outer(outer, relaxation.outer_momentum)
         self._replica_mean = replica_mean
         self._elastic_mean: list[Tensor] | Callable[[], list[Tensor]] | None = (
             None  # under way since the last outer step
         )
-        self._names = names or {}
         self._count_attempts = count_attempts
-        self._slots: dict[Tensor, Slot] = {}
+        self._slots = Slots(optimizer, names)
         self._streams: dict[Tensor, int] = {}
         self._measured = 0  # gradients summed for gamma="auto"
         self._show_depth = 0
@@ -124,7 +98,7 @@ class InnerOuter:
     @property
     def params(self) -> list[Tensor]:
         """All parameters of the optimizer, in its order."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return self._slots.params
 
     @property
     def anchor(self) -> list[Tensor]:
@@ -160,39 +134,21 @@ class InnerOuter:
     def show(self) -> None:
         """Enter :meth:`at_anchor`; calls nest."""
         self._show_depth += 1
-        if self._show_depth > 1 or self._at_rest:
-            return
-        for slot in self._slots.values():
-            slot.hidden = slot.param.detach().clone()
-            slot.param.copy_(slot.anchor)
+        if self._show_depth == 1 and not self._at_rest:
+            self._slots.show()
 
     @torch.no_grad()
     def hide(self) -> None:
         """Leave :meth:`at_anchor`."""
         self._show_depth -= 1
-        if self._show_depth > 0:
-            return
-        for slot in self._changed():
-            slot.anchor.copy_(slot.param)
-            slot.hidden = None
-            if slot.average is not None:
-                slot.average.copy_(slot.param)
-        for slot in self._slots.values():
-            if slot.hidden is not None:
-                slot.param.copy_(slot.hidden)
-                slot.hidden = None
-
-    def _changed(self) -> list[Slot]:
-        """Slots whose parameter was given another value than the x it showed; one wait for the device."""
-        slots = list(self._slots.values())
-        differ = [(slot.param != slot.anchor.to(slot.param.dtype)).any().cpu() for slot in slots]
-        return [slot for slot, yes in zip(slots, differ, strict=True) if yes]
+        if self._show_depth == 0:
+            self._slots.hide()
 
     def detach(self) -> None:
         """Leave x in the parameters and no hook behind. May be called twice."""
         if self._show_depth == 0:
             self.show()
-        for slot in self._slots.values():
+        for slot in self._slots:
             slot.hidden = None
         self._hooks.remove()
         _attached.discard(self.optimizer)
@@ -208,9 +164,9 @@ class InnerOuter:
             return
         for p in self.params:
             if p.requires_grad:
-                self._slot(p)
+                self._slots[p]
         if self._elastic_mean is None and self.relaxation.elastic_target == "anchor" and self.relaxation.rho != 0:
-            self._elastic_mean = self._replica_mean([slot.anchor for slot in self._slots.values()])
+            self._elastic_mean = self._replica_mean([slot.anchor for slot in self._slots])
 
     def _before_step(self) -> None:
         if self._show_depth:
@@ -238,7 +194,7 @@ class InnerOuter:
         if self._overflowed():
             return
         self.begin()
-        slots, lrs = self._stepping(create=True)
+        slots, lrs = self._slots.stepping(create=True)
         if first and self._measures_gamma:
             self._measured += 1
             for slot in slots:
@@ -259,7 +215,7 @@ class InnerOuter:
             F.attract_([s.param for s in slots], [s.anchor for s in slots], [lr * gamma for lr in lrs])
 
     def _after_step(self) -> None:
-        slots, lrs = self._stepping()
+        slots, lrs = self._slots.stepping()
         if not slots or self._overflowed():
             return
         now = self.settings
@@ -269,7 +225,7 @@ class InnerOuter:
             for slot in slots:
                 slot.average = None
         else:
-            averages = [slot.average if slot.average is not None else self._new_average(slot) for slot in slots]
+            averages = [slot.running_mean() for slot in slots]
         params = [slot.param for slot in slots]
         if spring or now.noise or averages:
             F.inner_move_(
@@ -296,7 +252,7 @@ class InnerOuter:
 
     @torch.no_grad()
     def _outer_step(self) -> None:
-        slots = [s for s in self._slots.values() if s.moved or self._replica_mean is not None]
+        slots = [s for s in self._slots if s.moved or self._replica_mean is not None]
         if self.measure and slots:
             anchors = [s.anchor for s in slots]
             self.distances = (
@@ -326,33 +282,17 @@ class InnerOuter:
         self.begin()
 
     def _step_anchors(self, slots: list[Slot]) -> None:
-        """X <- outer(x, x - z + rho (x - mean over replicas of x))."""
+        """x <- outer(x, x - z + rho (x - mean over replicas of x))."""
         now, anchors, means = self.settings, [s.anchor for s in slots], [s.mean for s in slots]
-        pull: list[Tensor] | None = None
+        pulls = None
         if self.relaxation.elastic_target == "pseudo_gradient":
             if self._replica_mean is not None:
                 drift = self._mean([x - z for x, z in zip(anchors, means, strict=True)])
                 means = [x - d for x, d in zip(anchors, drift, strict=True)]
         elif now.rho or self._elastic_mean is not None:
-            pull = [x - m for x, m in zip(anchors, self._elastic_target(anchors, means), strict=True)]
-        if self._outer_factory is None and not self.relaxation.outer_momentum:
-            # lerp with weight 1 is exact where x - (x - z) is not: L = 1 is the user's optimizer bit for bit.
-            for i, (x, z) in enumerate(zip(anchors, means, strict=True)):
-                x.lerp_(z, now.outer_lr)
-                if pull is not None:
-                    x.add_(pull[i], alpha=-now.outer_lr * now.rho)
-            return
-        outer = self._outer(anchors)
-        if self._outer_factory is None:
-            for group in outer.param_groups:
-                group["lr"] = now.outer_lr
-        for i, (x, z) in enumerate(zip(anchors, means, strict=True)):
-            x.grad = x - z
-            if pull is not None:
-                x.grad.add_(pull[i], alpha=now.rho)
-        outer.step()
-        for x in anchors:
-            x.grad = None
+            targets = self._elastic_target(anchors, means)
+            pulls = [(x - m).mul_(now.rho) for x, m in zip(anchors, targets, strict=True)]
+        self._outer.step(slots, self._slots.named(), means, pulls, now.outer_lr)
 
     def _elastic_target(self, anchors: list[Tensor], means: list[Tensor]) -> list[Tensor]:
         if self.relaxation.elastic_target == "average":
@@ -368,20 +308,6 @@ class InnerOuter:
             return tensors
         mean = self._replica_mean(tensors)
         return mean() if callable(mean) else mean
-
-    def _outer(self, anchors: list[Tensor]) -> Optimizer:
-        if self.outer is None:
-            if self._outer_factory is not None:
-                self.outer = self._outer_factory(anchors)
-            else:
-                momentum = self.relaxation.outer_momentum
-                self.outer = torch.optim.SGD(anchors, lr=1.0, momentum=momentum, nesterov=True)
-        known = {p for group in self.outer.param_groups for p in group["params"]}
-        self.outer.param_groups[0]["params"].extend(x for x in anchors if x not in known)
-        if self._outer_state is not None:
-            self._load_outer(self._outer_state)
-            self._outer_state = None
-        return self.outer
 
     # gamma="auto"
 
@@ -421,30 +347,6 @@ class InnerOuter:
     def _at_rest(self) -> bool:
         return self.inner_step == 0 and self.relaxation.reset
 
-    def _slot(self, p: Tensor) -> Slot:
-        """Give the parameter's slot, made where it first gets a gradient: until then x and y are its value."""
-        if p not in self._slots:
-            wide = torch.promote_types(p.dtype, torch.float32)
-            anchor = p.detach().to(wide, copy=True, memory_format=torch.preserve_format)
-            self._slots[p] = Slot(p, anchor)
-        return self._slots[p]
-
-    def _new_average(self, slot: Slot) -> Tensor:
-        slot.average = slot.anchor.clone()
-        return slot.average
-
-    def _stepping(self, create: bool = False) -> tuple[list[Slot], list[Any]]:
-        """Slots of the parameters that have a gradient now, and their learning rates."""
-        slots, lrs = [], []
-        for group in self.optimizer.param_groups:
-            lr = group.get("lr", 0.0)
-            lr = float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr
-            for p in group["params"]:
-                if p.grad is not None and (create or p in self._slots):
-                    slots.append(self._slot(p))
-                    lrs.append(lr)
-        return slots, lrs
-
     def noise_seeds(self, params: list[Tensor]) -> list[list[int]]:
         """Give the seeds of the noise of this step, a list per parameter: of (seed, step, parameter) alone."""
         if len(self._streams) != len(self.params):
@@ -475,10 +377,8 @@ class InnerOuter:
             anchor: with x; without it, whoever loads has put x into the parameters.
         """
         slots = {}
-        for name, slot in self._named_slots():
-            entry: dict[str, Any] = {}
-            if anchor or slot.anchor.dtype != slot.param.dtype:
-                entry["anchor"] = slot.anchor
+        for name, slot in self._slots.named():
+            entry = {"anchor": slot.anchor} if anchor or slot.anchor.dtype != slot.param.dtype else {}
             slots[name] = entry | self._inner_state(slot)
         return {
             "inner_step": self.inner_step,
@@ -487,7 +387,7 @@ class InnerOuter:
             "gamma_start": self.gamma_start,
             "measured": self._measured,
             "slots": slots,
-            "outer": self._outer_state if self.outer is None else self._save_outer(self.outer),
+            "outer": self._outer.state_dict(self._slots.named()),
         }
 
     def _inner_state(self, slot: Slot) -> dict[str, Any]:
@@ -507,58 +407,15 @@ class InnerOuter:
         Raises:
             ValueError: a parameter that this optimizer does not have, or another shape.
         """
-        by_name = {self._name(i, p): p for i, p in enumerate(self.params)}
-        for name, entry in state["slots"].items():
-            if name not in by_name:
-                raise ValueError(f"state_dict must be of the optimizer's parameters, got {name!r}, which is not one")
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and value.shape != by_name[name].shape:
-                    shapes = f"{tuple(value.shape)} for {name!r} of shape {tuple(by_name[name].shape)}"
-                    raise ValueError(f"{key} in state_dict must have the parameter's shape, got {shapes}")
+        self._slots.load(state["slots"], shown=self._show_depth > 0)
+        self._outer.load_state_dict(state["outer"])
         self.inner_step, self.outer_step = state["inner_step"], state["outer_step"]
         self._seed, self.gamma_start, self._measured = state["seed"], state["gamma_start"], state["measured"]
+        self._elastic_mean = None
         self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
-        self._slots, self.outer, self._outer_state, self._elastic_mean = {}, None, state["outer"], None
-        for name, entry in state["slots"].items():
-            p = by_name[name]
-            if "anchor" in entry:
-                p.copy_(entry["anchor"])
-            slot = self._slot(p)
-            if "anchor" in entry:
-                slot.anchor.copy_(entry["anchor"])
-            slot.moved = entry.get("moved", False)
-            for key in ("average", "gradient"):
-                if key in entry:
-                    setattr(slot, key, torch.empty_like(slot.anchor).copy_(entry[key]))
-            if "inner" in entry:
-                target = p if not self._show_depth else torch.empty_like(p)
-                target.copy_(entry["inner"])
-                slot.hidden = None if target is p else target
-
-    def _name(self, position: int, p: Tensor) -> str:
-        return self._names.get(p, str(position))
-
-    def _named_slots(self) -> Iterator[tuple[str, Slot]]:
-        for i, p in enumerate(self.params):
-            if p in self._slots:
-                yield self._name(i, p), self._slots[p]
-
-    def _save_outer(self, outer: Optimizer) -> dict[str, Any]:
-        options = [{k: v for k, v in group.items() if k != "params"} for group in outer.param_groups]
-        return {"options": options, "state": {n: dict(outer.state[s.anchor]) for n, s in self._named_slots()}}
-
-    def _load_outer(self, state: Mapping[str, Any]) -> None:
-        assert self.outer is not None
-        for group, options in zip(self.outer.param_groups, state["options"], strict=True):
-            group.update(options)
-        for name, slot in self._named_slots():
-            for key, value in state["state"].get(name, {}).items():
-                # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
-                moment = isinstance(value, Tensor) and value.shape == slot.anchor.shape
-                self.outer.state[slot.anchor][key] = value.to(slot.anchor.device, copy=True) if moment else value
 
 
-def _check(optimizer: Optimizer, relaxation: Relaxation, outer: OuterFactory | None) -> None:
+def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not isinstance(relaxation, Relaxation):
@@ -567,15 +424,11 @@ def _check(optimizer: Optimizer, relaxation: Relaxation, outer: OuterFactory | N
         raise ValueError("optimizer must have no loop yet, got one that has: detach() it first")
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(f"optimizer must run torch's step hooks, got {type(optimizer).__name__}, which does not")
-    if (relaxation.gamma != 0 or relaxation.noise != 0) and not relaxation.perturb:
-        if any("lr" not in group for group in optimizer.param_groups):
-            raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
+    uses_lr = not relaxation.perturb and (relaxation.gamma != 0 or relaxation.noise != 0)
+    if uses_lr and any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
     if isinstance(optimizer, torch.optim.LBFGS):
         if relaxation.coupled:
             raise ValueError("coupled must be False with LBFGS: its line search needs the loss that the gradient is of")
         if relaxation.perturb and relaxation.inner_steps > 1:
             raise ValueError(f"inner_steps must be 1 for the heat variant with LBFGS, got {relaxation.inner_steps}")
-    if outer is not None:
-        made = outer([torch.zeros(1)])
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"outer must return a torch.optim.Optimizer, got {type(made).__name__}")

@@ -12,7 +12,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_entropy.attach import make_loop
-from lightning_entropy.inner_outer import OuterFactory, ReplicaMean
+from lightning_entropy.inner_outer import ReplicaMean
+from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
 
 _owners: "weakref.WeakKeyDictionary[Trainer, Any]" = weakref.WeakKeyDictionary()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_entropy import functional as F
-from lightning_entropy.inner_outer import InnerOuter, Slot
+from lightning_entropy.inner_outer import InnerOuter
+from lightning_entropy.slots import Slot
 
 
 class PerturbedLoop(InnerOuter):
@@ -34,7 +35,7 @@ class PerturbedLoop(InnerOuter):
         """Perturb the parameters, if they are not perturbed already."""
         if self._perturbed:
             return
-        slots = [self._slot(p) for p in self.params if p.requires_grad]
+        slots = [self._slots[p] for p in self.params if p.requires_grad]
         for slot in slots:
             slot.anchor.copy_(slot.param)
         self._perturbed = True
@@ -53,7 +54,7 @@ class PerturbedLoop(InnerOuter):
 
     def _restore(self) -> None:
         if self._perturbed:
-            for slot in self._slots.values():
+            for slot in self._slots:
                 slot.param.copy_(slot.anchor)
         self._perturbed = False
 
@@ -65,14 +66,14 @@ class PerturbedLoop(InnerOuter):
         self._restore()
         if self._overflowed():
             return
-        slots, _ = self._stepping(create=True)
+        slots, _ = self._slots.stepping(create=True)
         self._counted = bool(slots)
         if self.relaxation.inner_steps == 1:
             return
         last = self.inner_step + 1 >= self.relaxation.inner_steps
         for slot in slots:
             self._add_gradient(slot)
-        for slot in self._slots.values() if last else slots:
+        for slot in self._slots if last else slots:
             slot.param.grad = self._mean_gradient(slot) if last else None
 
     def _mean_gradient(self, slot: Slot) -> Tensor | None:
@@ -94,7 +95,7 @@ class PerturbedLoop(InnerOuter):
     def state_dict(self, *, anchor: bool = True) -> dict[str, Any]:
         """Give what a later :meth:`load_state_dict` needs to go on exactly; y follows from x and the step."""
         if not self._perturbed:
-            for slot in self._slots.values():
+            for slot in self._slots:
                 slot.anchor.copy_(slot.param)
         return super().state_dict(anchor=anchor)
 

@@ -1,0 +1,166 @@
+"""BatchNorm statistics of the weights one evaluates."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from lightning_entropy.relaxation import check_integer
+
+
+class RefreshBatchNorm(Callback):
+    """Re-estimate BatchNorm statistics at the weights that are evaluated, before validation and test.
+
+    Training collects them at y, and averaged over the last steps; evaluation is at x. Every running mean and variance
+    becomes the plain average over ``n_batches`` training batches at x (as ``torch.optim.swa_utils.update_bn``), with
+    dropout off, as the authors of Entropy-SGD do it, and averaged over ranks. Checkpoints that follow have
+    the new statistics. Training is not touched: its forward pass does not read them, and the state of every random
+    generator, loader and worker is what it was. Useful with any callback that evaluates other weights than
+    it trains, such as weight averaging. One batch is worse than none; ten cost about ten forward passes per validation.
+
+    Args:
+        n_batches: training batches, int >= 1; fewer where the loader ends.
+        dataloader: where they come from; None: the Trainer's training loader, else the datamodule's or the module's.
+        forward: what is run on a batch, ``(module, batch) -> Any``; None: ``module(batch)``, or ``module(batch[0])``
+            for a tuple or list.
+
+    Raises:
+        ValueError: ``n_batches`` below 1.
+        TypeError: ``n_batches`` is not an int.
+        MisconfigurationException: in validation or test: no training data, or no batch in it.
+
+    References:
+        Chaudhari et al., Entropy-SGD, ICLR 2017 (code); Izmailov et al., SWA, UAI 2018, arXiv:1803.05407.
+    """
+
+    def __init__(
+        self,
+        n_batches: int = 64,
+        *,
+        dataloader: Any = None,
+        forward: Callable[[LightningModule, Any], Any] | None = None,
+    ) -> None:
+        self.n_batches = check_integer("n_batches", n_batches, 1)
+        self.dataloader = dataloader
+        self.forward = forward
+
+    # The epoch-start hooks: by then every callback, the module and the strategy have put the weights in place.
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refresh, unless this is the sanity check before training."""
+        if not trainer.sanity_checking:
+            self.refresh(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refresh."""
+        self.refresh(trainer, pl_module)
+
+    @torch.no_grad()
+    def refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Re-estimate the statistics of every BatchNorm layer that keeps some.
+
+        Args:
+            trainer: gives data, device and precision.
+            pl_module: whose layers.
+
+        Raises:
+            MisconfigurationException: no training data, or no batch in it.
+        """
+        layers = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        if not layers:
+            return
+        with isolate_rng(), _collecting(pl_module, layers):
+            count = 0
+            for batch in islice(_batches(self._loader(trainer, pl_module)), self.n_batches):
+                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                with trainer.precision_plugin.forward_context():
+                    self._run(pl_module, batch)
+                count += 1
+            if count == 0:
+                raise MisconfigurationException(
+                    "dataloader must have at least one batch for RefreshBatchNorm, got none"
+                )
+            if trainer.world_size > 1:
+                _average_over_ranks(trainer, [b for layer in layers for b in (layer.running_mean, layer.running_var)])
+
+    def _run(self, pl_module: LightningModule, batch: Any) -> None:
+        if self.forward is not None:
+            self.forward(pl_module, batch)
+        else:
+            pl_module(batch[0] if isinstance(batch, list | tuple) else batch)
+
+    def _loader(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        if self.dataloader is not None:
+            return self.dataloader
+        if trainer.train_dataloader is not None:
+            return trainer.train_dataloader
+        datamodule = getattr(trainer, "datamodule", None)
+        for source in (datamodule, pl_module):
+            if source is not None and is_overridden("train_dataloader", source):
+                return source.train_dataloader()
+        raise MisconfigurationException(
+            "RefreshBatchNorm needs training batches, and this Trainer has none: give it dataloader="
+        )
+
+
+@contextmanager
+def _collecting(module: LightningModule, layers: list[_BatchNorm]) -> Iterator[None]:
+    """Put the layers, and they alone, in the mode that collects a plain average; undo it all on an exception."""
+    modes = [(m, m.training) for m in module.modules()]
+    kept = [(layer, layer.momentum, [b.clone() for b in layer.buffers(recurse=False)]) for layer in layers]
+    try:
+        module.eval()
+        for layer in layers:
+            layer.train()
+            layer.reset_running_stats()
+            layer.momentum = None
+        yield
+    except BaseException:
+        for layer, _, buffers in kept:
+            for b, saved in zip(layer.buffers(recurse=False), buffers, strict=True):
+                b.copy_(saved)
+        raise
+    finally:
+        for layer, momentum, _ in kept:
+            layer.momentum = momentum
+        for m, training in modes:
+            m.training = training
+
+
+def _batches(loader: Any) -> Iterator[Any]:
+    """Iterate over a loader, or a collection of some, without disturbing an iteration that is under way."""
+    if isinstance(loader, DataLoader):
+        samplers = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+        generators = {g for g in (getattr(s, "generator", None) for s in samplers) if isinstance(g, torch.Generator)}
+        states = [(g, g.get_state()) for g in generators]
+        own = copy.copy(loader)
+        own._iterator = None  # persistent workers would restart the iterator that training is using
+        try:
+            yield from own
+        finally:
+            for g, state in states:
+                g.set_state(state)
+    elif isinstance(loader, dict | list | tuple):
+        for batch, _, _ in CombinedLoader(loader, mode="min_size"):
+            yield batch
+    else:
+        yield from loader
+
+
+def _average_over_ranks(trainer: Trainer, buffers: list[Tensor | None]) -> None:
+    """Replace every buffer by its mean over the ranks, in one reduction."""
+    known = [b for b in buffers if b is not None]
+    mean = trainer.strategy.reduce(torch.cat([b.flatten() for b in known]), reduce_op="mean")
+    for b, part in zip(known, mean.split([b.numel() for b in known]), strict=True):
+        b.copy_(part.view_as(b))

@@ -1,0 +1,140 @@
+"""What a loop keeps of every parameter: x, z and, while the parameter shows x, y."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass(eq=False)
+class Slot:
+    """What a loop keeps of one parameter, in float32 or the parameter's own wider type."""
+
+    param: Tensor
+    anchor: Tensor
+    average: Tensor | None = None
+    gradient: Tensor | None = None  # sum over a loop: the heat variant's, and that which gamma="auto" measures
+    hidden: Tensor | None = None  # y, while the parameter shows x
+    moved: bool = False  # since the last outer step
+
+    @property
+    def inner(self) -> Tensor:
+        """The inner iterate y."""
+        return self.param.detach() if self.hidden is None else self.hidden
+
+    @property
+    def mean(self) -> Tensor:
+        """The running mean z, which is y where there is none."""
+        return self.inner.to(self.anchor.dtype) if self.average is None else self.average
+
+    def running_mean(self) -> Tensor:
+        """Give z to be updated; it starts at x."""
+        if self.average is None:
+            self.average = self.anchor.clone()
+        return self.average
+
+
+class Slots:
+    """The slots of an optimizer's parameters, each made when its parameter first gets a gradient.
+
+    Until then x and y are the parameter's value, so that weights may be loaded, frozen and unfrozen freely.
+    """
+
+    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str] | None = None) -> None:
+        """Start with none; ``names`` keys the state, and a parameter without a name goes by its position."""
+        self._optimizer = optimizer
+        self._names = names or {}
+        self._slots: dict[Tensor, Slot] = {}
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters of the optimizer, in its order."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
+
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._slots
+
+    def __getitem__(self, p: Tensor) -> Slot:
+        """Give the parameter's slot, made here if there is none."""
+        if p not in self._slots:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            self._slots[p] = Slot(p, p.detach().to(wide, copy=True, memory_format=torch.preserve_format))
+        return self._slots[p]
+
+    def stepping(self, *, create: bool = False) -> tuple[list[Slot], list[Any]]:
+        """Give the slots of the parameters that have a gradient now, and their learning rates."""
+        slots, lrs = [], []
+        for group in self._optimizer.param_groups:
+            lr = group.get("lr", 0.0)
+            lr = float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr
+            for p in group["params"]:
+                if p.grad is not None and (create or p in self._slots):
+                    slots.append(self[p])
+                    lrs.append(lr)
+        return slots, lrs
+
+    def show(self) -> None:
+        """Put x into the parameters, keeping y beside."""
+        for slot in self:
+            slot.hidden = slot.param.detach().clone()
+            slot.param.copy_(slot.anchor)
+
+    def hide(self) -> None:
+        """Put y back; a parameter that no longer holds x was given a new one, and y and z restart there."""
+        slots = list(self)
+        # The values are compared on the device and waited for once.
+        changed = [(slot.param != slot.anchor.to(slot.param.dtype)).any() for slot in slots]
+        for slot, new in zip(slots, [flag.item() for flag in changed], strict=True):
+            if new:
+                slot.anchor.copy_(slot.param)
+                slot.average = None
+            elif slot.hidden is not None:
+                slot.param.copy_(slot.hidden)
+            slot.hidden = None
+
+    def named(self) -> Iterator[tuple[str, Slot]]:
+        """Give every slot with its key in the state."""
+        for i, p in enumerate(self.params):
+            if p in self._slots:
+                yield self._names.get(p, str(i)), self._slots[p]
+
+    def load(self, entries: Mapping[str, Mapping[str, Any]], *, shown: bool) -> None:
+        """Make the slots again from saved entries: x from ``anchor``, or else from the parameter.
+
+        Args:
+            entries: by name, the saved fields of a slot (``inner`` for y).
+            shown: whether the parameters are to hold x afterwards, with y beside; else y.
+
+        Raises:
+            ValueError: a name that the optimizer does not have, or a tensor of another shape.
+        """
+        by_name = {self._names.get(p, str(i)): p for i, p in enumerate(self.params)}
+        for name, entry in entries.items():
+            if name not in by_name:
+                raise ValueError(f"state_dict must be of the optimizer's parameters, got {name!r}, which is not one")
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and value.shape != by_name[name].shape:
+                    shapes = f"{tuple(value.shape)} for {name!r} of shape {tuple(by_name[name].shape)}"
+                    raise ValueError(f"{key} in state_dict must have the parameter's shape, got {shapes}")
+        self._slots = {}
+        for name, entry in entries.items():
+            p = by_name[name]
+            if "anchor" in entry:
+                p.copy_(entry["anchor"])
+            slot = self[p]
+            if "anchor" in entry:
+                slot.anchor.copy_(entry["anchor"])
+            slot.moved = entry.get("moved", False)
+            for key in ("average", "gradient"):
+                if key in entry:
+                    setattr(slot, key, torch.empty_like(slot.anchor).copy_(entry[key]))
+            if "inner" in entry and shown:
+                slot.hidden = torch.empty_like(p).copy_(entry["inner"])
+            elif "inner" in entry:
+                p.copy_(entry["inner"])
