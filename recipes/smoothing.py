@@ -193,8 +193,8 @@ def setup(f: Callable[[Array], Array] | None = None, domain: tuple[float, float]
     """Return the talk's landscape, or a landscape of one's own with the same start.
 
     The talk's f is x^2 + 1.5 sin(2 pi x) + rough, the last being 5 (U[0, 1] - 1/2) smoothed by a Gaussian of deviation
-    0.03; 32 local minima, the lowest at -0.162. The start is a Gaussian of deviation width/60, cut at 4.2 deviations, 11/12
-    of the way to the right: deviation 0.1 around 2.5.
+    0.03; 32 local minima, the lowest at -0.162. The start is a Gaussian of deviation width/60, cut at 4.2 deviations,
+    11/12 of the way to the right: deviation 0.1 around 2.5.
 
     Args:
         f: a landscape; None for the talk's.
@@ -242,14 +242,14 @@ def descend(talk: Setup, frames: int = 1) -> tuple[Descent, Descent, Descent]:
         return replace(moving, densities=densities)
 
     return (
-        population("SGD on f", ORANGE, [talk.f]),
-        population("viscous", BLUE, viscous),
-        population("non-viscous", GREEN, inviscid),
+        population("f (SGD)", ORANGE, [talk.f]),
+        population("u viscous", BLUE, viscous),
+        population("u non-viscous", GREEN, inviscid),
     )
 
 
 def numbers(talk: Setup, descents: Sequence[Descent]) -> list[dict[str, float | str]]:
-    """Return, for every population, the minima of what it starts on and the mean, deviation, mode and loss it ends with."""
+    """Return, for every population, the minima it starts on, and its mean, deviation, mode and loss at the end."""
     best = talk.x[talk.f.argmin()]
     rows: list[dict[str, float | str]] = []
     for descent in descents:
@@ -296,16 +296,17 @@ def draw_smoothing(above: Axes, below: Axes, talk: Setup, descents: Sequence[Des
     above.legend(loc="upper center", frameon=False)
     above.set_title("Smoothing with PDEs: local entropy leaves one valley", loc="left", weight="bold")
 
-    below.fill_between(talk.x, talk.rho0, color=GREY, alpha=0.5, lw=0, label="where all start")
+    below.fill_between(talk.x, talk.rho0, color=GREY, alpha=0.5, lw=0, label="(the start)")
     for row, descent in zip(numbers(talk, descents), descents, strict=True):
-        label = f"{descent.name}: mean {row['mean']:.2f}, {row['near_minimum']:.0%} near the minimum"
+        label = f"{descent.name}: mean {row['mean']:.2f}, {row['near_minimum']:.0%} at the minimum"
         below.plot(talk.x, descent.densities[-1], color=descent.colour, lw=2, label=label)
-    below.axvline(talk.x[talk.f.argmin()], color=BLACK, lw=0.8, ls=":")
+    below.plot(talk.x[talk.f.argmin()], 0, "^", color=BLACK, ms=8, clip_on=False, zorder=5)
     below.set_xlim(talk.x[0], talk.x[-1])
-    below.set_ylim(0, None)
+    below.set_ylim(0, 1.15 * max(descent.densities[-1].max() for descent in descents))
     below.set_xlabel("x")
     below.set_ylabel("density")
-    below.legend(loc="upper left", frameon=False, title=f"Noisy descent, time {talk.duration:g}, one temperature")
+    title = f"After time {talk.duration:g} of noisy descent at temperature {talk.diffusion:g}, on"
+    below.legend(loc="upper left", frameon=False, title=title, alignment="left")
 
 
 def draw_valleys(axes: Axes) -> None:
@@ -324,32 +325,41 @@ def draw_valleys(axes: Axes) -> None:
     axes.set_title("A wide valley wins over a deeper, narrow one", loc="left", weight="bold")
 
 
-def draw_control(axes: Axes, talk: Setup, x0: float, bar: "tqdm[Any]") -> None:
-    """Draw particles with and without the optimal control over u(x, T - s)."""
+def draw_control(axes: Axes, beside: Axes, talk: Setup, x0: float) -> None:
+    """Draw particles with and without the optimal control over u(x, T - s), and beside them where they end."""
     T = talk.viscous_time
     left = float(talk.x[0])
-    steered, free = (
+    free, steered = (
         controlled_sde(
-            talk.f, T, talk.beta, x0, talk.dx, left=left, controlled=controlled, particles=4000, kept=12, seed=1
+            talk.f, T, talk.beta, x0, talk.dx, left=left, controlled=controlled, particles=10_000, kept=9, seed=seed
         )
-        for controlled in (True, False)
+        for controlled, seed in ((False, 1), (True, 2))
     )
-    bar.update()
     s = np.linspace(0, T, 60)
     field = np.array([cole_hopf(talk.f, T - now, talk.dx, talk.beta) if now < T else talk.f for now in s])
-    low, high = field.min(), np.quantile(field, 0.8)
-    axes.pcolormesh(s, talk.x, field.T, cmap="Greys", shading="nearest", vmin=low, vmax=2 * high, rasterized=True)
-    axes.plot(free.times, free.paths, color=ORANGE, lw=0.9, alpha=0.8)
-    axes.plot(steered.times, steered.paths, color=BLUE, lw=1.1)
-    axes.plot([], [], color=ORANGE, label=f"no control: E f = {free.terminal.mean():.2f}")
-    axes.plot([], [], color=BLUE, label=f"control $-\\nabla u$: E f = {steered.terminal.mean():.2f}")
+    near = np.abs(talk.x - x0) < 1.7
+    axes.contourf(s, talk.x[near], field[:, near].T, levels=10, cmap="Greys", vmax=2 * field[:, near].max())
+    bins = np.linspace(x0 - 1.7, x0 + 1.7, 69)
+    for run, colour, label in ((free, ORANGE, "no control"), (steered, BLUE, r"control $-\nabla u$")):
+        axes.plot(run.times, run.paths, color=colour, lw=1)
+        axes.plot([], [], color=colour, label=f"{label}: E f(x(T)) = {run.terminal.mean():.2f}")
+        beside.hist(run.final, bins, orientation="horizontal", color=colour, histtype="step", lw=1.5)
     axes.set_xlabel("time s, over u(x, T - s)")
     axes.set_ylabel("x")
     axes.set_xlim(0, T)
-    value = f"E[f + effort] = {steered.value:.2f} $\\pm$ {steered.standard_error:.2f}"
+    axes.set_ylim(bins[0], bins[-1])
+    beside.set_xticks([])
+    beside.set_xlabel("x(T)")
+    value = f"E[f + effort] = {steered.value:.2f} $\pm$ {steered.standard_error:.2f}"
     exact = float(np.interp(x0, talk.x, field[0]))
-    axes.legend(loc="lower left", framealpha=0.9, title=f"{value}; u(x0, T) = {exact:.2f}")
-    axes.set_title("u is what steering costs", loc="left", weight="bold")
+    axes.legend(loc="lower left", framealpha=0.9, title=f"{value}, u = {exact:.2f}", alignment="left")
+    axes.set_title("u is the least cost of steering noise downhill", loc="left", weight="bold")
+
+
+def hill(talk: Setup) -> float:
+    """Return the top of the middle third of the landscape: there a control has most to say."""
+    third = len(talk.x) // 3
+    return float(talk.x[third + talk.f[third:-third].argmax()])
 
 
 def draw_double_well(axes: Axes, strength: float) -> None:
@@ -359,8 +369,8 @@ def draw_double_well(axes: Axes, strength: float) -> None:
     grid = np.stack(np.meshgrid(line, line), axis=-1)
     axes.contourf(line, line, well.density(grid), levels=8, cmap="Greys", vmax=0.35)
     starts = np.array([[1.8, 1.2], [-1.8, -1.2], [0.3, 1.8], [-0.3, -1.8]])
-    paths = well.trajectory(starts, 60.0)
-    axes.plot(paths[..., 0], paths[..., 1], color=BLUE, lw=1.3)
+    paths = well.trajectory(starts, 12.0)
+    axes.plot(paths[..., 0], paths[..., 1], color=BLUE, lw=1.2)
     axes.plot(starts[:, 0], starts[:, 1], "o", color=BLUE, ms=3)
     if strength:
         circulation = well.probability_current(grid)
@@ -374,26 +384,30 @@ def draw_double_well(axes: Axes, strength: float) -> None:
     axes.set_ylim(-2, 2)
     axes.set_xticks([-1, 0, 1])
     axes.set_yticks([-1, 0, 1])
-    axes.set_title(rf"$\lambda$ = {strength:g}", fontsize=9)
+    axes.set_title(rf"$\lambda$ = {strength:g}", fontsize=9, pad=3)
 
 
 def draw(talk: Setup, descents: Sequence[Descent], bar: "tqdm[Any]") -> Figure:
     """Draw the whole picture."""
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plt.figure(figsize=(13.5, 8.2), layout="constrained")
+        figure = plt.figure(figsize=(13.5, 8.6), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
         above, below = left.subplots(2, 1, sharex=True, height_ratios=(1.7, 1))
         draw_smoothing(above, below, talk, descents)
         bar.update()
-        top, middle, bottom = right.subfigures(3, 1, height_ratios=(1, 1.1, 1.1))
+        top, middle, bottom = right.subfigures(3, 1, height_ratios=(1, 1.1, 1.15))
         draw_valleys(top.subplots())
         bar.update()
-        draw_control(middle.subplots(), talk, x0=1.0, bar=bar)
+        draw_control(*middle.subplots(1, 2, sharey=True, width_ratios=(4, 1)), talk, x0=hill(talk))
         bar.update()
         for axes, strength in zip(bottom.subplots(1, 3), (0.0, 0.5, 1.5), strict=True):
             draw_double_well(axes, strength)
             bar.update()
-        bottom.suptitle("One density (grey), three flows", weight="bold")
+        bottom.suptitle("A current leaves the density (grey) alone, not the descent", weight="bold", x=0.02, ha="left")
+        axes.plot([], [], color=BLUE, label="descent without noise")
+        axes.plot([], [], "*", color=BLACK, ls="", label="where it ends")
+        axes.plot([], [], color=RED, label="stationary current")
+        bottom.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -413,7 +427,7 @@ def animate(talk: Setup, path: Path, frames: int = 60) -> None:
         for descent in descents:
             (u,) = above.plot(talk.x, descent.potentials[0], color=descent.colour, lw=2)
             (rho,) = below.plot(talk.x, talk.rho0, color=descent.colour, lw=2, label=descent.name)
-            u.set_visible(descent.name != "SGD on f")
+            u.set_visible(len(descent.potentials) > 1)
             curves.append((u, rho))
         below.set_ylim(0, 1.05 * max(talk.rho0.max(), *(d.densities[-1].max() for d in descents)))
         below.set_xlim(talk.x[0], talk.x[-1])
@@ -461,11 +475,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    with tqdm(total=8, desc=str(options.out), unit="panel") as bar:
+    with tqdm(total=7, desc=str(options.out), unit="panel") as bar:
         descents = descend(talk)
         bar.update()
         figure = draw(talk, descents, bar)
-        figure.savefig(options.out, dpi=120)
+        figure.savefig(options.out, dpi=110)
         plt.close(figure)
     if options.animate:
         animate(talk, options.animate)
@@ -473,8 +487,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"f: {len(local_minima(talk.f))} local minima, lowest {talk.f.min():.3f} at {talk.x[talk.f.argmin()]:.3f}")
     for row in numbers(talk, descents):
         print(
-            f"{row['name']:<12} starts on {row['minima']} minima (argmin {row['argmin']:.3f}); ends at mean {row['mean']:.3f}, "
-            f"sd {row['sd']:.3f}, mode {row['mode']:.3f}, E f {row['loss']:.3f}, "
+            f"{row['name']:<12} starts on {row['minima']} minima (argmin {row['argmin']:.3f}); ends at mean "
+            f"{row['mean']:.3f}, sd {row['sd']:.3f}, mode {row['mode']:.3f}, E f {row['loss']:.3f}, "
             f"{row['near_minimum']:.1%} within 0.25 of the minimum"
         )
 
