@@ -13,7 +13,21 @@ if _missing:
     )
 
 from lightning_entropy.diagnostics.estimate import Estimate  # noqa: E402
+from lightning_entropy.diagnostics.gradient_noise import (  # noqa: E402
+    GradientNoise,
+    GradientNoiseResult,
+    gradient_noise,
+)
 from lightning_entropy.diagnostics.hessian import HessianResult, HessianSpectrum, hessian_spectrum  # noqa: E402
 from lightning_entropy.diagnostics.surface import cross_entropy  # noqa: E402
 
-__all__ = ["Estimate", "HessianResult", "HessianSpectrum", "cross_entropy", "hessian_spectrum"]
+__all__ = [
+    "Estimate",
+    "GradientNoise",
+    "GradientNoiseResult",
+    "HessianResult",
+    "HessianSpectrum",
+    "cross_entropy",
+    "gradient_noise",
+    "hessian_spectrum",
+]

@@ -119,9 +119,10 @@ def extreme_eigenpairs(
         residuals = np.abs(small[count] @ coefficients)
         gaps = np.diff(ritz, prepend=-np.inf, append=np.inf)
         gaps = np.maximum(np.minimum(gaps[:-1], gaps[1:]) - residuals, 1e-300)
-        errors = np.minimum(residuals, residuals**2 / gaps) + eps * np.abs(ritz).max()
+        rounding = 32 * eps * np.abs(ritz).max()
+        errors = np.minimum(residuals, residuals**2 / gaps) + rounding
         order = np.r_[np.arange(count)[::-1][:top], np.arange(count)[: min(bottom, max(0, count - top))][::-1]]
-        allowed = max(tolerance, 2 * eps) * np.abs(ritz).max()
+        allowed = tolerance * np.abs(ritz).max() + rounding
         converged = count >= wanted and bool((errors[order] <= allowed).all())
         if len(closed):
             # The rest of a multiple eigenvalue is not in the Krylov space of the first: look again from a fresh
