@@ -85,6 +85,36 @@ class Drops:
         return self.factor ** sum(progress >= share for share in self.at)
 
 
+@dataclass(frozen=True)
+class Piecewise:
+    """Give a number for each stretch of outer steps, as the papers' outer learning rates have it.
+
+    Attributes:
+        values: one more than ``at``.
+        at: the outer steps t at which the next value begins, increasing, > 0.
+
+    Raises:
+        ValueError: if the lengths do not fit or ``at`` does not increase.
+
+    Example:
+        >>> [Piecewise(values=(1.0, 0.2), at=(10,))(t) for t in (0, 9, 10)]
+        [1.0, 1.0, 0.2]
+    """
+
+    values: tuple[float, ...]
+    at: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.at) + 1:
+            raise ValueError(f"values must be one more than at, got {len(self.values)} and {len(self.at)}")
+        if any(a >= b for a, b in zip((0, *self.at), self.at, strict=False)):
+            raise ValueError(f"at must increase from above 0, got {self.at}")
+
+    def __call__(self, t: int) -> float:
+        """Return the value at outer step ``t``."""
+        return self.values[sum(t >= step for step in self.at)]
+
+
 class Classifier(L.LightningModule):
     """Train a net to classify images.
 

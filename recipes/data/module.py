@@ -132,6 +132,13 @@ class ImageData(L.LightningDataModule):
         assert self._data is not None
         return self._data.classes
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image; known after ``setup``."""
+        assert self._data is not None
+        channels, height, width = self._data.images.shape[1:]
+        return channels, height, width
+
     def train_dataloader(self) -> PlanLoader:
         """Return the loader of training plans."""
         shared = self._sampler_kwargs()

@@ -175,6 +175,12 @@ class PlanLoader(DataLoader):
     def __init__(self, dataset: Dataset, sampler: Any = None, batch_size: None = None, **kwargs: Any) -> None:
         super().__init__(dataset, sampler=sampler or InOrder(dataset), batch_size=batch_size, **kwargs)
 
+    def __copy__(self) -> PlanLoader:
+        # What looks at the batches beside the training, such as a refresh of BatchNorm, must not move its place.
+        own = PlanLoader(self.dataset)
+        own.sampler.epoch = self.sampler.epoch
+        return own
+
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and how many of its batches were drawn."""
         return {"epoch": self.sampler.epoch, "drawn": self.sampler.drawn}

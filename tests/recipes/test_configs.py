@@ -1,0 +1,102 @@
+"""Every shipped config parses and takes a step on made-up data; the command line's subcommands work."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_entropy as le
+from recipes.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "configs"
+CONFIGS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
+# Nets shrunk to what a test can pay for; the config's other arguments stay.
+SHRINK = {
+    "recipes.allcnn.AllCNN": {"width": 2},
+    "recipes.wide_resnet.WideResNet": {"depth": 10, "width": 1},
+    "recipes.lenet.LeNet": {},
+}
+
+
+def on_made_up_data(name):
+    config = yaml.safe_load((FOLDER / name).read_text())
+    net = config["model"]["net"]
+    arguments = ["--config", str(FOLDER / name), "--trainer.accelerator", "cpu"]
+    for key, value in SHRINK[net["class_path"]].items():
+        arguments += [f"--model.net.init_args.{key}", str(value)]
+    source = "random_grey" if net["class_path"].endswith("LeNet") else "random"
+    classes = str(config["model"].get("num_classes", 10))
+    arguments += ["--data.source", source, "--data.batch_size", "16", "--data.normalise", "mean_std"]
+    # The made-up data has ten classes.
+    if classes != "10":
+        arguments += ["--model.num_classes", "10", "--model.net.init_args.num_classes", "10"]
+    if "devices" in config["trainer"]:
+        arguments += ["--trainer.devices", "2"]
+        strategy = config["trainer"]["strategy"]
+        if isinstance(strategy, str):
+            arguments += ["--trainer.strategy", f"{strategy}_fork"]
+        else:
+            arguments += ["--trainer.strategy.start_method", "fork"]
+    return arguments
+
+
+def test_there_is_a_config_for_every_method_and_net():
+    methods = ["sgd", "entropy_sgd", "hamilton_jacobi", "heat", "lookahead", "ema", "swa", "sam"]
+    methods += ["elastic_sgd", "elastic_entropy"]
+    wanted = {f"allcnn/{method}.yaml" for method in methods}
+    for net in ("wrn_28_10", "wrn_16_4"):
+        for data in ("cifar10", "cifar100"):
+            wanted |= {f"{net}/{data}/{m}.yaml" for m in ("sgd", "entropy_sgd", "elastic_sgd", "elastic_entropy")}
+    assert wanted <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_takes_a_step(name, tmp_path, monkeypatch):
+    config = yaml.safe_load((FOLDER / name).read_text())
+    if "strategy" in config["trainer"] and not hasattr(le, "ElasticEntropyStrategy"):
+        pytest.skip("there are no replicas yet")
+    monkeypatch.chdir(tmp_path)
+    cli = main("recipes.allcnn.AllCNN", ["fit", *on_made_up_data(name), "--trainer.fast_dev_run", "true"])
+    assert cli.trainer.global_step == 1
+    assert config["trainer"]["logger"]["init_args"]["name"] == name.removesuffix(".yaml")
+
+
+def test_numbers_are_numbers_to_every_yaml_reader():
+    def leaves(node):
+        if isinstance(node, dict):
+            for value in node.values():
+                yield from leaves(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from leaves(value)
+        else:
+            yield node
+
+    for name in CONFIGS:
+        for value in leaves(yaml.safe_load((FOLDER / name).read_text())):
+            if isinstance(value, str):
+                with pytest.raises(ValueError, match="could not convert"):
+                    float(value)
+
+
+def test_fit_then_resume_validate_test_and_predict_from_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = on_made_up_data("lenet/entropy_sgd.yaml")
+    quiet = ["--trainer.enable_model_summary", "false"]
+    fit = main("recipes.lenet.LeNet", ["fit", *arguments, *quiet, "--trainer.max_epochs", "2"])
+    folder = Path(fit.trainer.checkpoint_callback.dirpath)
+    files = sorted(path.name for path in folder.iterdir())
+    assert [name.partition("-epoch")[0] for name in files] == ["best", "last.ckpt"]
+    assert (folder.parent / "config.yaml").exists()
+    assert list(folder.parent.glob("events.out.tfevents*"))
+    last = ["--ckpt_path", str(folder / "last.ckpt")]
+    again = main("recipes.lenet.LeNet", ["fit", *arguments, *quiet, "--trainer.max_epochs", "3", *last])
+    assert again.trainer.global_step == 3 * 32
+    assert torch.isfinite(again.trainer.callback_metrics["val_loss"])
+    for command in ("validate", "test"):
+        cli = main("recipes.lenet.LeNet", [command, *arguments, *quiet, *last])
+        assert cli.trainer.callback_metrics[f"{command.replace('idate', '')}_accuracy"] > 0.5
+    assert main("recipes.lenet.LeNet", ["predict", *arguments, *quiet, *last]).trainer.state.finished
