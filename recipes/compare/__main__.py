@@ -1,0 +1,124 @@
+"""``python -m recipes.compare allcnn --methods sgd entropy_sgd --seeds 3 --epochs 30``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.compare.methods import METHODS
+from recipes.compare.report import report
+from recipes.compare.run import Task
+from recipes.compare.study import Study
+
+# What each net is trained on unless the command line says otherwise: the papers' data and weight decay.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "allcnn": {"source": "cifar10", "weight_decay": 1e-3, "crop": 4, "flip": True, "dropout": 0.0},
+    "wide_resnet": {"source": "cifar10", "weight_decay": 5e-4, "crop": 4, "flip": True, "dropout": 0.0},
+    "lenet": {"source": "fashion_mnist", "weight_decay": 0.0, "crop": 0, "flip": False, "dropout": 0.25},
+}
+
+# Small enough for two CPU cores, and trained to zero error: few images, a narrow net, no augmentation or dropout.
+SMALL: dict[str, dict[str, Any]] = {
+    "allcnn": {"width": 48, "n_train": 4000, "n_val": 2000, "crop": 0, "flip": False, "precision": "bf16-mixed"},
+    "wide_resnet": {"depth": 10, "width": 1, "n_train": 4000, "n_val": 2000, "crop": 0, "flip": False},
+    "lenet": {"n_train": 4000, "n_val": 4000, "dropout": 0.0},
+}
+
+
+def main(args: Sequence[str] | None = None) -> Study:
+    """Run a comparison from the command line; run again after a kill, it goes on with what is left."""
+    options = _parse(args)
+    task = Task(
+        net=options.net,
+        net_args=_net_args(options),
+        data={
+            name: getattr(options, name)
+            for name in ("source", "root", "batch_size", "normalise", "flip", "crop", "n_train", "n_val")
+        },
+        epochs=options.epochs,
+        weight_decay=options.weight_decay,
+        warmup=options.warmup,
+        points=options.points,
+        precision=options.precision,
+        compile=options.compile,
+        accelerator=options.accelerator,
+    )
+    study = Study(
+        task=task,
+        methods=options.methods,
+        lrs=options.lrs,
+        seeds=options.seeds,
+        budgets=options.budgets,
+        out=options.out or Path("runs/compare") / options.net,
+        workers=options.workers,
+    )
+    search = study.train(study.search_runs())
+    final = study.train(study.final_runs(search))
+    report(study, search, final)
+    print((study.out / "table.md").read_text())
+    return study
+
+
+def _parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m recipes.compare", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("net", choices=list(DEFAULTS))
+    add("--methods", nargs="+", default=["sgd", "entropy_sgd"], help=f"of {', '.join(METHODS)}; name:option=value,...")
+    add("--seeds", type=int, default=3)
+    add("--epochs", type=int, default=30, help="passes over the data, counting every gradient evaluation")
+    add(
+        "--lrs",
+        type=float,
+        nargs="+",
+        default=[0.03, 0.1, 0.3],
+        help="learning rates every method tries; one: no search",
+    )
+    add("--budgets", nargs="+", choices=["compute", "steps"], default=["compute"], help="tables of replicated methods")
+    add("--small", action="store_true", help="a small task for two CPU cores, trained to zero training error")
+    add("--source", help="data set, or folder of images", default="cifar10")
+    add("--root", default="data", help="folder of the data set")
+    add("--n_train", type=int, help="training images; none: all that n_val leaves")
+    add("--n_val", type=int, default=5000, help="training images held out to choose learning rates and draw curves")
+    add("--batch_size", type=int, default=128)
+    add("--normalise", choices=["mean_std", "gcn_zca"], default="mean_std")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True)
+    add("--crop", type=int, default=4)
+    add("--width", type=int, help="of All-CNN (96) and Wide-ResNet (4)")
+    add("--depth", type=int, help="of Wide-ResNet (16)")
+    add("--dropout", type=float, default=0.0)
+    add("--weight_decay", type=float, default=1e-3)
+    add(
+        "--warmup",
+        type=float,
+        default=0.05,
+        help="share of training before the cosine",
+    )
+    add("--points", type=int, default=15, help="points of a curve")
+    add("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False)
+    add("--accelerator", default="auto")
+    add("--workers", type=int, default=1, help="trainings at a time; 0: in this process")
+    add("--out", type=Path, help="folder for results (runs/compare/<net>)")
+    known, _ = parser.parse_known_args(args)
+    parser.set_defaults(**DEFAULTS[known.net] | (SMALL[known.net] | {"workers": 2} if known.small else {}))
+    options = parser.parse_args(args)
+    if options.n_val < 1:
+        parser.error(f"n_val must be >= 1, got {options.n_val}")
+    return options
+
+
+def _net_args(options: argparse.Namespace) -> dict[str, Any]:
+    if options.net == "lenet":
+        return {"dropout": options.dropout}
+    if options.net == "allcnn":
+        # The papers drop a fifth of the input with the net's dropout, and nothing without it.
+        return {"width": options.width or 96, "dropout": options.dropout, "input_dropout": 0.4 * options.dropout}
+    return {"depth": options.depth or 16, "width": options.width or 4, "dropout": options.dropout}
+
+
+if __name__ == "__main__":
+    main()

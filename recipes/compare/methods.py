@@ -1,0 +1,171 @@
+"""What each method adds to SGD: callbacks, a strategy for its replicas, a second gradient."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
+
+import lightning_entropy as le
+
+RUN = ("lr", "steps")  # what a method may ask about the run
+
+SWA_START = 0.75  # share of the epochs before the average starts, Izmailov et al.'s choice
+
+
+@dataclass
+class Parts:
+    """What a Trainer and a classifier need for a method.
+
+    Attributes:
+        callbacks: for the Trainer.
+        strategy: makes the Trainer's strategy; None is one process without.
+        sharpness: SAM's rho.
+        by_epochs: the method wants a number of epochs rather than of steps, and may add one without gradients.
+    """
+
+    callbacks: list[Callback] = field(default_factory=list)
+    strategy: Callable[[], Any] | None = None
+    sharpness: float = 0.0
+    by_epochs: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its hyper-parameters, named as on the command line: ``name`` or ``name:option=value,...``.
+
+    Attributes:
+        label: the name with its options; what tables show.
+        name: one of ``METHODS``.
+        options: hyper-parameters that differ from the defaults.
+    """
+
+    label: str
+    name: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Read ``name:option=value,...``.
+
+        Raises:
+            ValueError: if the name or an option is not known.
+
+        Example:
+            >>> Method.parse("sam:rho=0.1").options, Method.parse("sam:rho=0.1").evaluations
+            ({'rho': 0.1}, 2)
+        """
+        name, _, rest = text.partition(":")
+        if name not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name}")
+        pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+        options = {key.strip(): _value(value.strip()) for key, _, value in pairs}
+        accepted = inspect.signature(METHODS[name]).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            for key in options:
+                if key not in accepted or key in RUN:
+                    own = ", ".join(p for p in accepted if p not in RUN) or "of which there is none"
+                    raise ValueError(f"option must be one of {name}'s, {own}, got {key}")
+        return cls(text, name, options)
+
+    @property
+    def evaluations(self) -> int:
+        """Gradient evaluations in an optimizer step of one replica."""
+        return 2 if self.name == "sam" else 1
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the net are trained."""
+        return self.options.get("replicas", 3) if self.name in REPLICATED else 1
+
+    def parts(self, lr: float, steps: int) -> Parts:
+        """Make the method's parts for a run of ``steps`` steps at learning rate ``lr``."""
+        known = {"lr": lr, "steps": steps}
+        wanted = inspect.signature(METHODS[self.name]).parameters
+        return METHODS[self.name](**{name: known[name] for name in RUN if name in wanted}, **self.options)
+
+
+def sgd() -> Parts:
+    """SGD with Nesterov momentum alone."""
+    return Parts()
+
+
+def ema(lr: float, steps: int, memory: float = 0.05) -> Parts:
+    """Exponential moving average of the weights, Lightning's callback, over the last ``memory`` * steps or so."""
+    return Parts([EMAWeightAveraging(decay=1 - 1 / max(memory * steps, 1))])
+
+
+def swa(lr: float, start: float = SWA_START, lr_scale: float = 0.5) -> Parts:
+    """Stochastic weight averaging, Lightning's callback: from ``start`` on its own constant rate, ``lr_scale`` * lr."""
+    return Parts([StochasticWeightAveraging(swa_lrs=lr_scale * lr, swa_epoch_start=start)], by_epochs=True)
+
+
+def sam(rho: float = 0.05) -> Parts:
+    """Sharpness-aware minimisation with radius ``rho``: two gradient evaluations a step."""
+    return Parts(sharpness=rho)
+
+
+def lookahead(**options: Any) -> Parts:
+    """Lookahead; options of ``lightning_entropy.lookahead``."""
+    return Parts([le.InnerOuterCallback(le.lookahead(**options))])
+
+
+def entropy_sgd(**options: Any) -> Parts:
+    """Entropy-SGD; options of ``lightning_entropy.EntropySGD``."""
+    return Parts([le.EntropySGD(**options)])
+
+
+def hamilton_jacobi(**options: Any) -> Parts:
+    """The proximal point iteration; options of ``lightning_entropy.HamiltonJacobi``."""
+    return Parts([le.HamiltonJacobi(**options)])
+
+
+def heat(**options: Any) -> Parts:
+    """Gaussian smoothing with the same noise for every weight; options of ``lightning_entropy.HeatSmoothing``."""
+    return Parts([le.HeatSmoothing(**options)])
+
+
+def heat_filter(gamma: float = 2.5e5, **options: Any) -> Parts:
+    """Gaussian smoothing with noise in proportion to each filter's norm, as LPF-SGD; its width 0.002 = gamma^(-1/2)."""
+    return Parts([le.HeatSmoothing(gamma=gamma, scale="filter", **options)])
+
+
+def elastic_sgd(replicas: int = 3, **options: Any) -> Parts:
+    """Elastic averaging SGD; options of ``lightning_entropy.elastic_sgd``."""
+    return Parts(strategy=lambda: le.ElasticEntropyStrategy(le.elastic_sgd(**options), start_method="fork"))
+
+
+def elastic_entropy(replicas: int = 3, **options: Any) -> Parts:
+    """Parle; options of ``lightning_entropy.parle``."""
+    return Parts(strategy=lambda: le.ElasticEntropyStrategy(le.parle(**options), start_method="fork"))
+
+
+METHODS: dict[str, Callable[..., Parts]] = {
+    make.__name__: make
+    for make in (
+        sgd,
+        ema,
+        swa,
+        sam,
+        lookahead,
+        heat,
+        heat_filter,
+        entropy_sgd,
+        hamilton_jacobi,
+        elastic_sgd,
+        elastic_entropy,
+    )
+}
+
+REPLICATED = ("elastic_sgd", "elastic_entropy")
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,168 @@
+"""What a study found: results.csv, table.md and curves.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from recipes.compare.study import Study
+from recipes.data.cache import write
+
+Record = dict[str, Any]
+Curve = list[dict[str, float]]
+
+TITLES = {
+    "compute": "Equal compute: the same number of gradient evaluations for all, shared by replicas",
+    "steps": "Equal steps per replica: n replicas spend n times the gradient evaluations",
+}
+
+# heading, key of the record, format of the mean; the three errors in per cent
+COLUMNS = (
+    ("test error, running statistics (%)", "final.test_error_running", ".2f"),
+    ("test error, re-estimated (%)", "final.test_error", ".2f"),
+    ("train error (%)", "final.train_error", ".2f"),
+    ("loss rise under weight noise", "final.loss_rise", ".3f"),
+    ("gradient evaluations", "gradient_evaluations", ".0f"),
+    ("images/s", "images_per_second", ".0f"),
+    ("training (s)", "seconds", ".0f"),
+    ("peak memory (MiB)", "peak_memory_mib", ".0f"),
+)
+
+
+def report(study: Study, search: Sequence[Record], final: Sequence[Record]) -> None:
+    """Write ``results.csv`` (every training), ``table.md`` and ``curves.png`` into the study's folder."""
+    for name, text in (
+        ("results.csv", results_csv(search, final)),
+        ("table.md", table(study, search, final)),
+    ):
+        write(study.out / name, lambda file, text=text: file.write(text.encode()))
+    figure = curves(final)
+    write(study.out / "curves.png", lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+def results_csv(search: Sequence[Record], final: Sequence[Record]) -> str:
+    """Return a line for every training; one that both chose a learning rate and is compared is in twice."""
+    rows = []
+    for role, records in (("search", search), ("final", final)):
+        for record in records:
+            run = record["run"]
+            row = {"role": role} | {key: run[key] for key in ("method", "budget", "lr", "seed")}
+            row |= {key: record[key] for key in ("steps", "replicas", "parameters")}
+            row |= {f"final_{key}": value for key, value in record["final"].items()}
+            row |= {
+                key: record[key] for key in ("gradient_evaluations", "images_per_second", "seconds", "peak_memory_mib")
+            }
+            rows.append(row | record["versions"])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def table(study: Study, search: Sequence[Record], final: Sequence[Record]) -> str:
+    """Return the tables in Markdown: one for each kind of budget, then the search, then what was run on what."""
+    parts = []
+    rates = study.chosen(search)
+    for kind in study.budgets:
+        labels = [label for label, budget in study.arms() if budget == kind]
+        lines = [
+            "| method | lr | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
+            "|---|---|" + "---|" * len(COLUMNS),
+        ]
+        for label in labels:
+            records = _of(final, label, kind)
+            cells = [_cell([_get(record, key) for record in records], form) for _, key, form in COLUMNS]
+            edge = "*" if len(study.lrs) > 1 and rates[label, kind] in (min(study.lrs), max(study.lrs)) else ""
+            lines.append(f"| {label} | {rates[label, kind]:g}{edge} | " + " | ".join(cells) + " |")
+        parts.append(f"### {TITLES[kind]}\n\n" + "\n".join(lines))
+    notes = [
+        f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation).",
+        "Errors with BatchNorm's running statistics, and with statistics re-estimated on training images, in one way for"
+        " all; train error and loss rise with the latter.",
+    ]
+    if len(study.lrs) > 1:
+        tried = ", ".join(f"{lr:g}" for lr in study.lrs)
+        notes.append(
+            f"Each method tried the learning rates {tried} once, with seed 0, and kept that of the least held-out"
+            " error. * marks a choice at the edge of the range."
+        )
+        parts.append(_search_table(study, search))
+    parts.append("\n".join(notes))
+    parts.append(
+        "```json\n" + json.dumps({"task": asdict(study.task), "versions": final[0]["versions"]}, indent=1) + "\n```"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def curves(final: Sequence[Record]) -> Figure:
+    """Draw held-out error against effective epochs and wall-clock, with running and with re-estimated statistics.
+
+    A line for each method, the mean over its seeds; the band is one standard deviation.
+    """
+    arms = list(dict.fromkeys((record["run"]["method"], record["run"]["budget"]) for record in final))
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True, sharex="col")
+    ends = [record["curve"][-1]["val_error"] for record in final]
+    rows = (("val_error_running", "running statistics"), ("val_error", "re-estimated statistics"))
+    columns = (("epochs", "effective epochs"), ("seconds", "training (s)"))
+    for row, (key, title) in zip(axes, rows, strict=True):
+        for axis, (x, unit) in zip(row, columns, strict=True):
+            for i, (label, kind) in enumerate(arms):
+                style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+                _line(axis, [record["curve"] for record in _of(final, label, kind)], x, key, _title(label, kind), style)
+            axis.set_title(f"BatchNorm: {title}", fontsize=10)
+            axis.grid(alpha=0.25, linewidth=0.5)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_xlabel(unit)
+            axis.label_outer()
+        row[0].set_ylabel("held-out error (%)")
+    # The first epochs are worth less than the differences at the end.
+    axes[0, 0].set_ylim(0.9 * min(ends), min(100.0, 2.5 * float(np.median(ends)) + 1))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _line(axis: Axes, curves: Sequence[Curve], x: str, key: str, label: str, style: dict[str, str]) -> None:
+    points = min(map(len, curves))
+    across = np.mean([[point[x] for point in curve[:points]] for curve in curves], 0)
+    errors = np.array([[point[key] for point in curve[:points]] for curve in curves])
+    mean, deviation = errors.mean(0), errors.std(0, ddof=1) if len(errors) > 1 else np.zeros(points)
+    axis.plot(across, mean, label=label, linewidth=1.5, **style)
+    axis.fill_between(across, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _title(label: str, kind: str) -> str:
+    return label if kind == "compute" else f"{label}, equal steps"
+
+
+def _search_table(study: Study, search: Sequence[Record]) -> str:
+    lines = ["| method | " + " | ".join(f"lr {lr:g}" for lr in study.lrs) + " |", "|---|" + "---|" * len(study.lrs)]
+    for label, kind in study.arms():
+        errors = {record["run"]["lr"]: record["final"]["val_error"] for record in _of(search, label, kind)}
+        lines.append(f"| {_title(label, kind)} | " + " | ".join(f"{errors[lr]:.2f}" for lr in study.lrs) + " |")
+    return "### The search: held-out error (%), re-estimated statistics, one seed\n\n" + "\n".join(lines)
+
+
+def _of(records: Sequence[Record], label: str, kind: str) -> list[Record]:
+    return [r for r in records if (r["run"]["method"], r["run"]["budget"]) == (label, kind)]
+
+
+def _get(record: Record, key: str) -> float:
+    for part in key.split("."):
+        record = record[part]
+    return float(record)  # type: ignore[arg-type]
+
+
+def _cell(values: Sequence[float], form: str) -> str:
+    mean = f"{np.mean(values):{form}}"
+    deviation = f"{np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{mean} +- {deviation}" if deviation.strip("0.") else mean

@@ -1,0 +1,147 @@
+"""Choose every method's learning rate by the same search, then repeat over seeds; nothing finished is done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.compare.budget import Kind
+from recipes.compare.methods import Method
+from recipes.compare.run import Run, Task, execute
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    Attributes:
+        task: what the methods share.
+        methods: their labels.
+        lrs: the learning rates that each method tries, once, with seed 0; the one of least held-out error at the end
+            is its own.
+        seeds: trainings of each method at its learning rate, seeds 0, 1, ...
+        budgets: kinds of budget; ``steps`` is for the replicated methods alone.
+        out: folder for results.
+        workers: trainings at a time, each a process; 0 trains in this process.
+    """
+
+    task: Task
+    methods: Sequence[str]
+    lrs: Sequence[float]
+    seeds: int
+    out: Path
+    budgets: Sequence[Kind] = ("compute",)
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.lrs:
+            raise ValueError("lrs must hold a learning rate, got none")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {self.seeds}")
+        for label in self.methods:
+            Method.parse(label)
+
+    def arms(self) -> list[tuple[str, Kind]]:
+        """List what is compared: every method in every budget in which it differs from the others."""
+        return [
+            (label, kind)
+            for kind in self.budgets
+            for label in self.methods
+            if kind == "compute" or Method.parse(label).replicas > 1
+        ]
+
+    def search_runs(self) -> list[Run]:
+        """List the trainings that choose the learning rates."""
+        if len(self.lrs) == 1:
+            return []
+        return [Run(self.task, label, lr, 0, kind) for label, kind in self.arms() for lr in self.lrs]
+
+    def final_runs(self, records: Sequence[dict[str, Any]]) -> list[Run]:
+        """List the trainings that are compared, given the records of the search."""
+        rates = self.chosen(records)
+        return [
+            Run(self.task, label, rates[label, kind], seed, kind)
+            for label, kind in self.arms()
+            for seed in range(self.seeds)
+        ]
+
+    def chosen(self, records: Sequence[dict[str, Any]]) -> dict[tuple[str, Kind], float]:
+        """Choose each arm's learning rate by the held-out error, re-estimated; of equal ones the smallest."""
+        if len(self.lrs) == 1:
+            return dict.fromkeys(self.arms(), self.lrs[0])
+        return {
+            (label, kind): min(
+                (record for record in records if (record["run"]["method"], record["run"]["budget"]) == (label, kind)),
+                key=lambda record: (_held_out(record), record["run"]["lr"]),
+            )["run"]["lr"]
+            for label, kind in self.arms()
+        }
+
+    def train(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Train what is not there yet, and return the records of all, in order.
+
+        Raises:
+            RuntimeError: if a training failed; names the log. The others are finished first.
+        """
+        folder = self.out / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = {run.name: run for run in runs}
+        pending = [run for name, run in wanted.items() if not (folder / f"{name}.json").exists()]
+        print(f"{len(wanted) - len(pending)} of {len(wanted)} trainings are there", flush=True)
+        if self.workers == 0:
+            for run in pending:
+                execute(run, folder)
+        else:
+            failed = _in_processes(pending, folder, self.workers)
+            if failed:
+                raise RuntimeError("every training must finish, got errors in " + ", ".join(map(str, failed)))
+        return [json.loads((folder / f"{run.name}.json").read_text()) for run in runs]
+
+
+def _held_out(record: dict[str, Any]) -> float:
+    error = record["final"]["val_error"]
+    return error if error == error else float("inf")
+
+
+def _in_processes(runs: Sequence[Run], folder: Path, workers: int) -> list[Path]:
+    """Train each run in a process of its own, so that memory is its own, and return the logs of those that failed."""
+    waiting, going, failed, done = list(runs), {}, [], 0
+    try:
+        while waiting or going:
+            while waiting and len(going) < workers:
+                run = waiting.pop(0)
+                log = folder / f"{run.name}.log"
+                going[_start(run, folder, log, workers)] = (run, log, time.monotonic())
+            time.sleep(0.2)
+            for process in [process for process in going if process.poll() is not None]:
+                run, log, since = going.pop(process)
+                done += 1
+                if process.returncode:
+                    failed.append(log)
+                outcome = f"failed, see {log}" if process.returncode else f"{time.monotonic() - since:.0f} s"
+                print(
+                    f"[{done}/{len(runs)}] {run.method} {run.budget} lr {run.lr:g} seed {run.seed}: {outcome}",
+                    flush=True,
+                )
+    finally:
+        for process in going:
+            process.terminate()
+    return failed
+
+
+def _start(run: Run, folder: Path, log: Path, workers: int) -> subprocess.Popen:
+    threads = max(1, (os.cpu_count() or 1) // (workers * Method.parse(run.method).replicas))
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "recipes.compare.run", json.dumps(asdict(run)), str(folder)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
