@@ -19,15 +19,27 @@ from lightning_entropy.diagnostics.gradient_noise import (  # noqa: E402
     gradient_noise,
 )
 from lightning_entropy.diagnostics.hessian import HessianResult, HessianSpectrum, hessian_spectrum  # noqa: E402
+from lightning_entropy.diagnostics.local_entropy import (  # noqa: E402
+    FlatnessProfile,
+    LocalEntropy,
+    LocalEntropyResult,
+    flatness_profile,
+    local_entropy,
+)
 from lightning_entropy.diagnostics.surface import cross_entropy  # noqa: E402
 
 __all__ = [
     "Estimate",
+    "FlatnessProfile",
     "GradientNoise",
     "GradientNoiseResult",
     "HessianResult",
     "HessianSpectrum",
+    "LocalEntropy",
+    "LocalEntropyResult",
     "cross_entropy",
+    "flatness_profile",
     "gradient_noise",
     "hessian_spectrum",
+    "local_entropy",
 ]

@@ -151,7 +151,9 @@ class GradientNoiseResult:
         positive = self.eigenvalues[self.eigenvalues > 1e-7 * self.eigenvalues[0]]
         index = np.arange(1, len(positive) + 1)
         ax.loglog(index, positive, ".", ms=3, color="tab:blue", label=f"eigenvalues of D, {self.examples:,} examples")
-        ax.axhline(self.threshold, color="tab:red", lw=1, ls="--", label="the talk's zero: λ₁ P ε(float32)")
+        ax.axhline(
+            self.threshold, color="tab:red", lw=1, ls="--", label=r"the talk's zero: $\lambda_1 P \epsilon_{32}$"
+        )
         ax.axhline(self.mean, color="tab:gray", lw=1, ls=":", label="round noise of equal power: tr(D) / P")
         ax.set_xlim(0.8, 1.3 * self.weights)
         ax.set_ylim(bottom=0.3 * min(self.mean, positive[-1] if len(positive) else self.mean) or None)
