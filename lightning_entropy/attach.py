@@ -4,10 +4,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_entropy.inner_outer import InnerOuter, ReplicaMean
+from lightning_entropy.inner_outer import InnerOuter
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.perturbed import PerturbedLoop
 from lightning_entropy.relaxation import Relaxation
+from lightning_entropy.replicas import ReplicaMean
 
 
 def relax(

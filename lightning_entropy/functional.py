@@ -159,7 +159,8 @@ def inner_move_(
     Raises:
         ValueError: if the lists differ in length.
     """
-    rows = list(zip(params, anchors, averages or [None] * len(params), stiffness, noise, strict=True))
+    means: Sequence[Tensor | None] = averages or [None] * len(params)
+    rows = list(zip(params, anchors, means, stiffness, noise, strict=True))
     if seeds is None:
         if params and params[0].device.type != "cpu":
             _foreach_move_(params, anchors, averages, stiffness, average)
@@ -306,7 +307,22 @@ def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         >>> rms_distance([torch.tensor([1.0, 1.0])], [torch.tensor([2.0, 0.0])])
         tensor(1.)
     """
-    squares = [torch.linalg.vector_norm(a.to(b.dtype) - b).square() for a, b in zip(left, right, strict=True)]
-    device = squares[0].device
-    total = torch.stack([s.to(device) for s in squares]).sum()
-    return (total / sum(a.numel() for a in left)).sqrt()
+    differences = [a.to(b.dtype) - b for a, b in zip(left, right, strict=True)]
+    return norm(differences) / sum(d.numel() for d in differences) ** 0.5
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Give the Euclidean norm of all tensors together.
+
+    Args:
+        tensors: one or more, of any shape.
+
+    Returns:
+        A scalar on the first tensor's device; no device is waited for.
+
+    Example:
+        >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    norms = [torch.linalg.vector_norm(t) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))

@@ -5,10 +5,8 @@ unrolled: ``optimizer.step()`` is one inner step, and a counter says when the ou
 stays the user's: its class, its state, its checkpoint keys, its schedulers.
 """
 
-import hashlib
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_entropy import functional as F
+from lightning_entropy.auto_gamma import GammaMeasurement
+from lightning_entropy.noise import NoiseStreams
 from lightning_entropy.outer import Outer, OuterFactory
 from lightning_entropy.relaxation import Relaxation, check_integer
+from lightning_entropy.replicas import ReplicaMean, Replicas
 from lightning_entropy.slots import Slot, Slots
 from lightning_entropy.step_hooks import StepHooks
-
-# Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
-ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
-
-_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 class InnerOuter:
@@ -78,20 +74,21 @@ class InnerOuter:
         self.gamma_start: float | None = None
         self.measure = False
         self.distances: tuple[Tensor, Tensor] | None = None
-        self._seed = torch.initial_seed() if seed is None else check_integer("seed", seed, 0)
+        self._noise = NoiseStreams(torch.initial_seed() if seed is None else check_integer("seed", seed, 0))
         self._outer = Outer(outer, relaxation.outer_momentum)
-        self._replica_mean = replica_mean
-        self._elastic_mean: list[Tensor] | Callable[[], list[Tensor]] | None = (
-            None  # under way since the last outer step
-        )
+        self._replicas = Replicas(replica_mean, relaxation.elastic_target)
         self._count_attempts = count_attempts
         self._slots = Slots(optimizer, names)
-        self._streams: dict[Tensor, int] = {}
-        self._measured = 0  # gradients summed for gamma="auto"
+        self._measurement = GammaMeasurement()
         self._show_depth = 0
         self._warned = False
-        self._hooks = StepHooks(optimizer, self._before_step, self._on_gradients, self._after_step)
-        _attached.add(optimizer)
+        self._hooks = StepHooks(
+            optimizer,
+            before=self._before_step,
+            before_closure=self.begin,
+            on_gradients=self._on_gradients,
+            after=self._after_step,
+        )
 
     # What a user reads and calls
 
@@ -151,7 +148,6 @@ class InnerOuter:
         for slot in self._slots:
             slot.hidden = None
         self._hooks.remove()
-        _attached.discard(self.optimizer)
 
     # One inner step
 
@@ -160,13 +156,13 @@ class InnerOuter:
 
         With replicas, a slot for every trainable parameter and the start of the elastic mean.
         """
-        if self._replica_mean is None:
+        if not self._replicas:
             return
         for p in self.params:
             if p.requires_grad:
                 self._slots[p]
-        if self._elastic_mean is None and self.relaxation.elastic_target == "anchor" and self.relaxation.rho != 0:
-            self._elastic_mean = self._replica_mean([slot.anchor for slot in self._slots])
+        if self.relaxation.rho != 0:
+            self._replicas.start(list(self._slots))
 
     def _before_step(self) -> None:
         if self._show_depth:
@@ -191,19 +187,15 @@ class InnerOuter:
             )
 
     def _on_gradients(self, first: bool) -> None:
-        if self._overflowed():
-            return
         self.begin()
         slots, lrs = self._slots.stepping(create=True)
         if first and self._measures_gamma:
-            self._measured += 1
-            for slot in slots:
-                self._add_gradient(slot)
+            self._measurement.add(slots, self._hooks.grad_scale)
         gamma = self.settings.gamma
         if not gamma:
             return
         if self.relaxation.coupled:
-            scale = self._grad_scale()
+            scale = self._hooks.grad_scale
             for slot in slots:
                 grad = slot.param.grad
                 assert grad is not None
@@ -216,7 +208,7 @@ class InnerOuter:
 
     def _after_step(self) -> None:
         slots, lrs = self._slots.stepping()
-        if not slots or self._overflowed():
+        if not slots:
             return
         now = self.settings
         spring = 0.0 if self.relaxation.coupled or self.relaxation.explicit else now.gamma
@@ -252,7 +244,8 @@ class InnerOuter:
 
     @torch.no_grad()
     def _outer_step(self) -> None:
-        slots = [s for s in self._slots if s.moved or self._replica_mean is not None]
+        self.begin()
+        slots = [s for s in self._slots if s.moved or self._replicas]
         if self.measure and slots:
             anchors = [s.anchor for s in slots]
             self.distances = (
@@ -260,12 +253,11 @@ class InnerOuter:
                 F.rms_distance([s.mean for s in slots], anchors),
             )
         if self._measures_gamma:
-            self._measure_gamma(slots)
+            self.gamma_start = self._measurement.take(slots)
         if slots:
             self._step_anchors(slots)
         self.inner_step = 0
         self.outer_step += 1
-        self._elastic_mean = None
         for slot in slots:
             slot.moved = False
             if not self.relaxation.reset:
@@ -283,65 +275,13 @@ class InnerOuter:
 
     def _step_anchors(self, slots: list[Slot]) -> None:
         """x <- outer(x, x - z + rho (x - mean over replicas of x))."""
-        now, anchors, means = self.settings, [s.anchor for s in slots], [s.mean for s in slots]
-        pulls = None
-        if self.relaxation.elastic_target == "pseudo_gradient":
-            if self._replica_mean is not None:
-                drift = self._mean([x - z for x, z in zip(anchors, means, strict=True)])
-                means = [x - d for x, d in zip(anchors, drift, strict=True)]
-        elif now.rho or self._elastic_mean is not None:
-            targets = self._elastic_target(anchors, means)
-            pulls = [(x - m).mul_(now.rho) for x, m in zip(anchors, targets, strict=True)]
-        self._outer.step(slots, self._slots.named(), means, pulls, now.outer_lr)
-
-    def _elastic_target(self, anchors: list[Tensor], means: list[Tensor]) -> list[Tensor]:
-        if self.relaxation.elastic_target == "average":
-            return self._mean(means)
-        if self._replica_mean is None:
-            return anchors
-        self.begin()
-        assert self._elastic_mean is not None
-        return self._elastic_mean() if callable(self._elastic_mean) else self._elastic_mean
-
-    def _mean(self, tensors: list[Tensor]) -> list[Tensor]:
-        if self._replica_mean is None:
-            return tensors
-        mean = self._replica_mean(tensors)
-        return mean() if callable(mean) else mean
-
-    # gamma="auto"
+        means = self._replicas.common(slots)
+        pulls = self._replicas.pulls(slots, means, self.settings.rho)
+        self._outer.step(slots, self._slots.named(), means, pulls, self.settings.outer_lr)
 
     @property
     def _measures_gamma(self) -> bool:
         return self.relaxation.auto_gamma and self.gamma_start is None
-
-    def _add_gradient(self, slot: Slot) -> None:
-        """Add this step's gradient, without the loss scale, to the slot's sum."""
-        assert slot.param.grad is not None
-        gradient, scale = (
-            slot.param.grad.to_dense() if slot.param.grad.is_sparse else slot.param.grad,
-            self._grad_scale(),
-        )
-        gradient = gradient.to(slot.anchor.dtype, copy=slot.gradient is None)
-        if scale is not None:
-            gradient = gradient / scale
-        slot.gradient = gradient if slot.gradient is None else slot.gradient.add_(gradient)
-
-    def _measure_gamma(self, slots: list[Slot]) -> None:
-        """Set gamma's start where gamma |x - z| is the norm of the mean gradient; measure again where neither moved."""
-        count = sum(s.param.numel() for s in slots if s.gradient is not None)
-        gradients = [s.gradient for s in slots if s.gradient is not None]
-        if gradients and self._measured:
-            force = F.rms_distance(gradients, [torch.zeros_like(g) for g in gradients]) * count**0.5 / self._measured
-            distance = F.rms_distance([s.mean for s in slots], [s.anchor for s in slots])
-            ratio = (force / (distance * sum(s.param.numel() for s in slots) ** 0.5)).item()
-            if 0 < ratio < float("inf"):
-                self.gamma_start = ratio
-        self._measured = 0
-        for slot in slots:
-            slot.gradient = None
-
-    # Slots, noise, loss scale
 
     @property
     def _at_rest(self) -> bool:
@@ -349,24 +289,8 @@ class InnerOuter:
 
     def noise_seeds(self, params: list[Tensor]) -> list[list[int]]:
         """Give the seeds of the noise of this step, a list per parameter: of (seed, step, parameter) alone."""
-        if len(self._streams) != len(self.params):
-            self._streams, first = {}, 0
-            for p in self.params:
-                self._streams[p] = first
-                first += F.streams(p)
-            self._stride = first
-        base = int.from_bytes(hashlib.blake2b(str(self._seed).encode(), digest_size=4).digest(), "little")
-        step = (self.outer_step * self.relaxation.inner_steps + self.inner_step) * self._stride
-        return [[F.seed_of(base, step + self._streams[p] + i) for i in range(F.streams(p))] for p in params]
-
-    def _grad_scale(self) -> Tensor | None:
-        """The loss scale that a fused optimizer under a gradient scaler has yet to divide by."""
-        return getattr(self.optimizer, "grad_scale", None)
-
-    def _overflowed(self) -> bool:
-        """Whether a fused optimizer under a gradient scaler will skip this step by itself."""
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        return found_inf is not None and bool(found_inf.item())
+        step = self.outer_step * self.relaxation.inner_steps + self.inner_step
+        return self._noise.seeds(params, self.params, step)
 
     # State
 
@@ -383,9 +307,9 @@ class InnerOuter:
         return {
             "inner_step": self.inner_step,
             "outer_step": self.outer_step,
-            "seed": self._seed,
+            "seed": self._noise.seed,
             "gamma_start": self.gamma_start,
-            "measured": self._measured,
+            "measured": self._measurement.count,
             "slots": slots,
             "outer": self._outer.state_dict(self._slots.named()),
         }
@@ -410,8 +334,9 @@ class InnerOuter:
         self._slots.load(state["slots"], shown=self._show_depth > 0)
         self._outer.load_state_dict(state["outer"])
         self.inner_step, self.outer_step = state["inner_step"], state["outer_step"]
-        self._seed, self.gamma_start, self._measured = state["seed"], state["gamma_start"], state["measured"]
-        self._elastic_mean = None
+        self._noise = NoiseStreams(state["seed"])
+        self.gamma_start, self._measurement.count = state["gamma_start"], state["measured"]
+        self._replicas.forget()
         self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
 
 
@@ -420,10 +345,6 @@ def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not isinstance(relaxation, Relaxation):
         raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-    if optimizer in _attached:
-        raise ValueError("optimizer must have no loop yet, got one that has: detach() it first")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(f"optimizer must run torch's step hooks, got {type(optimizer).__name__}, which does not")
     uses_lr = not relaxation.perturb and (relaxation.gamma != 0 or relaxation.noise != 0)
     if uses_lr and any("lr" not in group for group in optimizer.param_groups):
         raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")

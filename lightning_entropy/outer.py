@@ -35,7 +35,12 @@ class Outer:
         self.optimizer: Optimizer | None = None
 
     def step(
-        self, slots: list[Slot], names: Iterable[tuple[str, Slot]], means: list[Tensor], pulls: Any, lr: float
+        self,
+        slots: list[Slot],
+        names: Iterable[tuple[str, Slot]],
+        means: list[Tensor],
+        pulls: list[Tensor | None],
+        lr: float,
     ) -> None:
         """Take one step on the anchors of the slots.
 
@@ -43,10 +48,9 @@ class Outer:
             slots: whose anchors move.
             names: every slot with its key in the state.
             means: z, one per slot.
-            pulls: rho (x - mean over replicas of x), one per slot, or None.
+            pulls: rho (x - mean over replicas of x), one per slot; None: no pull.
             lr: step size where the optimizer is not the user's.
         """
-        pulls = pulls or [None] * len(slots)
         if self._factory is None and self._momentum == 0:
             # lerp with weight 1 is exact where x - (x - z) is not: L = 1 is the user's optimizer bit for bit.
             for slot, z, pull in zip(slots, means, pulls, strict=True):

@@ -64,22 +64,20 @@ class PerturbedLoop(InnerOuter):
 
     def _on_gradients(self, first: bool) -> None:
         self._restore()
-        if self._overflowed():
-            return
         slots, _ = self._slots.stepping(create=True)
         self._counted = bool(slots)
-        if self.relaxation.inner_steps == 1:
+        if self.relaxation.inner_steps == 1 or not slots:
             return
         last = self.inner_step + 1 >= self.relaxation.inner_steps
         for slot in slots:
-            self._add_gradient(slot)
+            slot.add_gradient(self._hooks.grad_scale)
         for slot in self._slots if last else slots:
             slot.param.grad = self._mean_gradient(slot) if last else None
 
     def _mean_gradient(self, slot: Slot) -> Tensor | None:
         if slot.gradient is None:
             return None
-        mean, scale = slot.gradient / self.relaxation.inner_steps, self._grad_scale()
+        mean, scale = slot.gradient / self.relaxation.inner_steps, self._hooks.grad_scale
         slot.gradient = None
         return (mean if scale is None else mean * scale).to(slot.param.dtype)
 

@@ -36,6 +36,15 @@ class Slot:
             self.average = self.anchor.clone()
         return self.average
 
+    def add_gradient(self, scale: Tensor | None) -> None:
+        """Add the parameter's gradient, which is ``scale`` times too large, to the sum."""
+        grad = self.param.grad
+        assert grad is not None
+        grad = (grad.to_dense() if grad.is_sparse else grad).to(self.anchor.dtype, copy=self.gradient is None)
+        if scale is not None:
+            grad = grad / scale
+        self.gradient = grad if self.gradient is None else self.gradient.add_(grad)
+
 
 class Slots:
     """The slots of an optimizer's parameters, each made when its parameter first gets a gradient.

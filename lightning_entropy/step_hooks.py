@@ -5,31 +5,47 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 
 class StepHooks:
-    """Call ``before``, ``on_gradients`` and ``after`` around every step of an optimizer, through torch's own hooks.
+    """Call back around every step of an optimizer, through torch's own hooks.
 
-    ``before()`` runs first. ``on_gradients(first)`` runs when the gradients are final and the update is not applied:
-    at the end of the closure (``first`` is False when an optimizer such as LBFGS calls it again in the same step), or
-    before ``step`` where there is no closure, as under a gradient scaler. ``after()`` runs when the update is applied;
-    not where a scaler skipped the step.
+    ``before()`` runs first. ``before_closure()`` runs at every evaluation of the closure, if there is one.
+    ``on_gradients(first)`` runs when the gradients are final and the update is not applied: at the end of the closure
+    (``first`` is False when an optimizer such as LBFGS calls it again in the same step), or before ``step`` where there
+    is no closure, as under a gradient scaler. ``after()`` runs when the update is applied. Where a scaler skips the
+    step, neither of the last two runs: also with a fused optimizer, which is called and skips by itself.
 
     An optimizer class that overrides ``step`` and calls ``super().step()`` can fire torch's hooks twice, depending
     on what was instantiated before; the inner pair is ignored here.
+
+    Raises:
+        TypeError: the optimizer does not run torch's step hooks.
+        ValueError: it has a loop already.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
+        *,
         before: Callable[[], None],
+        before_closure: Callable[[], None],
         on_gradients: Callable[[bool], None],
         after: Callable[[], None],
     ) -> None:
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(f"optimizer must run torch's step hooks, got {type(optimizer).__name__}, which does not")
+        if any(
+            isinstance(getattr(h, "__self__", None), StepHooks) for h in optimizer._optimizer_step_pre_hooks.values()
+        ):
+            raise ValueError("optimizer must have no loop yet, got one that has: detach() it first")
         self._optimizer = optimizer
-        self._before, self._on_gradients, self._after = before, on_gradients, after
+        self._before, self._before_closure = before, before_closure
+        self._on_gradients, self._after = on_gradients, after
         self._depth = 0
+        self._skipped = False
         self._handles = [
             optimizer.register_step_pre_hook(self._enter),
             optimizer.register_step_post_hook(self._exit),
@@ -40,6 +56,12 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """The loss scale that a fused optimizer under a gradient scaler has yet to divide by."""
+        return getattr(self._optimizer, "grad_scale", None)
+
+    @torch.no_grad()
     def _enter(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._depth and self._running() > 1:
             self._depth += 1
@@ -47,16 +69,22 @@ class StepHooks:
         self._depth = 0  # a step that raised never came to its end
         self._before()
         self._depth = 1
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._call_on_gradients(True)
+            if not self._skipped:
+                self._on_gradients(True)
             return None
         first = True
 
         def wrapped() -> Any:
             nonlocal first
+            with torch.no_grad():
+                self._before_closure()
             loss = closure()
-            self._call_on_gradients(first)
+            with torch.no_grad():
+                self._on_gradients(first)
             first = False
             return loss
 
@@ -65,13 +93,9 @@ class StepHooks:
         return (args[0], wrapped, *args[2:]), kwargs
 
     @torch.no_grad()
-    def _call_on_gradients(self, first: bool) -> None:
-        self._on_gradients(first)
-
-    @torch.no_grad()
     def _exit(self, *_: Any) -> None:
         self._depth -= 1
-        if self._depth == 0:
+        if self._depth == 0 and not self._skipped:
             self._after()
 
     def _running(self) -> int:
