@@ -343,14 +343,14 @@ def draw_control(axes: Axes, beside: Axes, talk: Setup, x0: float) -> None:
     for run, colour, label in ((free, ORANGE, "no control"), (steered, BLUE, r"control $-\nabla u$")):
         axes.plot(run.times, run.paths, color=colour, lw=1)
         axes.plot([], [], color=colour, label=f"{label}: E f(x(T)) = {run.terminal.mean():.2f}")
-        beside.hist(run.final, bins, orientation="horizontal", color=colour, histtype="step", lw=1.5)
+        beside.hist(run.final, list(bins), orientation="horizontal", color=colour, histtype="step", lw=1.5)
     axes.set_xlabel("time s, over u(x, T - s)")
     axes.set_ylabel("x")
     axes.set_xlim(0, T)
     axes.set_ylim(bins[0], bins[-1])
     beside.set_xticks([])
     beside.set_xlabel("x(T)")
-    value = f"E[f + effort] = {steered.value:.2f} $\pm$ {steered.standard_error:.2f}"
+    value = rf"E[f + effort] = {steered.value:.2f} $\pm$ {steered.standard_error:.2f}"
     exact = float(np.interp(x0, talk.x, field[0]))
     axes.legend(loc="lower left", framealpha=0.9, title=f"{value}, u = {exact:.2f}", alignment="left")
     axes.set_title("u is the least cost of steering noise downhill", loc="left", weight="bold")
@@ -391,14 +391,15 @@ def draw(talk: Setup, descents: Sequence[Descent], bar: "tqdm[Any]") -> Figure:
     """Draw the whole picture."""
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plt.figure(figsize=(13.5, 8.6), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+        ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.2, 1))
         above, below = left.subplots(2, 1, sharex=True, height_ratios=(1.7, 1))
         draw_smoothing(above, below, talk, descents)
         bar.update()
-        top, middle, bottom = right.subfigures(3, 1, height_ratios=(1, 1.1, 1.15))
+        (top,), (middle,), (bottom,) = right.subfigures(3, 1, squeeze=False, height_ratios=(1, 1.1, 1.15))
         draw_valleys(top.subplots())
         bar.update()
-        draw_control(*middle.subplots(1, 2, sharey=True, width_ratios=(4, 1)), talk, x0=hill(talk))
+        axes, beside = middle.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+        draw_control(axes, beside, talk, x0=hill(talk))
         bar.update()
         for axes, strength in zip(bottom.subplots(1, 3), (0.0, 0.5, 1.5), strict=True):
             draw_double_well(axes, strength)
