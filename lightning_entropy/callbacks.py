@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import initial_seed
 
 from lightning_entropy import presets
+from lightning_entropy.loops import Loops, claim, release
 from lightning_entropy.outer import OuterFactory
-from lightning_entropy.loops import Loops, claim
 from lightning_entropy.presets import ENTROPY_SCOPING
 from lightning_entropy.relaxation import Gamma, Number, Relaxation, check_integer
 
@@ -46,8 +46,9 @@ class InnerOuterCallback(Callback):
         self.outer = outer
         self.seed = None if seed is None else check_integer("seed", seed, 0)
         self._loops: Loops | None = None
-        self._loaded: dict[str, Any] | None = None
-        self._logged_at = 0
+        self._state: dict[str, Any] = {}  # loaded for the next fit, or left by the last one
+        self._logged_at = 0  # global step
+        self._outer_steps: list[int] = []  # before this batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is trained."""
@@ -59,14 +60,19 @@ class InnerOuterCallback(Callback):
                 f"got {type(trainer.strategy).__name__}"
             )
         claim(trainer, self)
+        # First in line, so that no other callback's hook looks before x is shown.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(other for other in callbacks if other is not self)]  # type: ignore[attr-defined]
+        self._state = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the first moment at which everything is restored and on its device."""
         seed = trainer.strategy.broadcast(initial_seed() if self.seed is None else self.seed)
         self._loops = Loops(pl_module, trainer.optimizers, self.relaxation, outer=self.outer, seed=seed)
-        if self._loaded is not None:
-            self._loops.load_state_dict(self._loaded["loops"])
-            self._loaded = None
+        self._loops.show()
+        if self._state:
+            self._loops.load_state_dict(self._state["loops"])
+            self._state = {}
         self._logged_at = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -75,7 +81,7 @@ class InnerOuterCallback(Callback):
             return
         self._loops.begin()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = bool(trainer.loggers) and trainer.global_step + 1 - self._logged_at >= every
+        due = bool(trainer.loggers) and 0 < every <= trainer.global_step + 1 - self._logged_at
         for loop in self._loops.loops:
             loop.measure = due
             loop.distances = None
@@ -93,8 +99,9 @@ class InnerOuterCallback(Callback):
         epoch_loop = trainer.fit_loop.epoch_loop
         if trainer.num_training_batches != float("inf"):
             metrics["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
+        values = {key: float(value) for key, value in metrics.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=epoch_loop._batches_that_stepped)
+            logger.log_metrics(values, step=epoch_loop._batches_that_stepped)
         self._logged_at = trainer.global_step
 
     def _show(self) -> None:
@@ -114,24 +121,29 @@ class InnerOuterCallback(Callback):
         self._show()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave x, whatever was raised and wherever."""
-        self._show()
+        """Leave x, whatever was raised and wherever; Lightning calls no teardown after it."""
+        self._stop(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take every hook away."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        """Leave x in the module and no hook behind; the state stays, for a checkpoint that is saved afterwards."""
+        release(trainer, self)
         if self._loops is not None:
+            self._loops.show()
+            self._state = self.state_dict()
             self._loops.detach()
             self._loops = None
 
     def state_dict(self) -> dict[str, Any]:
         """Give y, z, the counters and the outer optimizer of every loop."""
-        if self._loops is None:
-            return self._loaded or {}
-        return {"loops": self._loops.state_dict()}
+        return self._state if self._loops is None else {"loops": self._loops.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizers are there."""
-        self._loaded = state_dict
+        self._state = state_dict
 
 
 class EntropySGD(InnerOuterCallback):

@@ -33,6 +33,12 @@ def claim(trainer: Trainer, owner: Any) -> None:
         )
 
 
+def release(trainer: Trainer, owner: Any) -> None:
+    """Give up what :func:`claim` gave to this owner; another's stays."""
+    if _owners.get(trainer) is owner:
+        del _owners[trainer]
+
+
 class Loops:
     """One loop per optimizer of a LightningModule, shown and hidden together.
 
