@@ -6,7 +6,7 @@ stays the user's: its class, its state, its checkpoint keys, its schedulers.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 from lightning_entropy import functional as F
 from lightning_entropy.auto_gamma import GammaMeasurement
+from lightning_entropy.checks import check_integer
 from lightning_entropy.noise import NoiseStreams
 from lightning_entropy.outer import Outer, OuterFactory
-from lightning_entropy.relaxation import Relaxation, check_integer
+from lightning_entropy.relaxation import Relaxation
 from lightning_entropy.replicas import ReplicaMean, Replicas
 from lightning_entropy.slots import Slot, Slots
 from lightning_entropy.step_hooks import StepHooks
@@ -239,6 +240,20 @@ class InnerOuter:
         self.inner_step += 1
         if self.inner_step >= self.relaxation.inner_steps:
             self._outer_step()
+
+    @torch.no_grad()
+    def restart(self, weights: Iterable[Tensor]) -> None:
+        """Set x, y and z to other weights and forget every momentum, as a replica that has diverged must.
+
+        Args:
+            weights: in the order in which tensors were last given to ``replica_mean``.
+        """
+        for slot, x in zip(self._slots, weights, strict=False):
+            slot.anchor.copy_(x)
+            slot.param.copy_(x)
+            slot.average = None
+            self.optimizer.state.pop(slot.param, None)
+        self._outer.load_state_dict(None)
 
     # The outer step
 
