@@ -1,22 +1,22 @@
 """A method of this family is a value: what happens in the inner loop, and what the outer step does with it."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_entropy.checks import NON_NEGATIVE, POSITIVE, Rule, check_integer, check_number
 from lightning_entropy.schedules import AUTO, Scoping
 
 Number = float | Callable[[int], float]
 Gamma = float | Literal["auto"] | Callable[[int], float]
 
-# The range of every number that may vary with the outer step t: the rule in words, and the rule.
-_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "gamma": ("a finite number >= 0", lambda v: 0 <= v < math.inf),
-    "noise": ("a finite number >= 0", lambda v: 0 <= v < math.inf),
+# The numbers that may vary with the outer step t, and their ranges.
+_VARYING: dict[str, Rule] = {
+    "gamma": NON_NEGATIVE,
+    "noise": NON_NEGATIVE,
     "average": ("in (0, 1]", lambda v: 0 < v <= 1),
-    "rho": ("a finite number >= 0", lambda v: 0 <= v < math.inf),
-    "outer_lr": ("a finite number > 0", lambda v: 0 < v < math.inf),
+    "rho": NON_NEGATIVE,
+    "outer_lr": POSITIVE,
 }
 
 
@@ -128,13 +128,11 @@ class Relaxation:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        momentum = check_number("outer_momentum", self.outer_momentum)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"outer_momentum must be in [0, 1), got {momentum}")
-        first = self.at(0, gamma_start=1.0)
-        self._check_combinations(first)
+        check_number("outer_momentum", self.outer_momentum, ("in [0, 1)", lambda v: 0 <= v < 1))
+        self.at(0)
+        self._check_combinations()
 
-    def _check_combinations(self, first: Settings) -> None:
+    def _check_combinations(self) -> None:
         if self.coupled and self.explicit:
             raise ValueError("coupled and explicit exclude each other: they are two forms of the same spring")
         if self.scale == "filter" and not self.perturb:
@@ -143,17 +141,16 @@ class Relaxation:
             raise ValueError(f"rho must be 0 with elastic_target='pseudo_gradient', got {self.rho!r}")
         if not self.perturb:
             return
-        if self.auto_gamma or first.gamma == 0:
-            raise ValueError(f"gamma must be > 0 with perturb=True (its variance is 1/gamma), got {self.gamma!r}")
         off = Relaxation()
-        for name in ("noise", "average", "rho", "reset", "coupled", "explicit", "outer_lr", "outer_momentum"):
+        for name in set(self.__dataclass_fields__) - {"inner_steps", "gamma", "perturb", "scale"}:
             if getattr(self, name) != getattr(off, name):
                 raise ValueError(f"{name} has no meaning with perturb=True, got {getattr(self, name)!r}")
 
     @property
     def auto_gamma(self) -> bool:
         """Whether gamma's start is to be measured."""
-        return self.gamma == AUTO or (isinstance(self.gamma, Scoping) and self.gamma.start == AUTO)
+        start = self.gamma.start if isinstance(self.gamma, Scoping) else self.gamma
+        return isinstance(start, str) and start == AUTO
 
     def at(self, t: int, gamma_start: float | None = None) -> Settings:
         """Read and check every number at outer step t.
@@ -169,49 +166,17 @@ class Relaxation:
             ValueError: a number outside its range: its name, the rule, the value, and t where it varies.
             TypeError: something that is not a number.
         """
-        values = {name: self._at(name, t, gamma_start) for name in _RANGES}
-        return Settings(**values)
+        return Settings(**{name: self._at(name, rule, t, gamma_start) for name, rule in _VARYING.items()})
 
-    def _at(self, name: str, t: int, gamma_start: float | None) -> float:
+    def _at(self, name: str, rule: Rule, t: int, gamma_start: float | None) -> float:
         value: Any = getattr(self, name)
-        if name == "gamma" and self.auto_gamma:
+        if name == "gamma" and self.perturb:
+            rule = ("a finite number > 0 with perturb=True (its variance is 1/gamma)", POSITIVE[1])
+        elif name == "gamma" and self.auto_gamma:
             scoping = value if isinstance(value, Scoping) else Scoping(AUTO, 1e-3)
             # The first loop (t = 0) measures; the spring starts with the second.
             value = 0.0 if gamma_start is None else scoping.grow(gamma_start, max(t - 1, 0))
-        elif callable(value):
+        if callable(value):
             value = value(t)
             name = f"{name}(t={t})"
-        number = check_number(name, value)
-        rule, holds = _RANGES[name.partition("(")[0]]
-        if not holds(number):
-            raise ValueError(f"{name} must be {rule}, got {number}")
-        return number
-
-
-def check_integer(name: str, value: Any, least: int) -> int:
-    """Return ``value`` if it is an int >= ``least``.
-
-    Raises:
-        TypeError: not an int (a bool is none).
-        ValueError: less than ``least``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {least}, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-    return value
-
-
-def check_number(name: str, value: Any) -> float:
-    """Return ``value`` as a float.
-
-    Raises:
-        TypeError: not a real number (a bool is none).
-        ValueError: NaN.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, complex):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    if math.isnan(number):
-        raise ValueError(f"{name} must be a number, got nan")
-    return number
+        return check_number(name, value, rule)

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_entropy.checks import POSITIVE, check_integer, check_number
+
 AUTO: Literal["auto"] = "auto"
 
 
@@ -21,6 +23,7 @@ class Scoping:
 
     Raises:
         ValueError: an argument outside its range.
+        TypeError: an argument of another type.
 
     Example:
         >>> Scoping(0.5, 1.0, limit=3.0)(1), Scoping(0.5, 1.0, limit=3.0)(10)
@@ -35,12 +38,11 @@ class Scoping:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start != AUTO and not (not isinstance(self.start, str) and 0 < self.start < math.inf):
-            raise ValueError(f"start must be a finite number > 0 or 'auto', got {self.start!r}")
-        if not -1 < self.rate < math.inf:
-            raise ValueError(f"rate must be a finite number > -1, got {self.rate}")
-        if self.limit is not None and not 0 < self.limit < math.inf:
-            raise ValueError(f"limit must be a finite number > 0 or None, got {self.limit}")
+        if self.start != AUTO:
+            check_number("start", self.start, POSITIVE)
+        check_number("rate", self.rate, ("a finite number > -1", lambda v: -1 < v < math.inf))
+        if self.limit is not None:
+            check_number("limit", self.limit, POSITIVE)
 
     def __call__(self, t: int) -> float:
         """Return the value at outer step t >= 0."""
@@ -50,10 +52,10 @@ class Scoping:
 
     def grow(self, start: float, t: int) -> float:
         """Return start (1 + rate)^t within the limit; infinity where that overflows."""
-        if start == 0:
-            return 0.0
-        log = math.log(start) + t * math.log1p(self.rate)
-        value = math.inf if log > 709 else start * (1 + self.rate) ** t
+        try:
+            value = start * (1 + self.rate) ** t
+        except OverflowError:
+            value = math.inf
         if self.limit is None:
             return value
         return min(value, self.limit) if self.rate >= 0 else max(value, self.limit)
@@ -72,6 +74,7 @@ class Widening:
 
     Raises:
         ValueError: an argument outside its range.
+        TypeError: an argument of another type.
 
     Example:
         >>> Widening(4.0, factor=2.0, steps=10)(0), Widening(4.0, factor=2.0, steps=10)(10)
@@ -86,9 +89,9 @@ class Widening:
     steps: int
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "factor", "steps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}")
+        check_number("gamma", self.gamma, POSITIVE)
+        check_number("factor", self.factor, POSITIVE)
+        check_integer("steps", self.steps, 1)
 
     def __call__(self, t: int) -> float:
         """Return gamma at outer step t >= 0."""
