@@ -103,6 +103,10 @@ class InnerOuter:
         """x, a tensor per parameter in the optimizer's order; the parameter itself where it has not moved yet."""
         return [self._slots[p].anchor if p in self._slots else p.detach() for p in self.params]
 
+    def anchor_of(self, p: Tensor) -> Tensor | None:
+        """Give x of one parameter where something else is in it now, else None."""
+        return None if self.shows_anchor or p not in self._slots else self._slots[p].anchor
+
     @property
     def average(self) -> list[Tensor]:
         """z, a tensor per parameter in the optimizer's order; y where the mean is the last iterate."""

@@ -123,6 +123,10 @@ class Loops:
         for handle in self._handles:
             handle.remove()
 
+    def anchor_of(self, p: Tensor) -> Tensor | None:
+        """Give x of one parameter where something else is in it now, else None."""
+        return next((x for x in (loop.anchor_of(p) for loop in self.loops) if x is not None), None)
+
     def anchors(self) -> dict[Tensor, Tensor]:
         """Map every parameter that does not hold x now to x."""
         pairs: dict[Tensor, Tensor] = {}
@@ -173,10 +177,10 @@ class ShowAnchor:
         loops = None if self._loops is None else self._loops()
         if loops is None or loops.shown:
             return
-        anchors = loops.anchors()
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            if p in anchors and prefix + name in state_dict:
-                state_dict[prefix + name] = anchors[p].detach().to(p.dtype)
+            anchor = loops.anchor_of(p)
+            if anchor is not None and prefix + name in state_dict:
+                state_dict[prefix + name] = anchor.detach().to(p.dtype)
 
     def __reduce__(self) -> tuple[type["ShowAnchor"], tuple[()]]:
         return ShowAnchor, ()
