@@ -53,7 +53,7 @@ class Loops:
         relaxation: Relaxation,
         *,
         outer: OuterFactory | None = None,
-        replica_mean: ReplicaMean | None = None,
+        replica_mean: Sequence[ReplicaMean] | None = None,
         seed: int = 0,
         count_attempts: bool = False,
     ) -> None:
@@ -64,7 +64,7 @@ class Loops:
             optimizers: of the trainer.
             relaxation: the method.
             outer: see :func:`lightning_entropy.relax`, also for ``replica_mean``.
-            replica_mean: mean over replicas.
+            replica_mean: mean over replicas, one per optimizer: their exchanges run side by side.
             seed: of the noise, the same on all ranks that share gradients, >= 0.
             count_attempts: see :class:`InnerOuter`.
 
@@ -82,7 +82,7 @@ class Loops:
                 optimizer,
                 relaxation,
                 outer=outer,
-                replica_mean=replica_mean,
+                replica_mean=None if replica_mean is None else replica_mean[i],
                 seed=seed + (i << 64),
                 names=names,
                 count_attempts=count_attempts,
