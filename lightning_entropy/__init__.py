@@ -1,5 +1,7 @@
 """Local-entropy optimization for PyTorch Lightning."""
 
+from lightning.pytorch.strategies import StrategyRegistry
+
 from lightning_entropy.attach import relax
 from lightning_entropy.batchnorm import RefreshBatchNorm
 from lightning_entropy.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
@@ -17,10 +19,12 @@ from lightning_entropy.presets import (
 )
 from lightning_entropy.relaxation import Relaxation
 from lightning_entropy.schedules import Scoping, Widening
+from lightning_entropy.strategies import ElasticEntropyStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ElasticEntropyStrategy",
     "EntropySGD",
     "HamiltonJacobi",
     "HeatSmoothing",
@@ -41,3 +45,6 @@ __all__ = [
     "relax",
     "two_timescale",
 ]
+
+# The one effect of the import: strategy="elastic_entropy" is a name. Registering again replaces: re-import is safe.
+ElasticEntropyStrategy.register_strategies(StrategyRegistry)

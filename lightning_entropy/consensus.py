@@ -1,0 +1,152 @@
+"""The consensus: the mean of x over replicas, with floating-point buffers averaged."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_entropy.coupling import Coupling
+from lightning_entropy.loops import Loops
+
+
+class Consensus:
+    """Forms the consensus, and puts it into the module and back.
+
+    Args:
+        module: whose parameters and buffers.
+        loops: that hold x.
+        mean: over replicas; None: there is one, and x is the consensus.
+        streams: the loops' own exchanges, where they are of x.
+        every: parameters that no optimizer has are averaged too; False: they are the same on all replicas.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        loops: Loops,
+        mean: Coupling | None,
+        streams: Sequence[Coupling],
+        *,
+        every: bool,
+    ) -> None:
+        self._module, self._loops, self._mean, self._streams, self._every = module, loops, mean, streams, every
+        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, what it was given, its own value
+        self._good_buffers = [b.detach().clone() for b in self._buffers()]
+
+    @torch.no_grad()
+    def show(self, *, alone: bool) -> None:
+        """Put the consensus into the module. A collective; nothing happens where it is there already.
+
+        Args:
+            alone: no collective: the mean that is on its way, if it has arrived, and else this replica's x.
+        """
+        if self._loops.shown:
+            return
+        pairs = self._means(alone=alone)
+        anchors = self._anchors()
+        self._loops.show()
+        for tensor, mean in pairs:
+            own = anchors.get(tensor)
+            self._shown.append((tensor, mean, tensor.detach().clone() if own is None else own))
+            tensor.copy_(mean)
+
+    @torch.no_grad()
+    def hide(self) -> None:
+        """Put the replica's own values back; what was changed since :meth:`show` stays, as the new x or buffer."""
+        if not self._loops.shown:
+            return
+        changed = [(tensor != given.to(tensor.dtype)).any() for tensor, given, _ in self._shown]
+        for (tensor, _, own), new in zip(self._shown, [bool(flag) for flag in changed], strict=True):
+            if not new:
+                tensor.copy_(own)
+        self._shown = []
+        self._loops.hide()
+
+    def fill(self, state: dict[str, Any], *, alone: bool) -> dict[str, Any]:
+        """Put the consensus in the place of x in a state dict of the module. A collective, where it is not shown.
+
+        Args:
+            state: of the module.
+            alone: as in :meth:`show`.
+
+        Returns:
+            The same dict.
+        """
+        if self._loops.shown:
+            return state
+        means = dict(self._means(alone=alone))
+        named = [
+            *self._module.named_parameters(remove_duplicate=False),
+            *self._module.named_buffers(remove_duplicate=False),
+        ]
+        for name, tensor in named:
+            if tensor in means and name in state:
+                state[name] = means[tensor].to(tensor.dtype)
+        return state
+
+    def own(self) -> dict[str, Tensor]:
+        """Give this replica's own buffers and those parameters that no loop has moved, by name."""
+        values = {tensor: own for tensor, _, own in self._shown}
+        slots = self._anchors()
+        tensors = dict(self._module.named_buffers())
+        if self._every:
+            tensors |= {n: p for n, p in self._module.named_parameters() if p not in slots}
+        return {name: values.get(t, t.detach()) for name, t in tensors.items()}
+
+    @torch.no_grad()
+    def load_own(self, values: dict[str, Tensor]) -> None:
+        """Go on from :meth:`own`."""
+        tensors = dict(self._module.named_buffers()) | dict(self._module.named_parameters())
+        for name, value in values.items():
+            if name in tensors:
+                tensors[name].copy_(value)
+        self._good_buffers = [b.detach().clone() for b in self._buffers()]
+
+    @torch.no_grad()
+    def mend_buffers(self) -> None:
+        """Give buffers with nan or inf the value of the last consensus, or of the start of training."""
+        for buffer, good in zip(self._buffers(), self._good_buffers, strict=True):
+            if not buffer.isfinite().all() and good.isfinite().all():
+                buffer.copy_(good)
+
+    def _buffers(self) -> list[Tensor]:
+        return [b for b in self._module.buffers() if b.is_floating_point()]
+
+    def _anchors(self) -> dict[Tensor, Tensor]:
+        return {
+            p: x
+            for loop in self._loops.loops
+            for p, x in zip(loop.params, loop.anchor, strict=True)
+            if x.data_ptr() != p.data_ptr()
+        }
+
+    @torch.no_grad()
+    def _means(self, *, alone: bool) -> list[tuple[Tensor, Tensor]]:
+        """Pair every averaged tensor of the module with its mean."""
+        if self._mean is None:
+            return []
+        if alone:
+            return self._arrived()
+        params = [p for loop in self._loops.loops for p in loop.params]
+        values = [x for loop in self._loops.loops for x in loop.anchor]
+        if self._every:
+            rest = [p for p in self._module.parameters() if p not in set(params)]
+            params, values = [*params, *rest], [*values, *(p.detach() for p in rest)]
+        buffers = self._buffers()
+        means = self._mean([*values, *(b.detach() for b in buffers)], judged=len(values))()
+        self._mean.round = None  # holds a copy of the weights
+        self._good_buffers = [m.to(b.dtype) for m, b in zip(means[len(values) :], buffers, strict=True)]
+        return list(zip([*params, *buffers], means, strict=True))
+
+    def _arrived(self) -> list[tuple[Tensor, Tensor]]:
+        """Give what is known without a collective: the means of x that have arrived since the last outer steps."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for loop, coupling in zip(self._loops.loops, self._streams, strict=False):
+            if coupling.round is None or not coupling.round.arrived:
+                return []
+            given = zip(coupling.round.tensors, coupling.round.wait(), strict=True)
+            means = {id(x): mean for x, mean in given}
+            pairs += [(p, means[id(x)]) for p, x in zip(loop.params, loop.anchor, strict=True) if id(x) in means]
+        return pairs

@@ -1,0 +1,259 @@
+"""The mean over replicas of a list of tensors, as one flat exchange that runs while they train."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_entropy.compression import Format, Sum
+
+Naming = Callable[[RuntimeError], RuntimeError]
+
+
+class Links:
+    """The process groups of one stream of exchanges, this rank's row and column of the replicas x data-parallel grid.
+
+    They are nobody else's, so that an exchange under way meets no other collective. Opening them is a collective: every
+    rank of the world does it at the same point.
+
+    Args:
+        replicas: R, rows of the grid; rank = replica * D + position.
+        data_parallel: D, ranks of one replica.
+        timeout: after which a wait for a rank that does not answer is an error.
+    """
+
+    def __init__(self, replicas: int, data_parallel: int, timeout: timedelta | None = None) -> None:
+        rows = [[r * data_parallel + d for d in range(data_parallel)] for r in range(replicas)]
+        self.across = _own_group([list(column) for column in zip(*rows, strict=True)], timeout)
+        self.inside = _own_group(rows, timeout) if data_parallel > 1 else None
+        self.replicas, self.data_parallel = replicas, data_parallel
+        self.position = dist.get_rank() % data_parallel
+        self.by_host = dist.get_backend(self.across) == "gloo"
+
+    def close(self) -> None:
+        """Give the groups back."""
+        for group in (self.across, self.inside):
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What rounding remembers from one round to the next. Its tensors are replaced, never written to.
+
+    Attributes:
+        mean: the last mean; None before the first.
+        residual: what rounding left out of this replica's values.
+        share: what int8's second rounding left out of this rank's share of the sum.
+    """
+
+    mean: Tensor | None = None
+    residual: Tensor | None = None
+    share: Tensor | None = None
+
+
+class Coupling:
+    """Means over replicas, one exchange after the other: the engine's ``replica_mean``.
+
+    A replica with a value that is not finite is left out of the round: it sends zeros of weight zero. Where several
+    ranks share a replica, each exchanges its part of the weights and they hand the parts round, so that the replica's
+    ranks get the same bits and the replica sends its weights once.
+
+    Args:
+        links: process groups of its own.
+        format: of what is sent. Less than float32 is sent as the difference from the last mean, which all have, with
+            what the rounding left out added to the next round (error feedback); the first round is sent whole.
+        differences: False sends the values themselves: for pseudo-gradients, which the last mean does not predict.
+        overlap: False waits at once, with the same result.
+        naming: turns the error of a collective into one that names the rank that is gone.
+
+    Attributes:
+        round: the last exchange; None before the first.
+        sent: bytes this rank has sent to other replicas, by the count of a ring: 2 (R - 1) / R of the payload.
+        waited: seconds this rank has waited for exchanges to end.
+        spread: rms per weight, over replicas, of their distance to the mean, one round ago; None before.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        *,
+        format: Format = "float32",
+        differences: bool = True,
+        overlap: bool = True,
+        naming: Naming = lambda error: error,
+    ) -> None:
+        self.links = links
+        self.format: Format = format
+        self.differences = differences
+        self.overlap = overlap
+        self.naming = naming
+        self.round: Round | None = None
+        self.sent = 0.0
+        self.waited = 0.0
+        self.spread: float | None = None
+        self.distance: Tensor | None = None  # this replica's, squared, to be summed with the next round
+        self.memory = Memory()
+        self._before = Memory()
+
+    def __call__(self, tensors: Sequence[Tensor], judged: int | None = None) -> Callable[[], list[Tensor]]:
+        """Start the mean; the result waits for it.
+
+        Args:
+            tensors: any shapes, the same on all replicas. They do not change until the mean is waited for.
+            judged: how many of them must be finite for the replica to count; None: all.
+
+        Returns:
+            Gives the means in float32, or all in float64 where a tensor is.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        self._before = self.memory
+        self.round = Round(self, list(tensors), len(tensors) if judged is None else judged)
+        if not self.overlap:
+            self.round.wait()
+        return self.round.wait
+
+    def progress(self) -> None:
+        """Let the exchange go on, where it has two halves."""
+        if self.round is not None and self.links.by_host:
+            self.round.progress()
+
+    def state_dict(self, *, repeat: bool) -> dict[str, Tensor | None]:
+        """Give the memory; with ``repeat``, that before the last round, which whoever loads starts again."""
+        return dict(vars(self._before if repeat else self.memory))
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.memory = Memory(**state)
+
+
+class Round:
+    """One exchange.
+
+    Attributes:
+        tensors: what this replica gave.
+        finite: whether it counts.
+    """
+
+    def __init__(self, coupling: Coupling, tensors: list[Tensor], judged: int) -> None:
+        self.tensors = tensors
+        self._coupling, self._judged = coupling, tensors[:judged]
+        self._means: list[Tensor] | None = None
+        flat = _flatten(tensors)
+        self.finite = bool(flat[: sum(t.numel() for t in self._judged)].isfinite().all())
+        own = self._part(flat)
+        memory = coupling.memory
+        if memory.mean is not None and memory.mean.numel() != own.numel():
+            memory = Memory()  # parameters have been added: start again
+        self._compressed = coupling.format != "float32"
+        self._reference = memory.mean.to(own) if coupling.differences and memory.mean is not None else None
+        whole = self._compressed and coupling.differences and self._reference is None
+        values = own if self._reference is None else own - self._reference
+        if memory.residual is not None:
+            values = values + memory.residual.to(own)
+        if not self.finite:
+            values = torch.zeros_like(own)
+        self._header = torch.zeros(2, device=own.device)
+        if self.finite:
+            self._header[0] = 1.0
+            if coupling.distance is not None:
+                self._header[1] = coupling.distance
+        try:
+            self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
+            self._sum = Sum(values, coupling.links.across, "float32" if whole else coupling.format, memory.share)
+        except RuntimeError as error:
+            raise coupling.naming(error) from error
+        self._residual = values - self._sum.sent if self._compressed and self.finite else memory.residual
+        coupling.sent += 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 8)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` returns at once and meets nobody."""
+        if self._means is not None:
+            return True
+        return self._coupling.links.inside is None and self._header_work.is_completed() and self._sum.done
+
+    def progress(self) -> None:
+        """Go on, where there are two halves."""
+        if self._means is None:
+            try:
+                self._sum.progress()
+            except RuntimeError as error:
+                raise self._coupling.naming(error) from error
+
+    def wait(self) -> list[Tensor]:
+        """Wait for the means; may be called again.
+
+        Raises:
+            RuntimeError: a rank is gone, or no replica has finite values.
+        """
+        if self._means is None:
+            start = time.perf_counter()
+            try:
+                self._means = self._wait()
+            except RuntimeError as error:
+                raise self._coupling.naming(error) from error
+            self._coupling.waited += time.perf_counter() - start
+        return self._means
+
+    def _wait(self) -> list[Tensor]:
+        coupling = self._coupling
+        mean = self._sum.result()
+        self._header_work.wait()
+        counted, squares = self._header.tolist()
+        if counted == 0:
+            raise RuntimeError("the weights of every replica are nan or inf: lower the learning rate, or gamma and rho")
+        mean = mean / counted if self._reference is None else self._reference + mean / counted
+        if self._compressed:
+            coupling.memory = Memory(mean if coupling.differences else None, self._residual, self._sum.residual)
+        means = _unflatten(self._whole(mean), self.tensors)
+        coupling.spread = None if coupling.distance is None else (squares / counted) ** 0.5
+        if self._judged and self.finite:
+            squared = [(t.detach() - m).square().sum() for t, m in zip(self._judged, means, strict=False)]
+            coupling.distance = torch.stack(squared).sum() / sum(t.numel() for t in self._judged)
+        return means
+
+    def _part(self, flat: Tensor) -> Tensor:
+        """Give this rank's part of its replica's values, on the device they are sent from."""
+        links = self._coupling.links
+        size = -(-flat.numel() // links.data_parallel)
+        padded = torch.nn.functional.pad(flat, (0, size * links.data_parallel - flat.numel()))
+        return padded[links.position * size : (links.position + 1) * size].to("cpu" if links.by_host else flat.device)
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """Hand the parts round inside the replica."""
+        links = self._coupling.links
+        if links.inside is None:
+            return part
+        parts = [torch.empty_like(part) for _ in range(links.data_parallel)]
+        dist.all_gather(parts, part, group=links.inside)
+        return torch.cat(parts)[: sum(t.numel() for t in self.tensors)]
+
+
+def _own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
+    """Open all the groups and give the one this rank is in."""
+    mine = None
+    for ranks in groups:
+        group = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+def _flatten(tensors: list[Tensor]) -> Tensor:
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    if not tensors:
+        return torch.zeros(0, dtype=wide)
+    return torch.cat([t.detach().to(wide).reshape(-1) for t in tensors])
+
+
+def _unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    pieces = flat.split([t.numel() for t in like])
+    return [piece.view(t.shape).to(t.device) for piece, t in zip(pieces, like, strict=True)]
