@@ -19,6 +19,8 @@ LIGHTNING_WARNINGS = (
     "ignore:.*does not have many workers",
     "ignore:.*no `val_dataloader`",
     "ignore:.*LeafSpec",
+    "ignore:Using ModelCheckpoint with manual optimization",
+    "ignore:Checkpoint directory .* exists and is not empty",
 )
 
 
@@ -41,10 +43,10 @@ class Stream:
         return self.batches
 
     def __iter__(self) -> Iterator[Any]:
+        self.position %= self.batches
         while self.position < self.batches:
             self.position += 1
             yield next(iter(loader(4, seed=self.position)))
-        self.position = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
