@@ -69,6 +69,7 @@ FUNCTIONS: dict[str, np.ufunc] = {
 }
 
 CELLS = 500
+FRAMES = 60
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,8 @@ def draw_smoothing(above: Axes, below: Axes, talk: Setup, descents: Sequence[Des
     above.plot(talk.x[talk.f.argmin()], talk.f.min(), "v", color=BLACK, ms=8, label="global minimum of f")
     above.set_ylabel("loss")
     above.legend(loc="upper center", frameon=False)
-    above.set_title("Smoothing with PDEs: local entropy leaves one valley", loc="left", weight="bold")
+    before, after = len(local_minima(talk.f)), len(local_minima(viscous.potentials[0]))
+    above.set_title(f"Smoothing with PDEs: local minima {before} before, {after} after", loc="left", weight="bold")
 
     below.fill_between(talk.x, talk.rho0, color=GREY, alpha=0.5, lw=0, label="(the start)")
     for row, descent in zip(numbers(talk, descents), descents, strict=True):
@@ -302,7 +304,7 @@ def draw_smoothing(above: Axes, below: Axes, talk: Setup, descents: Sequence[Des
         below.plot(talk.x, descent.densities[-1], color=descent.colour, lw=2, label=label)
     below.plot(talk.x[talk.f.argmin()], 0, "^", color=BLACK, ms=8, clip_on=False, zorder=5)
     below.set_xlim(talk.x[0], talk.x[-1])
-    below.set_ylim(0, 1.15 * max(descent.densities[-1].max() for descent in descents))
+    below.set_ylim(0, 1.5 * max(talk.rho0.max(), *(descent.densities[-1].max() for descent in descents)))
     below.set_xlabel("x")
     below.set_ylabel("density")
     title = f"After time {talk.duration:g} of noisy descent at temperature {talk.diffusion:g}, on"
@@ -412,7 +414,7 @@ def draw(talk: Setup, descents: Sequence[Descent], bar: "tqdm[Any]") -> Figure:
     return figure
 
 
-def animate(talk: Setup, path: Path, frames: int = 60) -> None:
+def animate(talk: Setup, path: Path, frames: int) -> None:
     """Write a GIF or an MP4 of u and of the populations on it as time runs.
 
     Raises:
@@ -480,10 +482,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         descents = descend(talk)
         bar.update()
         figure = draw(talk, descents, bar)
-        figure.savefig(options.out, dpi=110)
+        figure.savefig(options.out, dpi=90)
         plt.close(figure)
     if options.animate:
-        animate(talk, options.animate)
+        animate(talk, options.animate, FRAMES)
 
     print(f"f: {len(local_minima(talk.f))} local minima, lowest {talk.f.min():.3f} at {talk.x[talk.f.argmin()]:.3f}")
     for row in numbers(talk, descents):
