@@ -23,6 +23,7 @@ from tests.lightning_modules import (
     Automatic,
     Manual,
     Pair,
+    Stream,
     loader,
     same,
     trainer,
@@ -185,10 +186,11 @@ class Tied(Automatic):
         self.decoder.weight = self.encoder.weight
         self.normed = parametrizations.weight_norm(nn.Linear(6, 6))
         self.extra = nn.ParameterList([nn.Parameter(torch.ones(6))])
+        self.scale = self.same_scale = nn.Parameter(torch.ones(6))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.normed(self.decoder(torch.tanh(self.encoder(self.net[0](x)))))  # type: ignore[index]
-        return self.net[2](hidden * self.extra[0])  # type: ignore[index]
+        return self.net[2](hidden * self.extra[0] * self.scale)  # type: ignore[index]
 
 
 def test_tied_weights_parametrizations_and_parameter_lists() -> None:
@@ -206,7 +208,7 @@ def test_tied_weights_parametrizations_and_parameter_lists() -> None:
     module = Tied()
     trainer(callbacks=[callback, Save()], max_steps=8).fit(module, loader())
     # The last outer step is the fifth: from there on every state dict is that of the module at the end.
-    assert len(module.state_dict()) == len(weights(module)) + 1
+    assert len(module.state_dict()) == len(weights(module)) + 2
     for state, part in zip(states[4:], parts[4:], strict=True):
         assert same(state, dict(module.state_dict()))
         assert same(part, {k: v for k, v in state.items() if k.startswith("normed.")})
@@ -337,6 +339,33 @@ def test_state_that_validation_loaded_does_not_leak_into_the_next_fit(tmp_path: 
     t.fit(module, loader(), loader(8))
     trainer(callbacks=[CALLBACKS["entropy"]()]).fit(twin, loader())
     assert same(weights(module), weights(twin))
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_resumed_fit_shows_x_until_its_first_batch(tmp_path: Path, name: str) -> None:
+    t = trainer(callbacks=[CALLBACKS[name](), ModelCheckpoint(tmp_path, every_n_train_steps=8)],
+                enable_checkpointing=True)  # fmt: skip
+    t.fit(Automatic(), Stream())
+    (file,) = tmp_path.glob("*.ckpt")
+    x = saved(file)[1]
+    seen: list[str] = []
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            assert same(weights(pl_module), x)
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            seen.append("start")
+            assert same(weights(pl_module), x)
+            assert same(list(pl_module.state_dict().values()), x)
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            self.on_train_start(trainer, pl_module)
+
+    more = [Look(), ModelCheckpoint(tmp_path, every_n_train_steps=8)]
+    t = trainer(callbacks=[CALLBACKS[name](), *more], max_epochs=2, enable_checkpointing=True)
+    t.fit(Automatic(), Stream(), ckpt_path=file)
+    assert len(seen) >= 2
 
 
 def test_weights_that_a_user_changes_between_epochs_are_the_new_x() -> None:
