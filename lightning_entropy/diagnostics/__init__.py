@@ -12,6 +12,7 @@ if _missing:
         f'lightning_entropy.diagnostics needs {" and ".join(_missing)}: pip install "lightning-entropy[diagnostics]"'
     )
 
+from lightning_entropy.diagnostics.current import ProbabilityCurrent, probability_current  # noqa: E402
 from lightning_entropy.diagnostics.estimate import Estimate  # noqa: E402
 from lightning_entropy.diagnostics.gradient_noise import (  # noqa: E402
     GradientNoise,
@@ -27,6 +28,11 @@ from lightning_entropy.diagnostics.local_entropy import (  # noqa: E402
     local_entropy,
 )
 from lightning_entropy.diagnostics.surface import cross_entropy  # noqa: E402
+from lightning_entropy.diagnostics.trajectory import (  # noqa: E402
+    Trajectory,
+    TrajectoryResult,
+    analyse_trajectory,
+)
 
 __all__ = [
     "Estimate",
@@ -37,9 +43,14 @@ __all__ = [
     "HessianSpectrum",
     "LocalEntropy",
     "LocalEntropyResult",
+    "ProbabilityCurrent",
+    "Trajectory",
+    "TrajectoryResult",
+    "analyse_trajectory",
     "cross_entropy",
     "flatness_profile",
     "gradient_noise",
     "hessian_spectrum",
     "local_entropy",
+    "probability_current",
 ]

@@ -15,6 +15,7 @@ from lightning_entropy.diagnostics.surface import Loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Result(Protocol):
@@ -87,8 +88,11 @@ class Diagnostic(pl.Callback, ABC):
         self._measured_at: int | None = None
 
     @abstractmethod
-    def measure(self, module: nn.Module, data: Iterable[Batch], **settings: Any) -> Result:
-        """Run the estimator. ``settings`` are loss, examples, mode, seed, state, transfer and progress."""
+    def measure(self, module: nn.Module, data: Iterable[Batch], **settings: Any) -> Result | None:
+        """Run the estimator; None for nothing to say.
+
+        ``settings`` are loss, examples, mode, seed, state, transfer and progress.
+        """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse strategies that spread one model's weights over ranks."""
@@ -125,7 +129,7 @@ class Diagnostic(pl.Callback, ABC):
             ),
         )
 
-    def _once(self, trainer: pl.Trainer, compute: Callable[[], Result]) -> None:
+    def _once(self, trainer: pl.Trainer, compute: Callable[[], Result | None]) -> None:
         """Compute on the first rank, share the result or the failure with all, log."""
         folder = Path(trainer.log_dir or trainer.default_root_dir, "diagnostics")  # A collective: all ranks ask.
         self._measured_at = trainer.global_step
@@ -141,7 +145,7 @@ class Diagnostic(pl.Callback, ABC):
             raise failure
         if message is not None:
             raise RuntimeError(f"{type(self).__name__} failed on rank 0: {message}")
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.result is not None:
             self._log(trainer, self.result, folder)
 
     def _data(self, trainer: pl.Trainer) -> Iterable[Batch]:
@@ -166,10 +170,7 @@ class Diagnostic(pl.Callback, ABC):
         if not self.figures or getattr(trainer, "fast_dev_run", False):
             return
 
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-        result.plot(figure.subplots())
+        figure = draw(result)
         taken = [_log_figure(logger, self.name, figure, step) for logger in trainer.loggers]
         if not any(taken):
             folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +191,17 @@ def _log_figure(logger: Any, name: str, figure: Any, step: int) -> bool:
     else:
         return False
     return True
+
+
+def draw(result: Result) -> "Figure":
+    """Draw a result on a figure of its own, its ``panels`` side by side where it has several; pyplot stays unused."""
+    from matplotlib.figure import Figure
+
+    panels = getattr(result, "panels", (result.plot,))
+    figure = Figure(figsize=(7.0, 4.2) if len(panels) == 1 else (5.0 * len(panels), 4.0), layout="constrained")
+    for panel, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        panel(ax)
+    return figure
 
 
 def axes_for(ax: "Axes | None") -> "Axes":
