@@ -176,7 +176,7 @@ def inner_move_(
         for block, seed in zip([(y, x, z)] if _varies(s) else _blocks(y, x, z), param_seeds, strict=False)
     ]
     threads = torch.get_num_threads()
-    if threads == 1 or len(jobs) == 1 or params[0].device.type != "cpu" or sum(p.numel() for p in params) < BLOCK:
+    if threads == 1 or len(jobs) <= 1 or params[0].device.type != "cpu" or sum(p.numel() for p in params) < BLOCK:
         for job in jobs:
             _noisy_move_(*job)
         return

@@ -67,6 +67,10 @@ class InnerOuter:
             ValueError: the relaxation cannot work with this optimizer, or it has a loop already.
         """
         _check(optimizer, relaxation)
+        if relaxation.perturb:
+            for name, given in (("outer", outer), ("replica_mean", replica_mean)):
+                if given is not None:
+                    raise ValueError(f"{name} has no meaning with perturb=True: there is no outer step, got {given!r}")
         self.optimizer = optimizer
         self.relaxation = relaxation
         self.settings = relaxation.at(0)
@@ -148,8 +152,7 @@ class InnerOuter:
 
     def detach(self) -> None:
         """Leave x in the parameters and no hook behind. May be called twice."""
-        if self._show_depth == 0:
-            self.show()
+        self.show()  # for good: whoever is in at_anchor() leaves x, too
         for slot in self._slots:
             slot.hidden = None
         self._hooks.remove()

@@ -16,9 +16,11 @@ class PerturbedLoop(InnerOuter):
     Between steps the parameters hold y = x + noise, so that the gradient is a perturbed one whoever computes it; when
     the gradients are final they get x back, and all but the L-th update are withheld by taking the gradients away. In
     plain PyTorch without a closure, call :meth:`begin` before the first forward pass, or the first gradient is at x.
+    An optimizer that evaluates its closure several times a step sees the same noise in all of them.
     """
 
-    _perturbed = False
+    _begun = False  # whether the parameters are to hold y outside at_anchor()
+    _perturbed = False  # whether they do
     _counted = False
 
     @property
@@ -33,7 +35,8 @@ class PerturbedLoop(InnerOuter):
     @torch.no_grad()
     def begin(self) -> None:
         """Perturb the parameters, if they are not perturbed already."""
-        if self._perturbed:
+        self._begun = True
+        if self._perturbed or self._show_depth:
             return
         slots = [self._slots[p] for p in self.params if p.requires_grad]
         for slot in slots:
@@ -51,6 +54,18 @@ class PerturbedLoop(InnerOuter):
             average=1.0,
             seeds=self.noise_seeds(params),
         )
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Enter :meth:`at_anchor`; calls nest."""
+        self._show_depth += 1
+        self._restore()
+
+    def hide(self) -> None:
+        """Leave :meth:`at_anchor`: the same noise is drawn again."""
+        self._show_depth -= 1
+        if self._begun:
+            self.begin()
 
     def _restore(self) -> None:
         if self._perturbed:
@@ -101,6 +116,7 @@ class PerturbedLoop(InnerOuter):
         return {} if slot.gradient is None else {"gradient": slot.gradient}
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on where ``state_dict`` was called; the parameters get x, and y at :meth:`begin`."""
+        """Go on where ``state_dict`` was called; the parameters get y."""
         self._restore()
         super().load_state_dict(state)
+        self.begin()

@@ -142,8 +142,8 @@ class Relaxation:
         if not self.perturb:
             return
         off = Relaxation()
-        for name in set(self.__dataclass_fields__) - {"inner_steps", "gamma", "perturb", "scale"}:
-            if getattr(self, name) != getattr(off, name):
+        for name in self.__dataclass_fields__:
+            if name not in ("inner_steps", "gamma", "perturb", "scale") and getattr(self, name) != getattr(off, name):
                 raise ValueError(f"{name} has no meaning with perturb=True, got {getattr(self, name)!r}")
 
     @property
