@@ -1,9 +1,21 @@
 """Small networks with known truth, and a LightningModule with its data, for the tests of the diagnostics."""
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+# What Lightning says of small runs, and of the torch that it runs on, is not ours to answer.
+LIGHTNING_ADVICE = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        ".*does not have many workers",
+        ".*treespec, LeafSpec",
+        ".*is smaller than the logging interval",
+        ".*GPU available but not used",
+    )
+]
 
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float64, width: int = 4) -> nn.Module:

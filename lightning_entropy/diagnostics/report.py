@@ -1,0 +1,338 @@
+"""All diagnostics of a checkpoint as one self-contained HTML page, and two checkpoints side by side."""
+
+import html
+import io
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_entropy.diagnostics.data import Batch
+from lightning_entropy.diagnostics.diagnostic import Result, draw
+from lightning_entropy.diagnostics.gradient_noise import GradientNoiseResult, gradient_noise
+from lightning_entropy.diagnostics.hessian import HessianResult, hessian_spectrum
+from lightning_entropy.diagnostics.local_entropy import LocalEntropyResult, local_entropy
+from lightning_entropy.diagnostics.surface import Loss
+from lightning_entropy.diagnostics.trajectory import TrajectoryResult, analyse_trajectory
+
+SECTIONS = {
+    "hessian": "How flat is the minimum: the Hessian",
+    "local_entropy": "How wide is the valley: local entropy and flatness profile",
+    "gradient_noise": "How loud and how round is the noise: the diffusion matrix",
+    "trajectory": "Does SGD walk in circles: the recorded path",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Args:
+        name: What it is.
+        value: Its value.
+        error: Half-width of its 99 % interval; 0 if exact.
+        meaning: What it tells, in a few words.
+        flatter: Whether smaller is flatter (True), or it says nothing about flatness (None).
+    """
+
+    name: str
+    value: float
+    error: float
+    meaning: str
+    flatter: bool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {self.error:.2g}" if self.error else f"{self.value:.4g}"
+
+
+@dataclass
+class Findings:
+    """What was measured at one checkpoint.
+
+    Args:
+        title: The checkpoint's name.
+        results: By section.
+    """
+
+    title: str
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def rows(self) -> dict[str, list[Row]]:
+        """Tell each section's numbers, in the order of the page."""
+        return {name: _ROWS[name](result) for name, result in self.results.items()}
+
+
+def measure(
+    module: pl.LightningModule,
+    datamodule: pl.LightningDataModule,
+    *,
+    title: str,
+    split: str = "train",
+    loss: Loss | None = None,
+    examples: int = 512,
+    mode: str = "eval",
+    seed: int = 0,
+    skip: Iterable[str] = (),
+    checkpoint: dict[str, Any] | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
+) -> Findings:
+    """Run every diagnostic on a module.
+
+    Args:
+        module: With the weights to measure, on its device.
+        datamodule: Set up.
+        title: Of the findings.
+        split: "train" or "val".
+        loss: ``(module, batch) -> scalar``. None: cross entropy.
+        examples: How many examples.
+        mode: "eval" or "train" for the Hessian and local entropy.
+        seed: Of everything drawn, so that two checkpoints are measured alike.
+        skip: Sections to leave out.
+        checkpoint: Where a :class:`~lightning_entropy.diagnostics.Trajectory` may have left its recording.
+        settings: More arguments for the estimators, by section.
+
+    Returns:
+        The findings.
+
+    Raises:
+        ValueError: If ``skip`` or ``split`` names nothing.
+    """
+    skip, settings = set(skip), settings or {}
+    if unknown := skip - set(SECTIONS):
+        raise ValueError(f"skip must name sections among {sorted(SECTIONS)}, got {sorted(unknown)}")
+    if split not in ("train", "val"):
+        raise ValueError(f'split must be "train" or "val", got {split!r}')
+    data: Any = datamodule.train_dataloader() if split == "train" else datamodule.val_dataloader()
+    data = data[0] if isinstance(data, list | tuple) and not isinstance(data[0], tuple) else data
+    given: dict[str, Any] = {
+        "loss": loss,
+        "examples": examples,
+        "seed": seed,
+        "transfer": transfer_of(module, datamodule),
+        "progress": True,
+    }
+    valley: dict[str, Any] = {"sigmas": np.geomspace(1e-3, 1e-1, 7), "samples": 20, "warmup": 10, "draws": 8}
+    estimators: dict[str, Callable[[], Result]] = {
+        "hessian": lambda: hessian_spectrum(module, data, mode=mode, **given, **settings.get("hessian", {})),
+        "local_entropy": lambda: local_entropy(
+            module,
+            data,
+            mode=mode,
+            **given,
+            **(valley | settings.get("local_entropy", {})),
+        ),
+        "gradient_noise": lambda: gradient_noise(module, data, **given, **settings.get("gradient_noise", {})),
+    }
+    findings = Findings(title, {name: run() for name, run in estimators.items() if name not in skip})
+    if "trajectory" not in skip and (recorded := _recording(checkpoint or {}, seed)) is not None:
+        findings.results["trajectory"] = recorded
+    return findings
+
+
+def transfer_of(module: pl.LightningModule, datamodule: pl.LightningDataModule) -> Callable[[Batch], Batch]:
+    """Compose the batch-transfer hooks as a trainer would: the datamodule's where it overrides them."""
+
+    def owner(hook: str) -> Any:
+        return datamodule if is_overridden(hook, datamodule) else module
+
+    def transfer(batch: Batch) -> Batch:
+        batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+        batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, module.device, 0)
+        return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
+
+    return transfer
+
+
+def _recording(checkpoint: dict[str, Any], seed: int) -> TrajectoryResult | None:
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith("Trajectory{") and len(state["path"]) >= 64:
+            norms = state["norms"]
+            norms = () if torch.isnan(norms).any() else norms.tolist()
+            return analyse_trajectory(state["path"], interval=state["interval"], gradient_norms=norms, seed=seed)
+    return None
+
+
+def _hessian_rows(r: HessianResult) -> list[Row]:
+    low, high = r.near_zero()
+    rows = [
+        Row("loss", r.loss, 0.0, f"over {r.examples:,} examples"),
+        Row("largest eigenvalue", r.largest, 0.0, "sharpness", flatter=True),
+        Row("smallest eigenvalue", r.smallest, 0.0, "negative: a direction that still falls"),
+    ]
+    if r.trace is not None:
+        rows.append(Row("trace", r.trace.value, r.trace.error, "sum of all curvatures", flatter=True))
+    if r.exact or high - low < 0.5:
+        rows.append(Row("share of |λ| ≤ 1e-4", (low + high) / 2, (high - low) / 2, "flat directions"))
+    return rows
+
+
+def _local_entropy_rows(r: LocalEntropyResult) -> list[Row]:
+    width = math.sqrt(r.temperature / r.gamma)
+    rows = [
+        Row(
+            "rise of the smoothed loss",
+            r.rise,
+            r.rise_error,
+            f"gamma = {r.gamma:g}, T = {r.temperature:g}",
+            flatter=True,
+        ),
+        Row("norm of its gradient", r.gradient_norm, 0.0, f"Gaussian of width {width:.2g}"),
+        Row("acceptance", r.acceptance, 0.0, "below 0.5 distrust the two above"),
+    ]
+    if r.profile is not None:
+        picked = range(0, len(r.profile.sigmas), 2)
+        rows += [
+            Row(
+                f"rise at sigma = {r.profile.sigmas[i]:.2g}",
+                float(r.profile.rises[i]),
+                float(r.profile.errors[i]),
+                "mean loss under noise on every weight",
+                flatter=True,
+            )
+            for i in picked
+        ]
+    return rows
+
+
+def _gradient_noise_rows(r: GradientNoiseResult) -> list[Row]:
+    scale = r.noise_scale
+    return [
+        Row("trace of D", r.trace, 0.0, "loudness: mean squared deviation of a gradient"),
+        Row("λ(D), the talk's recipe", r.clipped_mean, 0.0, f"clipped at λ₁ P ε; its spread {r.clipped_std:.3g}"),
+        Row("rank(D), the talk's recipe, %", r.rank_percent, 0.0, f"{r.rank} eigenvalues above the clip"),
+        Row("λ(D), unclipped", r.mean, 0.0, f"its spread {r.std:.3g}"),
+        Row("stable rank", r.stable_rank, 0.0, f"trace over largest; round noise would have {r.weights:,}"),
+        Row("participation", r.participation, 0.0, "directions that share the noise"),
+        Row("noise scale, examples", scale.value, scale.error, "larger batches than this waste examples"),
+    ]
+
+
+def _trajectory_rows(r: TrajectoryResult) -> list[Row]:
+    p = r.current.p_value
+    verdict = "of a turn this clear by chance" if r.current.conclusive else "path too short for its memory"
+    return [
+        Row("p-value of the current", p, 0.0, verdict),
+        Row("clearest turn, standard errors", r.current.significance, 0.0, "in the planes of the components"),
+        Row("the control's", r.control_current.significance, 0.0, "a reversible process of equal length"),
+        Row("correlation time, steps", r.current.correlation_time * r.interval, 0.0, "memory of the slowest component"),
+    ]
+
+
+_ROWS: dict[str, Callable[[Any], list[Row]]] = {
+    "hessian": _hessian_rows,
+    "local_entropy": _local_entropy_rows,
+    "gradient_noise": _gradient_noise_rows,
+    "trajectory": _trajectory_rows,
+}
+
+_STYLE = """
+:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff }
+body { max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
+p { max-width: 46rem } .quiet { color: #5b6575 }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th { text-align: left; font-weight: 600 } td, th { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e3e7ee }
+td.number { white-space: nowrap } td.flat { font-weight: 600; color: #0a6b3d }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem }
+figure { margin: 0; flex: 1 1 24rem } figcaption { color: #5b6575; font-size: .9rem }
+svg { width: 100%; height: auto }
+"""
+
+
+def page(findings: list[Findings]) -> str:
+    """Write one or two findings as an HTML page that needs nothing beside itself.
+
+    With two, smaller of a pair that differs by more than both error bars is marked as the flatter, and counted.
+
+    Args:
+        findings: One, or two to compare.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: If there are none or more than two.
+    """
+    if len(findings) not in (1, 2):
+        raise ValueError(f"findings must be one or two, got {len(findings)}")
+    titles = [html.escape(f.title) for f in findings]
+    heading = titles[0] if len(findings) == 1 else f"{titles[0]} beside {titles[1]}"
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>Diagnostics of {heading}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>Diagnostics of {heading}</h1>",
+        '<p class="quiet">Error bars are 99 % intervals. Curvature, local entropy and noise depend on how weights are ',
+        "scaled between layers: compare like with like.</p>",
+    ]
+    if len(findings) == 2:
+        parts.append(f"<p><strong>{verdict(*findings)}</strong></p>")
+    tables = [f.rows() for f in findings]
+    for section, title in SECTIONS.items():
+        if not any(section in table for table in tables):
+            continue
+        parts += [f"<h2>{title}</h2>", _table([t.get(section, []) for t in tables], titles), '<div class="pictures">']
+        for finding, name in zip(findings, titles, strict=True):
+            if section in finding.results:
+                picture = _svg(finding.results[section], f"{title}: {finding.title}")
+                caption = f"<figcaption>{name}</figcaption>" if len(findings) == 2 else ""
+                parts.append(f"<figure>{picture}{caption}</figure>")
+        parts.append("</div>")
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _flatter(a: Row, b: Row) -> int | None:
+    """Return which of a pair is flatter beyond both error bars: 0 or 1, or None."""
+    if not a.flatter or not abs(a.value - b.value) > a.error + b.error:
+        return None
+    return int(b.value < a.value)
+
+
+def verdict(first: Findings, second: Findings) -> str:
+    """Say in a sentence which of two minima is flatter, by how many of the numbers."""
+    pairs = [
+        (a, b)
+        for section, rows in first.rows().items()
+        for a in rows
+        for b in second.rows().get(section, [])
+        if a.name == b.name and a.flatter
+    ]
+    votes = [_flatter(a, b) for a, b in pairs]
+    won = votes.count(0), votes.count(1)
+    names = html.escape(first.title), html.escape(second.title)
+    if won[0] == won[1]:
+        return f"Neither is flatter: {won[0]} of {len(votes)} numbers for each."
+    best = int(won[1] > won[0])
+    return (
+        f"{names[best]} is flatter by {won[best]} of {len(votes)} numbers, {names[1 - best]} by {won[1 - best]}; "
+        f"{votes.count(None)} do not tell."
+    )
+
+
+def _table(columns: list[list[Row]], titles: list[str]) -> str:
+    names = list(dict.fromkeys(row.name for column in columns for row in column))
+    head = "".join(f"<th>{t}</th>" for t in titles) if len(titles) == 2 else "<th>value</th>"
+    lines = [f"<table><thead><tr><th>number</th>{head}<th>what it tells</th></tr></thead><tbody>"]
+    for name in names:
+        rows = [next((row for row in column if row.name == name), None) for column in columns]
+        best = _flatter(*rows) if len(rows) == 2 and all(rows) else None  # type: ignore[arg-type]
+        cells = ""
+        for i, row in enumerate(rows):
+            mark = " flat" if best == i else ""
+            note = " (flatter)" if best == i else ""
+            cells += f'<td class="number{mark}">{row or "–"}{note}</td>'  # noqa: RUF001
+        meanings = dict.fromkeys(html.escape(row.meaning) for row in rows if row)
+        lines.append(f'<tr><td>{html.escape(name)}</td>{cells}<td class="quiet">{" | ".join(meanings)}</td></tr>')
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+def _svg(result: Result, label: str) -> str:
+    buffer = io.StringIO()
+    draw(result).savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

@@ -1,0 +1,86 @@
+import re
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_entropy.diagnostics import Trajectory
+from lightning_entropy.diagnostics.__main__ import main
+from tests.diagnostics import tiny
+
+pytestmark = tiny.LIGHTNING_ADVICE
+CLASSES = ["--module", "tests.diagnostics.tiny.TinyModule", "--data", "tests.diagnostics.tiny.TinyData"]
+QUICK = ["--local_entropy.samples=2", "--local_entropy.warmup=1", "--examples=24", "--data.examples=32"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    paths = []
+    for epochs in (1, 12):
+        folder = tmp_path_factory.mktemp("run")
+        torch.manual_seed(0)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[Trajectory(at_end=False)] if epochs > 1 else [],
+        )
+        trainer.fit(tiny.TinyModule(width=5), datamodule=tiny.TinyData())
+        trainer.save_checkpoint(folder / f"after-{epochs}.ckpt")
+        paths.append(str(folder / f"after-{epochs}.ckpt"))
+    return paths
+
+
+def test_report_is_one_page_with_every_section(checkpoints, tmp_path, capsys):
+    output = main(["report", checkpoints[1], *CLASSES, *QUICK, "--output", str(tmp_path / "page.html")])
+    text = output.read_text()
+    assert text.count("<svg") == 4  # Hessian, local entropy, noise, and the recorded path.
+    assert "largest eigenvalue" in text
+    assert "rank(D), the talk" in text
+    assert "p-value of the current" in text
+    assert not re.search(r'(src|href)="(?!#)', text)  # Self-contained.
+    assert "largest eigenvalue" in capsys.readouterr().out
+
+
+def test_compare_says_which_is_flatter(checkpoints, tmp_path, capsys):
+    output = main(
+        ["compare", *checkpoints, *CLASSES, *QUICK, "--skip", "gradient_noise", "--output", str(tmp_path / "p.html")]
+    )
+    text = output.read_text()
+    assert text.count("<svg") == 5
+    assert "flatter" in text
+    assert "after-1.ckpt" in text
+    assert "numbers" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_as_flat_as_itself(checkpoints, tmp_path):
+    both = ["compare", checkpoints[0], checkpoints[0], *CLASSES, *QUICK, "--skip", "gradient_noise"]
+    assert "Neither is flatter" in main([*both, "--output", str(tmp_path / "p.html")]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "none.ckpt", *CLASSES], "none.ckpt must be a checkpoint file"),
+        (["report", "none.ckpt", "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
+        (["report", "none.ckpt", "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
+        (["report", "none.ckpt", *CLASSES, "--datum.x=1"], "unrecognized argument --datum.x=1"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_it_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_entropy.diagnostics", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compare" in done.stdout
