@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn import Module
 
 from lightning_entropy.coupling import Coupling
 from lightning_entropy.loops import Loops
@@ -24,7 +24,7 @@ class Consensus:
 
     def __init__(
         self,
-        module: LightningModule,
+        module: Module,
         loops: Loops,
         mean: Coupling | None,
         streams: Sequence[Coupling],

@@ -8,6 +8,10 @@ from datetime import timedelta
 import torch.distributed as dist
 
 
+class ReplicaLost(RuntimeError):
+    """A rank died or hangs; the message names it."""
+
+
 class Heartbeat:
     """Every rank counts up in a store, from a thread; a rank whose count stands still is gone.
 
@@ -64,6 +68,19 @@ class Heartbeat:
         except RuntimeError:
             return [0]
         return sorted(silent)
+
+    def named(self, error: RuntimeError, data_parallel: int = 1) -> RuntimeError:
+        """Give an error that names the ranks that are gone; the same error where none is.
+
+        Args:
+            error: of a collective.
+            data_parallel: ranks of one replica.
+        """
+        silent = [] if isinstance(error, ReplicaLost) else self.silent()
+        if not silent:
+            return error
+        ranks = ", ".join(f"rank {rank} (replica {rank // data_parallel})" for rank in silent)
+        return ReplicaLost(f"{ranks} stopped answering, and rank {self._rank} cannot go on: {error}")
 
     def stop(self) -> None:
         """End the thread."""

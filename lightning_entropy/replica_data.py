@@ -1,14 +1,16 @@
 """What replicas see and start from: loaders that end together, BatchNorm inside a replica, weights of their own."""
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.utilities.data import sized_len
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.nn import Module
 
 
@@ -79,7 +81,7 @@ class EvenEnd:
         return getattr(self._loader, name)
 
 
-def initialize_apart(module: LightningModule, seed: int) -> None:
+def initialize_apart(module: Module, seed: int) -> None:
     """Draw new weights, by ``reset_parameters`` of the module or else of every submodule with parameters of its own.
 
     Args:
@@ -105,3 +107,25 @@ def initialize_apart(module: LightningModule, seed: int) -> None:
                     f"({type(submodule).__name__}) has none: give it one, or give the LightningModule one"
                 )
             reset()
+
+
+def seed_all(seed: int) -> None:
+    """Seed every global generator: Python's, NumPy's and torch's."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """Give the state of torch's generators, from which dropout and shuffling draw."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, Tensor]) -> None:
+    """Go on from :func:`rng_state`."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())

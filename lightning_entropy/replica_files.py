@@ -6,13 +6,16 @@ replacement leaves the old checkpoint and the old files; one after it leaves the
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lightning_entropy.replica_loops import Grid
 
 KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and where the loops stand
 
@@ -114,21 +117,6 @@ def remove(checkpoint: Any) -> None:
         fs.rm(folder(checkpoint), recursive=True)
 
 
-def own_rng() -> dict[str, Any]:
-    """Give the state of torch's generators, of which dropout and shuffling draw."""
-    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_rng(states: dict[str, Any]) -> None:
-    """Go on from :func:`own_rng`."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-
-
 def _provisional(checkpoint: Any, replica: int, token: str) -> str:
     return os.path.join(folder(checkpoint), f"{replica}.{token}.part")
 
@@ -140,3 +128,101 @@ def _final(checkpoint: Any, replica: int) -> str:
 def _listed(checkpoint: Any) -> list[str]:
     fs = get_filesystem(folder(checkpoint))
     return [str(p) for p in fs.ls(folder(checkpoint), detail=False)] if fs.exists(folder(checkpoint)) else []
+
+
+class ReplicaFiles:
+    """Saves and loads a checkpoint in its parts: one main file, and one for every replica.
+
+    Args:
+        grid: where this rank stands.
+        run: a name that no other run has, the same on all ranks.
+        barrier: waits for all ranks.
+    """
+
+    def __init__(self, grid: Grid, run: str, barrier: Callable[[], None]) -> None:
+        self._grid, self._run, self._barrier = grid, run, barrier
+        self._saves = 0
+        self._last: dict[str, str] = {}  # token of the last save to a path
+
+    def save(
+        self,
+        io: CheckpointIO,
+        checkpoint: dict[str, Any],
+        own: dict[str, Any],
+        info: dict[str, Any],
+        path: Any,
+        storage_options: Any = None,
+    ) -> None:
+        """Write the replicas' files, then the main one.
+
+        Args:
+            io: writes the main file.
+            checkpoint: what goes there; only the first rank's is written.
+            own: this replica's.
+            info: put into the main file, for a load with another number of replicas.
+            path: of the main file.
+            storage_options: for ``io``.
+        """
+        self._saves += 1  # saves are counted alike on all ranks, so the token needs no message
+        token = f"{self._run}-{self._saves}"
+        writes = self._grid.position == 0
+        if writes:
+            stage({"token": token, **own}, path, self._grid.replica, token)
+        self._barrier()
+        if self._grid.rank == 0:
+            parts = {KEY: {"replicas": self._grid.replicas, "token": token, **info}}
+            save_whole(io, {**checkpoint, **parts}, path, storage_options)
+        self._barrier()
+        if writes and type(io) is TorchCheckpointIO:
+            commit(path, self._grid.replica, token)
+        elif writes:  # the main file may be written later: both saves' files stay, and a load picks by the token
+            tidy(path, self._grid.replica, keep={token, self._last.get(str(path), "")})
+        self._last[str(path)] = token
+
+
+def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool | None) -> dict[str, Any] | None:
+    """Read this replica's file of a checkpoint that has some. A collective.
+
+    Args:
+        checkpoint: the main file's content. What :meth:`ReplicaFiles.save` added is taken out.
+        path: the main file.
+        grid: where this rank stands.
+        weights_only: as for ``torch.load``.
+
+    Returns:
+        The replica's own state, or ``{"counters": ...}`` where all start from the consensus, with a warning that says
+        why; None where the checkpoint has no replicas.
+
+    Raises:
+        ReplicaFileError: a file cannot be read or is of another save; on all ranks.
+    """
+    info = checkpoint.pop(KEY, None)
+    if info is None:
+        return None
+    counters = {"counters": info["counters"]}
+    path = os.path.realpath(path) if is_local(path) else path  # "last.ckpt" may be a link
+    start = "all of them start from the consensus, with the momentum of the first"
+    if info["replicas"] != grid.replicas:
+        rank_zero_warn(f"{path} has {info['replicas']} replicas, and there are {grid.replicas}: {start}")
+        return counters
+    file = find(path, grid.replica, info["token"])
+    content, error, missing = None, None, None
+    if file is None:
+        missing = _final(path, grid.replica)
+    else:
+        try:
+            content = read(file, info["token"], weights_only)
+        except ReplicaFileError as caught:
+            error = str(caught)
+    answers: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(answers, (error, missing))
+    errors = sorted({error for error, _ in answers if error is not None})
+    if errors:
+        raise ReplicaFileError("; ".join(errors))
+    gone = sorted({missing for _, missing in answers if missing is not None})
+    if gone:
+        rank_zero_warn(f"{', '.join(gone)}, of one of {grid.replicas} replicas, is missing: {start}")
+        return counters
+    for extra in surplus(path, grid.replicas):
+        rank_zero_warn(f"{extra} belongs to none of the {grid.replicas} replicas of {path} and is not read")
+    return content

@@ -1,18 +1,15 @@
 """Replicas that share no gradients: every device, or group of devices, trains one, elastically tied to their mean."""
 
 import os
-import random
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,20 +20,27 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_entropy import presets, replica_files
-from lightning_entropy.compression import FORMATS, Format
-from lightning_entropy.consensus import Consensus
-from lightning_entropy.coupling import Coupling, Links
+from lightning_entropy.compression import Format
 from lightning_entropy.heartbeat import Heartbeat
-from lightning_entropy.loops import Loops, claim
+from lightning_entropy.loops import claim, release
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
-from lightning_entropy.replica_data import GroupSyncBatchNorm, even_end, initialize_apart
+from lightning_entropy.replica_data import (
+    GroupSyncBatchNorm,
+    even_end,
+    initialize_apart,
+    rng_state,
+    seed_all,
+    set_rng_state,
+)
+from lightning_entropy.replica_files import ReplicaFiles
+from lightning_entropy.replica_loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
 
-SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
+# In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
+COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
 
 
 class ElasticEntropyStrategy(DDPStrategy):
@@ -60,9 +64,9 @@ class ElasticEntropyStrategy(DDPStrategy):
     that dies ends the job, within the process-group timeout and with an error that names it.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
-    ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the outer step before), ``entropy/bytes_per_step``
-    (sent by this rank to other replicas per training step) and ``entropy/seconds_waited`` (per training step, for
-    exchanges to arrive; on CUDA, what the host waits).
+    ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the outer step before),
+    ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
+    (per training step, for exchanges to arrive; on CUDA, what the host waits).
 
     Optimizers are to be stepped through the Trainer, as automatic optimization and ``self.optimizers()`` do: replicas
     count attempted steps, so that they stay together when a gradient scaler skips one.
@@ -124,18 +128,7 @@ class ElasticEntropyStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         relaxation = presets.parle() if relaxation is None else relaxation
-        if not isinstance(relaxation, Relaxation):
-            raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-        if relaxation.perturb:
-            raise ValueError("relaxation must not perturb: replicas have nothing to pull together without anchors")
-        if replicas != "auto" and (isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1):
-            raise ValueError(f"replicas must be 'auto' or an int >= 1, got {replicas!r}")
-        if data not in ("all", "shard"):
-            raise ValueError(f"data must be 'all' or 'shard', got {data!r}")
-        if communication_dtype not in FORMATS:
-            raise ValueError(f"communication_dtype must be one of {FORMATS}, got {communication_dtype!r}")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+        check_arguments(relaxation, replicas, data, communication_dtype, seed)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -155,34 +148,19 @@ class ElasticEntropyStrategy(DDPStrategy):
         self.seed = seed
         self.communication_dtype: Format = communication_dtype
         self.overlap = overlap
-        self._links: list[Links] = []
-        self._couplings: list[Coupling] = []
-        self._loops: Loops | None = None
-        self._consensus: Consensus | None = None
+        self._loops: ReplicaLoops | None = None
+        self._files: ReplicaFiles | None = None
         self._heartbeat: Heartbeat | None = None
-        self._restored: dict[str, Any] | None = None  # this replica's file, or where the loops of another R stood
-        self._left: dict[str, Any] | None = None  # this replica's state after fit
+        self._base_seed = 0  # common to all ranks
         self._resumed = False
-        self._saves = 0
-        self._tokens: dict[str, str] = {}
-        self._logged = (0, 0.0, 0.0)  # global step, bytes, seconds
-
-    # Where this rank stands
+        self._restored: dict[str, Any] | None = None  # loaded for the fit that begins
+        self._left: dict[str, Any] | None = None  # by the fit that has ended
+        self._logged = (0, 0.0, 0.0)  # at the last log: global step, bytes sent, seconds waited
 
     @property
-    def n_replicas(self) -> int:
-        """R."""
-        return self.world_size if self.replicas == "auto" else self.replicas
-
-    @property
-    def data_parallel(self) -> int:
-        """D, processes of one replica."""
-        return self.world_size // self.n_replicas
-
-    @property
-    def replica(self) -> int:
-        """The replica of this process, in [0, R)."""
-        return self.global_rank // self.data_parallel
+    def grid(self) -> Grid:
+        """Where this process stands among replicas."""
+        return Grid(self.global_rank, self.world_size, self.world_size if self.replicas == "auto" else self.replicas)
 
     @property
     def _trainer(self) -> Trainer:
@@ -198,7 +176,7 @@ class ElasticEntropyStrategy(DDPStrategy):
     def _get_process_group_backend(self) -> str:
         devices = self.parallel_devices or []
         if self._process_group_backend is None and len(set(devices)) < len(devices) and self.root_device.type == "cuda":
-            return "gloo"
+            return "gloo"  # nccl refuses two ranks on one device
         return super()._get_process_group_backend()
 
     def setup_environment(self) -> None:
@@ -206,15 +184,28 @@ class ElasticEntropyStrategy(DDPStrategy):
         if self.root_device.type == "mps":
             raise MisconfigurationException(f"{type(self).__name__} needs CPU or CUDA devices, got mps")
         super().setup_environment()
-        if self.world_size % self.n_replicas:
+        if self.world_size % self.grid.replicas:
             raise MisconfigurationException(
-                f"replicas must divide the number of processes ({self.world_size}), got {self.n_replicas}"
+                f"replicas must divide the number of processes ({self.world_size}), got {self.grid.replicas}"
             )
         if self.world_size > 1 and self._heartbeat is None:
             assert self.cluster_environment is not None
             self._heartbeat = Heartbeat(self.global_rank, self.world_size, self.cluster_environment.main_address)
         if not self._fitting:
             return
+        assert self.lightning_module is not None
+        self._own_the_loop()
+        self._left, self._resumed = None, False
+        self._base_seed = int(self.broadcast(torch.initial_seed() if self.seed is None else self.seed))
+        self._files = ReplicaFiles(self.grid, str(self.broadcast(uuid.uuid4().hex[:12])), self.barrier)
+        self.lightning_module._device_mesh = dist.init_device_mesh(
+            self.root_device.type,
+            (self.grid.replicas, self.grid.data_parallel),
+            mesh_dim_names=("replica", "data_parallel"),
+        )
+
+    def _own_the_loop(self) -> None:
+        """Refuse callbacks that would move or save other weights, and look first at every moment."""
         claim(self._trainer, self)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
@@ -223,60 +214,41 @@ class ElasticEntropyStrategy(DDPStrategy):
                     f"{type(callback).__name__} would put the average of one replica's inner weights in the place of "
                     f"the consensus of {type(self).__name__}: remove one of them"
                 )
-        moments = [c for c in callbacks if not isinstance(c, _Moments)]
-        self._trainer.callbacks = [_Moments(self), *moments]  # type: ignore[attr-defined]
-        self._left, self._resumed = None, False
-        if self.n_replicas > 1 or self.data_parallel > 1:
-            names = ("replica", "data_parallel")
-            shape = (self.n_replicas, self.data_parallel)
-            assert self.lightning_module is not None
-            self.lightning_module._device_mesh = dist.init_device_mesh(
-                self.root_device.type, shape, mesh_dim_names=names
-            )
+        others = [callback for callback in callbacks if not isinstance(callback, ShowConsensus)]
+        self._trainer.callbacks = [ShowConsensus(self), *others]  # type: ignore[attr-defined]
+
+    @property
+    def _inside(self) -> Any:
+        """The process group of this replica's ranks."""
+        assert self.lightning_module is not None
+        assert self.lightning_module._device_mesh is not None
+        return self.lightning_module._device_mesh.get_group("data_parallel")
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap inside the replica, and let every replica's random numbers go their own way."""
         if self._fitting and self._layer_sync:
-            group = self._inside
-            self._layer_sync = None if group is None else GroupSyncBatchNorm(group)
+            self._layer_sync = GroupSyncBatchNorm(self._inside) if self.grid.data_parallel > 1 else None
         super().setup(trainer)
-        if not self._fitting:
-            return
-        self._base_seed = int(self.broadcast(torch.initial_seed() if self.seed is None else self.seed))
-        self._run = str(self.broadcast(uuid.uuid4().hex[:12]))
-        if self.replica > 0 or self.data_parallel > 1:
-            _seed_all(self._base_seed + self.replica * SEED_STRIDE)
-
-    @property
-    def _inside(self) -> Any:
-        mesh = self.lightning_module._device_mesh if self.lightning_module is not None else None
-        return None if mesh is None or self.data_parallel == 1 else mesh.get_group("data_parallel")
+        if self._fitting and (self.grid.replica > 0 or self.grid.data_parallel > 1):
+            seed_all(self._base_seed + self.grid.replica * SEED_STRIDE)
 
     def configure_ddp(self) -> None:
         """Give all replicas the same weights, or each its own, and wrap in DDP what shares gradients."""
         assert self.lightning_module is not None
         _sync_module_states(self.lightning_module)
-        if self.independent_init and not self._resumed and self.replica > 0:
-            seed = self.broadcast_seed() + self.replica * SEED_STRIDE
-            initialize_apart(self.lightning_module, seed)
-        elif self.independent_init:
-            self.broadcast_seed()
-        if self.data_parallel > 1:
+        if self.independent_init and not self._resumed and self.grid.replica > 0:
+            initialize_apart(self.lightning_module, self._base_seed + self.grid.replica * SEED_STRIDE)
+        if self.grid.data_parallel > 1:
             self._ddp_kwargs = {**self._ddp_kwargs, "process_group": self._inside}
             super().configure_ddp()
-
-    def broadcast_seed(self) -> int:
-        """Give rank 0's seed; a collective."""
-        return int(self.broadcast(torch.initial_seed() if self.seed is None else self.seed))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Training: the whole set in an order of its own for every replica, or a shard. Evaluation: a shard."""
-        kwargs: dict[str, Any] = super().distributed_sampler_kwargs
-        if self._trainer.training and self.data == "all":
-            seed = int(os.getenv("PL_GLOBAL_SEED", "0")) + self.replica * SEED_STRIDE
-            return {"num_replicas": self.data_parallel, "rank": self.global_rank % self.data_parallel, "seed": seed}
-        return kwargs
+        if not self._trainer.training or self.data == "shard":
+            return super().distributed_sampler_kwargs
+        seed = int(os.getenv("PL_GLOBAL_SEED", "0")) + self.grid.replica * SEED_STRIDE
+        return {"num_replicas": self.grid.data_parallel, "rank": self.grid.position, "seed": seed}
 
     def process_dataloader(self, dataloader: object) -> object:
         """Refuse training loaders that end at different steps; those of unknown length end with the first."""
@@ -288,112 +260,68 @@ class ElasticEntropyStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         """Attach the loops: everything is restored and on its device."""
-        module, optimizers = self.lightning_module, self.optimizers
-        assert module is not None
-        if self.n_replicas > 1:
-            self._links = [
-                Links(self.n_replicas, self.data_parallel, self._timeout) for _ in range(len(optimizers) + 1)
-            ]
-            self._couplings = [
-                Coupling(
-                    links,
-                    format=self.communication_dtype,
-                    differences=self.relaxation.elastic_target != "pseudo_gradient",
-                    overlap=self.overlap,
-                    naming=self._name_the_lost,
-                )
-                for links in self._links[1:]
-            ]
-        self._loops = Loops(
-            module,
-            optimizers,
+        assert self.lightning_module is not None
+        self._loops = ReplicaLoops(
+            self.lightning_module,
+            self.optimizers,
             self.relaxation,
+            self.grid,
             outer=self.outer,
-            replica_mean=self._couplings or None,
-            seed=self._base_seed + self.replica * SEED_STRIDE,
-            count_attempts=True,
+            seed=self._base_seed,
+            communication_dtype=self.communication_dtype,
+            overlap=self.overlap,
+            apart=self.independent_init,
+            timeout=self._timeout,
+            naming=self._named,
         )
-        mean = Coupling(self._links[0], overlap=False, naming=self._name_the_lost) if self._links else None
-        streams = self._couplings if self.relaxation.elastic_target == "anchor" else []
-        self._consensus = Consensus(module, self._loops, mean, streams, every=self.independent_init)
         self._logged = (self._trainer.global_step, 0.0, 0.0)
-        if self._restored is not None:
-            self._restore_replica(self._restored)
-            self._restored = None
+        if self._restored is None:
+            return
+        self._loops.load_state_dict(self._restored)
+        if self._restored.get("mid_epoch"):
+            # Making the loader's iterator has drawn a number, as it did at the start of the interrupted epoch.
+            set_rng_state(self._restored["rng"])
+        self._restored = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Go on with y."""
-        if self._loops is None or self._consensus is None:
+        if self._loops is None:
             return
-        self._consensus.hide()
         self._loops.begin()
-        trainer = self._trainer
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = bool(trainer.loggers) and 0 < every <= trainer.global_step + 1 - self._logged[0]
-        for loop in self._loops.loops:
+        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = bool(self._trainer.loggers) and 0 < every <= self._trainer.global_step + 1 - self._logged[0]
+        for loop in self._loops.loops.loops:
             loop.measure = due
             loop.distances = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, and count the attempt; the outer step follows the last one."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._loops is None:
-            return output
-        for i, loop in enumerate(self._loops.loops):
-            if loop.optimizer is not optimizer:
-                continue
-            before = loop.outer_step
-            loop.advance()
-            if loop.outer_step > before:
-                self._after_outer_step(i)
-            elif self._couplings:
-                self._couplings[i].progress()
+        if self._loops is not None and self._loops.count(optimizer) and self._loops.loops.loops[0].measure:
+            self._log(self._loops)
         return output
 
-    def _after_outer_step(self, i: int) -> None:
-        assert self._loops is not None
-        assert self._consensus is not None
-        loop = self._loops.loops[i]
-        if self._couplings and self._couplings[i].round is not None:
-            last = self._couplings[i].round
-            assert last is not None
-            if not last.finite:
-                warnings.warn(
-                    f"replica {self.replica} has nan or inf in its weights at outer step {loop.outer_step}: it is left "
-                    "out of the mean and starts again from the consensus",
-                    stacklevel=2,
-                )
-                loop.restart(last.wait())
-                self._consensus.mend_buffers()
-        if loop.measure:
-            self._log()
-
-    def _log(self) -> None:
-        assert self._loops is not None
+    def _log(self, loops: ReplicaLoops) -> None:
         trainer = self._trainer
-        metrics = self._loops.metrics()
-        step, sent, waited = self._logged
-        steps = max(trainer.global_step + 1 - step, 1)
-        totals = [sum(c.sent for c in self._couplings), sum(c.waited for c in self._couplings)]
-        metrics["entropy/bytes_per_step"] = (totals[0] - sent) / steps
-        metrics["entropy/seconds_waited"] = (totals[1] - waited) / steps
-        for i, coupling in enumerate(self._couplings):
-            if coupling.spread is not None:
-                metrics["entropy/spread" if len(self._couplings) == 1 else f"entropy/{i}/spread"] = coupling.spread
+        metrics = loops.metrics()
+        now = (trainer.global_step + 1, *loops.traffic())
+        steps, sent, waited = (new - old for new, old in zip(now, self._logged, strict=True))
+        metrics["entropy/bytes_per_step"] = sent / max(steps, 1)
+        metrics["entropy/seconds_waited"] = waited / max(steps, 1)
         epoch_loop = trainer.fit_loop.epoch_loop
         if trainer.num_training_batches != float("inf"):
             metrics["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
         values = {key: float(value) for key, value in metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=epoch_loop._batches_that_stepped)
-        self._logged = (trainer.global_step + 1, *totals)  # type: ignore[assignment]
+        self._logged = now
 
     # Who sees the consensus
 
     def show_consensus(self) -> None:
         """Put the consensus into the module until the next training batch. A collective, unless it is there already."""
-        if self._consensus is not None:
-            self._consensus.show(alone=self._trainer.interrupted)
+        if self._loops is not None:
+            self._loops.consensus.show(alone=self._trainer.interrupted)
 
     def on_validation_start(self) -> None:
         """Show the consensus."""
@@ -402,26 +330,23 @@ class ElasticEntropyStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Give the state dict of the consensus; a collective, but on the way out of an exception."""
         state = super().lightning_module_state_dict()
-        return state if self._consensus is None else self._consensus.fill(state, alone=self._trainer.interrupted)
+        return state if self._loops is None else self._loops.consensus.fill(state, alone=self._trainer.interrupted)
 
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank is gone, where that is what happened."""
         super().on_exception(exception)
-        if isinstance(exception, RuntimeError) and not isinstance(exception, ReplicaLost):
-            named = self._name_the_lost(exception)
+        if isinstance(exception, RuntimeError):
+            named = self._named(exception)
             if named is not exception:
-                exception.args = (f"{named}",)
+                exception.args = named.args
 
     def teardown(self) -> None:
         """Leave the consensus in the module and no hook behind."""
         if self._loops is not None:
-            if not self._trainer.interrupted:
-                self._left = self._replica_state()
-            self._loops.detach()
-        self._loops = self._consensus = None
-        for links in self._links if not self._trainer.interrupted else []:
-            links.close()
-        self._links, self._couplings = [], []
+            self._left = None if self._leaving else self._replica_state(self._loops)
+            self._loops.detach(close=not self._leaving)
+            self._loops = None
+            release(self._trainer, self)
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
@@ -429,83 +354,37 @@ class ElasticEntropyStrategy(DDPStrategy):
 
     # Checkpoints
 
+    def _replica_state(self, loops: ReplicaLoops) -> dict[str, Any]:
+        mid_epoch = not self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return {**loops.state_dict(), "rng": rng_state(), "mid_epoch": mid_epoch}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the main file and every replica's own, so that a crash leaves the last ones whole."""
-        state = self._left if self._loops is None else self._replica_state()
-        if state is None or "optimizer_states" not in checkpoint:
+        if self._leaving and not dist.is_initialized():
+            return  # the parent of spawned processes, which have saved what they trained; here is nothing trained
+        state = self._left if self._loops is None else self._replica_state(self._loops)
+        if state is None or self._files is None or "optimizer_states" not in checkpoint:
             if self.is_global_zero:
                 replica_files.save_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
             return
-        self._saves += 1
-        token = f"{self._run}-{self._saves}"
-        writes = self.global_rank % self.data_parallel == 0
-        if writes:
-            shared = {"state_dict", "hyper_parameters", "pytorch-lightning_version", "epoch", "global_step"}
-            own = {key: value for key, value in checkpoint.items() if key not in shared}
-            replica_files.stage({"token": token, "checkpoint": own, **state}, filepath, self.replica, token)
-        self.barrier()
-        if self.is_global_zero:
-            counters = [{k: s[k] for k in ("outer_step", "gamma_start")} for s in state["loops"]]
-            checkpoint[replica_files.KEY] = {"replicas": self.n_replicas, "token": token, "loops": counters}
-            replica_files.save_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
-            del checkpoint[replica_files.KEY]
-        self.barrier()
-        if writes and type(self.checkpoint_io) is TorchCheckpointIO:
-            replica_files.commit(filepath, self.replica, token)
-        elif writes:
-            # The main file may be written later: both saves' files stay, and a load picks by the token.
-            replica_files.tidy(filepath, self.replica, keep={token, self._tokens.get(str(filepath), "")})
-        self._tokens[str(filepath)] = token
+        own = {key: value for key, value in checkpoint.items() if key not in COMMON}
+        info = {"counters": ReplicaLoops.counters(state)}
+        self._files.save(self.checkpoint_io, checkpoint, {"checkpoint": own, **state}, info, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the main file and, to fit with as many replicas, this replica's own."""
+        """Read the main file and, to fit, this replica's own."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        if not self._fitting:
-            return checkpoint
-        self._resumed = True
-        info = checkpoint.pop(replica_files.KEY, None)
-        if info is None:
-            return checkpoint
-        path = os.path.realpath(checkpoint_path) if replica_files.is_local(checkpoint_path) else checkpoint_path
-        if info["replicas"] != self.n_replicas:
-            rank_zero_warn(
-                f"{path} has the state of {info['replicas']} replicas, and there are {self.n_replicas}: all of them "
-                "start from the consensus, with the momentum of the first"
-            )
-            self._restored = {"counters": info["loops"]}
-            return checkpoint
-        own = replica_files.find(path, self.replica, info["token"])
-        content, error = None, None
-        if own is not None:
-            try:
-                content = replica_files.read(own, info["token"], weights_only)
-            except replica_files.ReplicaFileError as caught:
-                error = str(caught)
-        missing = None if own is not None else f"{replica_files.folder(path)}/{self.replica}.pt"
-        answers: list[Any] = [None] * self.world_size
-        dist.all_gather_object(answers, (error, missing))
-        errors = sorted({e for e, _ in answers if e is not None})
-        if errors:
-            raise replica_files.ReplicaFileError("; ".join(errors))
-        gone = sorted({m for _, m in answers if m is not None})
-        if gone:
-            rank_zero_warn(
-                f"{', '.join(gone)} missing: all replicas start from the consensus, with the momentum of the first"
-            )
-            self._restored = {"counters": info["loops"]}
-            return checkpoint
-        for extra in replica_files.surplus(path, self.n_replicas):
-            rank_zero_warn(f"{extra} belongs to no replica of {path} and is not read")
-        assert content is not None
-        checkpoint.update(content.pop("checkpoint"))
-        self._restored = content
+        if self._fitting:
+            self._resumed = True
+            self._restored = replica_files.load(checkpoint, checkpoint_path, self.grid, weights_only)
+            checkpoint.update((self._restored or {}).pop("checkpoint", {}))
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizers, and then what set-up has made common to all replicas."""
+        """Load the optimizers, and the random state that they were saved with."""
         super().load_optimizer_state_dict(checkpoint)
         if self._restored is not None and "rng" in self._restored:
-            replica_files.set_rng(self._restored["rng"])
+            set_rng_state(self._restored["rng"])
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove the main file and the replicas' files."""
@@ -513,53 +392,17 @@ class ElasticEntropyStrategy(DDPStrategy):
         if self.is_global_zero:
             replica_files.remove(filepath)
 
-    def _replica_state(self) -> dict[str, Any]:
-        assert self._loops is not None
-        assert self._consensus is not None
-        repeat = self.relaxation.elastic_target == "anchor"
-        batches = self._trainer.fit_loop.epoch_loop.batch_progress
-        return {
-            "loops": [loop.state_dict(anchor=True) for loop in self._loops.loops],
-            "couplings": [coupling.state_dict(repeat=repeat) for coupling in self._couplings],
-            "module": self._consensus.own(),
-            "rng": replica_files.own_rng(),
-            "mid_epoch": not batches.is_last_batch,
-        }
+    # Collectives: errors that name a rank, and none on the way out of an exception, where the others may not come
 
-    def _restore_replica(self, state: dict[str, Any]) -> None:
-        assert self._loops is not None
-        assert self._consensus is not None
-        if "counters" in state:
-            for loop, counters in zip(self._loops.loops, state["counters"], strict=True):
-                start = {**loop.state_dict(), **counters, "inner_step": 0, "slots": {}}
-                loop.load_state_dict(start)
-            return
-        self._consensus.load_own(state["module"])
-        self._loops.load_state_dict(state["loops"])
-        for coupling, memory in zip(self._couplings, state["couplings"], strict=True):
-            coupling.load_state_dict(memory)
-        if state["mid_epoch"]:
-            # Making the loader's iterator has drawn a number, as it did at the start of the interrupted epoch.
-            replica_files.set_rng(state["rng"])
-
-    # Collectives: named errors, and none on the way out of an exception, where the others may not come
-
-    def _name_the_lost(self, error: RuntimeError) -> RuntimeError:
-        """Give an error that names the ranks that are gone; the same error where none is."""
-        if isinstance(error, ReplicaLost) or self._heartbeat is None:
-            return error
-        silent = self._heartbeat.silent()
-        if not silent:
-            return error
-        ranks = ", ".join(f"rank {rank} (replica {rank // self.data_parallel})" for rank in silent)
-        return ReplicaLost(f"{ranks} stopped answering, and rank {self.global_rank} cannot go on: {error}")
+    def _named(self, error: RuntimeError) -> RuntimeError:
+        return error if self._heartbeat is None else self._heartbeat.named(error, self.grid.data_parallel)
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            named = self._name_the_lost(error)
+            named = self._named(error)
             if named is error:
                 raise
             raise named from error
@@ -567,7 +410,7 @@ class ElasticEntropyStrategy(DDPStrategy):
     @property
     def _leaving(self) -> bool:
         module = self.lightning_module
-        return module is not None and module._trainer is not None and self._trainer.interrupted
+        return module is not None and module._trainer is not None and module._trainer.interrupted
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
@@ -608,27 +451,20 @@ class ElasticEntropyStrategy(DDPStrategy):
                 )
 
 
-class ReplicaLost(RuntimeError):
-    """A rank died or hangs; the message names it."""
-
-
-class _Moments(Callback):
+class ShowConsensus(Callback):
     """The moments for which a strategy has no hook, before every other callback's."""
 
     def __init__(self, strategy: ElasticEntropyStrategy) -> None:
         self._strategy = strategy
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show it to whoever looks at the end of an epoch."""
         self._strategy.show_consensus()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave it in the module."""
         self._strategy.show_consensus()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave in the module what is known without the others."""
         self._strategy.show_consensus()
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

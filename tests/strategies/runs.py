@@ -1,12 +1,16 @@
 """Small fits in several processes, and what every rank saw."""
 
+import multiprocessing
+import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,6 +18,16 @@ import lightning_entropy as le
 from lightning_entropy.strategies import ElasticEntropyStrategy
 
 SAMPLES, FEATURES, CLASSES = 64, 5, 3
+
+# Of Lightning and torch themselves, in the parent and in the children.
+FORK_WARNINGS = [
+    "ignore:.*isinstance.treespec, LeafSpec.*:",
+    "ignore:.*does not have many workers.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:.*multi-threaded, use of fork.*:DeprecationWarning",
+    "ignore:.*callbacks used to create the checkpoint need to be provided.*",
+    "ignore:Checkpoint directory .* exists and is not empty",
+]
 
 
 def data(n: int = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -90,7 +104,7 @@ class Record(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         strategy: Any = trainer.strategy
         self.iterates.append([p.detach().clone() for p in pl_module.parameters()])
-        loop = strategy._loops.loops[0] if isinstance(strategy, ElasticEntropyStrategy) else None
+        loop = strategy._loops.loops.loops[0] if isinstance(strategy, ElasticEntropyStrategy) else None
         if loop is not None and loop.inner_step == 0:
             self.anchors.append([x.clone() for x in loop.anchor])
 
@@ -117,7 +131,7 @@ def trainer(folder: Path, strategy: Any, devices: int, **kwargs: Any) -> L.Train
     kwargs = {
         "max_epochs": 2,
         "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in kwargs.get("callbacks", [])),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in kwargs.get("callbacks", [])),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
@@ -145,3 +159,44 @@ def fit(
     run = trainer(folder, strategy, devices, callbacks=[Record(folder), *(callbacks or [])], **kwargs)
     run.fit(module, ckpt_path=ckpt_path)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(devices)]
+
+
+def external(n: int, work: Callable[[int], None], *, timeout: float = 60.0) -> list[str]:
+    """Run ``work(rank)`` in n processes that the Trainer takes for a cluster's, as torchrun's are.
+
+    Returns:
+        What each said last: "" where it came to its end, the exception's type and message, or "exit <code>".
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    answers = context.Queue()
+    processes = [context.Process(target=_external, args=(rank, n, port, work, answers)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(end - time.monotonic(), 0.1))
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in hung:
+        processes[rank].kill()
+        processes[rank].join()
+    said = {}
+    while not answers.empty():
+        rank, text = answers.get()
+        said[rank] = text
+    return [said.get(r, "hung" if r in hung else f"exit {p.exitcode}") for r, p in enumerate(processes)]
+
+
+def _external(rank: int, n: int, port: int, work: Callable[[int], None], answers: Any) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(n))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        work(rank)
+        answers.put((rank, ""))
+    except BaseException as error:
+        answers.put((rank, f"{type(error).__name__}: {error}"))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)

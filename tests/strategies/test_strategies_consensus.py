@@ -1,0 +1,255 @@
+"""Whoever looks sees the consensus; a replica's own state stays beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+import lightning_entropy as le
+from tests.strategies.runs import FORK_WARNINGS, Net, Record, external, fit, strategy, trainer
+
+pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+
+PARLE = le.parle(3, 0.1, 0.3, 0.25)
+
+
+def mean(ranks: list[dict[str, Any]], key: str) -> list[Tensor]:
+    return [sum(parts) / len(ranks) for parts in zip(*(rank[key] for rank in ranks), strict=True)]
+
+
+class Looks(Record):
+    """What the module holds at every moment someone may look, with this replica's x and buffers."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.extra = {"looks": []}
+
+    def look(self, moment: str, trainer: L.Trainer, module: Any) -> None:
+        strategy: Any = trainer.strategy
+        loops = strategy._loops
+        own = loops.consensus.own()
+        self.extra["looks"].append(
+            {
+                "moment": moment,
+                "held": [p.detach().clone() for p in module.parameters()],
+                "buffers": [b.clone() for b in module.buffers() if b.is_floating_point()],
+                "dict": [v.clone() for k, v in module.state_dict().items() if "running" not in k and "num" not in k],
+                "x": [x.clone() for x in loops.loops.loops[0].anchor],
+                "own": [own[n].clone() for n, b in module.named_buffers() if b.is_floating_point()],
+                "inner_step": loops.loops.loops[0].inner_step,
+            }
+        )
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.look("validation", trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.look("validation end", trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.look("epoch end", trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.look("train end", trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+
+
+@pytest.mark.parametrize("every", [5, 8])
+def test_validation_epoch_end_and_the_end_of_fit_see_the_consensus(tmp_path: Path, every: int) -> None:
+    """In the middle of an inner loop, and where validation is not at the end of the epoch."""
+    module = Net(bn=True)
+    ranks = fit(
+        tmp_path,
+        strategy(PARLE),
+        3,
+        module=module,
+        callbacks=[Looks(tmp_path)],
+        val_check_interval=every,
+        limit_val_batches=2,
+        num_sanity_val_steps=1,
+    )
+    looks = list(zip(*(rank["looks"] for rank in ranks), strict=True))
+    assert {look[0]["moment"] for look in looks} == {"validation", "validation end", "epoch end", "train end"}
+    assert {look[0]["inner_step"] for look in looks} - {0}
+    for look in looks:
+        consensus, buffers = mean(list(look), "x"), mean(list(look), "own")
+        for rank in look:
+            torch.testing.assert_close(rank["held"], consensus, rtol=0, atol=1e-14)
+            torch.testing.assert_close(rank["dict"], consensus, rtol=0, atol=1e-14)
+            torch.testing.assert_close(rank["buffers"], buffers, rtol=0, atol=1e-14)
+        assert not torch.equal(look[0]["x"][0], look[1]["x"][0])
+        assert not torch.equal(look[0]["own"][0], look[1]["own"][0])
+    assert len({rank["metrics"]["val_loss"] for rank in ranks}) == 1
+    for (_, ours), theirs in zip(module.state_dict().items(), ranks[0]["final"].values(), strict=True):
+        assert torch.equal(ours, theirs)  # what the parent process gets back
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    """Validation, checkpoints and epoch ends leave training as it is, bit for bit."""
+    busy = fit(
+        tmp_path / "busy",
+        strategy(PARLE),
+        2,
+        make=lambda: Net(bn=True),
+        callbacks=[ModelCheckpoint(tmp_path / "busy", every_n_train_steps=2, save_top_k=-1)],
+        val_check_interval=5,
+        limit_val_batches=2,
+    )
+    idle = fit(tmp_path / "idle", strategy(PARLE), 2, make=lambda: Net(bn=True))
+    for left, right in zip(busy, idle, strict=True):
+        for y, other in zip(left["iterates"], right["iterates"], strict=True):
+            assert all(torch.equal(p, q) for p, q in zip(y, other, strict=True))
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("n", [2, 3])
+def test_every_checkpoint_has_the_consensus(tmp_path: Path, n: int, weights_only: bool) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, save_weights_only=weights_only)
+    ranks = fit(
+        tmp_path, strategy(PARLE), n, make=lambda: Net(bn=True), callbacks=[Anchors(tmp_path), keep], max_epochs=1
+    )
+    files = sorted(tmp_path.glob("*.ckpt"), key=lambda f: int(f.stem.split("step=")[1]))
+    assert len(files) == 4
+    for file in files:
+        step = int(file.stem.split("step=")[1])
+        checkpoint = torch.load(file, weights_only=True)
+        at = [rank["x"][step - 1] for rank in ranks]
+        for name in at[0]:
+            consensus = sum(x[name] for x in at) / n
+            torch.testing.assert_close(checkpoint["state_dict"][name], consensus, rtol=0, atol=1e-14)
+        folder = Path(f"{file}.replicas")
+        assert folder.exists() != weights_only
+        if not weights_only:
+            assert sorted(f.name for f in folder.iterdir()) == [f"{r}.pt" for r in range(n)]
+
+
+class Anchors(Record):
+    """Every rank's x and buffers after every step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.extra = {"x": []}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        loop = strategy._loops.loops.loops[0]
+        names = [name for name, _ in pl_module.named_parameters()]
+        x = {name: value.clone() for name, value in zip(names, loop.anchor, strict=True)}
+        buffers = {name: b.clone() for name, b in pl_module.named_buffers() if b.is_floating_point()}
+        self.extra["x"].append({**x, **buffers})
+
+
+def test_the_main_file_loads_without_us(tmp_path: Path) -> None:
+    fit(tmp_path, strategy(PARLE), 2, callbacks=[ModelCheckpoint(tmp_path, filename="last")], max_epochs=1)
+    module = Net()
+    run = trainer(tmp_path / "plain", "auto", 1, max_epochs=2)
+    run.fit(module, ckpt_path=tmp_path / "last.ckpt")
+    assert run.global_step == 16
+    assert Net.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu") is not None
+
+
+def test_a_checkpoint_is_removed_whole(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=1, save_last=True)
+    fit(tmp_path, strategy(PARLE), 2, callbacks=[keep])
+    assert sorted(f.name for f in tmp_path.glob("*.ckpt*")) == sorted(
+        [
+            Path(keep.best_model_path).name,
+            f"{Path(keep.best_model_path).name}.replicas",
+            "last.ckpt",
+            "last.ckpt.replicas",
+        ]
+    )
+
+
+class Breaks(L.Callback):
+    """Raise on some ranks after some step, in training or in validation."""
+
+    def __init__(self, ranks: set[int], step: int) -> None:
+        self.ranks, self.step = ranks, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_rank in self.ranks and trainer.global_step == self.step:
+            raise ValueError("as planned")
+
+
+@pytest.mark.parametrize("ranks", [{0, 1}, {0}])
+def test_an_exception_saves_without_a_collective(tmp_path: Path, ranks: set[int]) -> None:
+    """Also where the other replica does not come; and what is saved are anchors, not inner iterates."""
+
+    def work(rank: int) -> None:
+        save = ModelCheckpoint(tmp_path, "broken", save_on_exception=True)
+        run = trainer(
+            tmp_path, strategy(PARLE, start_method="popen"), 2, callbacks=[Breaks(ranks, 5), save, Stored(tmp_path)]
+        )
+        run.fit(Net())
+
+    said = external(2, work)
+    assert said[0] == "ValueError: as planned"
+    assert said[1] == "ValueError: as planned" if ranks == {0, 1} else "ReplicaLost: rank 0" in said[1]
+    checkpoint = torch.load(tmp_path / "broken.ckpt", weights_only=True)
+    saved = list(checkpoint["state_dict"].values())
+    x, y, held = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(saved, held, strict=True))
+    if ranks == {0, 1}:
+        other = torch.load(tmp_path / "1.pt", weights_only=True)[0]
+        # The mean had arrived, three batches after it was sent.
+        consensus = [(a + b) / 2 for a, b in zip(x, other, strict=True)]
+        torch.testing.assert_close(saved, consensus, rtol=0, atol=1e-14)
+    assert not torch.equal(saved[0], y[0])
+
+
+class Stored(L.Callback):
+    """Write x, y and what the module holds when something breaks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        strategy: Any = trainer.strategy
+        loop = strategy._loops.loops.loops[0]
+        x, y = [x.clone() for x in loop.anchor], [slot.inner.clone() for slot in loop._slots]
+        held = [p.detach().clone() for p in pl_module.parameters()]
+        torch.save([x, y, held], self.folder / f"{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize(
+    ("callback", "what"),
+    [
+        (le.EntropySGD(), "ElasticEntropyStrategy and EntropySGD"),
+        (le.HeatSmoothing(), "ElasticEntropyStrategy and HeatSmoothing"),
+        (EMAWeightAveraging(), "EMAWeightAveraging would put"),
+    ],
+)
+def test_one_owner_of_the_weights(tmp_path: Path, callback: L.Callback, what: str) -> None:
+    run = trainer(tmp_path, strategy(PARLE, start_method="popen"), 1, callbacks=[callback])
+    with pytest.raises(MisconfigurationException, match=what):
+        run.fit(Net())
+
+
+class Changes(L.Callback):
+    """Give the module other weights at the end of the first epoch."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            with torch.no_grad():
+                for p in pl_module.parameters():
+                    p.fill_(0.25)
+
+
+def test_weights_given_at_the_end_of_an_epoch_are_where_all_replicas_go_on(tmp_path: Path) -> None:
+    ranks = fit(tmp_path, strategy(le.elastic_sgd(8, 0.0)), 2, callbacks=[Changes()], max_epochs=2)
+    module = Net()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(0.25)
+    for rank in ranks:
+        for y in rank["iterates"][8]:
+            assert (y - 0.25).abs().max() < 0.5
+        assert (rank["iterates"][8][1] - 0.25).abs().max() < 0.1
