@@ -344,7 +344,7 @@ def test_equilibria_move_off_the_minima_and_vanish():
         rest = DoubleWell(strength).equilibria()
         assert np.abs(DoubleWell(strength).force(rest)).max() < 1e-9
         assert len(rest) == 2
-    for strength in (0.78, 1.5):
+    for strength in (0.78, 0.8, 1.0, 1.5, 3.0, -2.0):
         assert len(DoubleWell(strength).equilibria()) == 0
 
 
@@ -375,13 +375,15 @@ def test_the_current_goes_round_in_circles():
 
 @pytest.mark.parametrize("strength", [0.0, 1.5])
 def test_particles_forget_the_strength_in_their_density(strength):
-    n = 4000
-    x = DoubleWell(strength).particles(np.zeros((n, 2)), 8.0, dt=0.02, seed=1)
+    x = DoubleWell(strength).particles(np.zeros((20_000, 2)), 6.0, dt=0.02, seed=1)
     line = np.linspace(-4, 4, 801)
     marginal = np.exp(-((line**2 - 1) ** 2) / 4)
     distribution = np.cumsum(marginal) / marginal.sum()
-    assert kstest(x[:, 0], lambda at: np.interp(at, line, distribution)).pvalue > 1e-3
-    assert kstest(x[:, 1], "norm").pvalue > 1e-3
+    assert kstest(x[:, 0], lambda at: np.interp(at, line, distribution)).statistic < 0.015
+    assert kstest(x[:, 1], "norm").statistic < 0.015
+    # moments tell a wrong temperature; dt = 0.02 adds 1 % at rest and 4 % in the current
+    assert (x[:, 0] ** 2).mean() == pytest.approx((line**2 * marginal).sum() / marginal.sum(), abs=0.06)
+    assert x[:, 1].var() == pytest.approx(1, abs=0.06)
 
 
 def test_particles_go_round_only_with_a_current():
