@@ -9,7 +9,7 @@ from torch import initial_seed
 
 from lightning_entropy import presets
 from lightning_entropy.loops import Loops, claim, release
-from lightning_entropy.outer import OuterFactory
+from lightning_entropy.outer import Outer, OuterFactory
 from lightning_entropy.presets import ENTROPY_SCOPING
 from lightning_entropy.relaxation import Gamma, Number, Relaxation, check_integer
 
@@ -34,7 +34,7 @@ class InnerOuterCallback(Callback):
         seed: of the noise, >= 0; None: the seed of torch's generator, rank 0's where there are several.
 
     Raises:
-        TypeError: ``relaxation`` is not one.
+        TypeError: ``relaxation`` is not one, or ``outer`` makes no torch optimizer.
         MisconfigurationException: at the start of fit: under FSDP, DeepSpeed or ModelParallel, whose parameters are
             shards; beside another owner of the loop; where a parameter is in two optimizers.
     """
@@ -42,6 +42,7 @@ class InnerOuterCallback(Callback):
     def __init__(self, relaxation: Relaxation, *, outer: OuterFactory | None = None, seed: int | None = None) -> None:
         if not isinstance(relaxation, Relaxation):
             raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+        Outer(outer, relaxation.outer_momentum)  # refuses now what it would refuse when training starts
         self.relaxation = relaxation
         self.outer = outer
         self.seed = None if seed is None else check_integer("seed", seed, 0)

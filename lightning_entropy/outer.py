@@ -21,11 +21,13 @@ class Outer:
         momentum: Nesterov momentum, in [0, 1).
 
     Raises:
-        TypeError: the factory does not return an optimizer.
+        TypeError: no callable, or one that does not return an optimizer.
     """
 
     def __init__(self, factory: OuterFactory | None, momentum: float) -> None:
         if factory is not None:
+            if not callable(factory):
+                raise TypeError(f"outer must be a callable of the list of anchors, got {factory!r}")
             made = factory([torch.zeros(1)])
             if not isinstance(made, Optimizer):
                 raise TypeError(f"outer must return a torch.optim.Optimizer, got {type(made).__name__}")

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_entropy.checks import NON_NEGATIVE, POSITIVE, Rule, check_integer, check_number
-from lightning_entropy.schedules import AUTO, Scoping
+from lightning_entropy.schedules import AUTO, Scoping, Widening
 
-Number = float | Callable[[int], float]
-Gamma = float | Literal["auto"] | Callable[[int], float]
+# Our schedules are named before Callable, or LightningCLI takes a default of theirs for a dict that it cannot read.
+Number = float | Scoping | Widening | Callable[[int], float]
+Gamma = float | Literal["auto"] | Scoping | Widening | Callable[[int], float]
 
 # The numbers that may vary with the outer step t, and their ranges.
 _VARYING: dict[str, Rule] = {
