@@ -1,6 +1,7 @@
 """Small modules, data and a quiet Trainer for the tests of the callbacks. At module level, so that they pickle."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ class Endless(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(data(self.n))
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """A schedule that is none of ours."""
+
+    step: float
+
+    def __call__(self, t: int) -> float:
+        return self.step * (t + 1)
 
 
 class Automatic(L.LightningModule):

@@ -359,13 +359,10 @@ def test_a_resumed_fit_shows_x_until_its_first_batch(tmp_path: Path, name: str) 
             assert same(weights(pl_module), x)
             assert same(list(pl_module.state_dict().values()), x)
 
-        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            self.on_train_start(trainer, pl_module)
-
     more = [Look(), ModelCheckpoint(tmp_path, every_n_train_steps=8)]
     t = trainer(callbacks=[CALLBACKS[name](), *more], max_epochs=2, enable_checkpointing=True)
     t.fit(Automatic(), Stream(), ckpt_path=file)
-    assert len(seen) >= 2
+    assert seen == ["start"]
 
 
 def test_weights_that_a_user_changes_between_epochs_are_the_new_x() -> None:
