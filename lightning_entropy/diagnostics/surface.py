@@ -189,6 +189,7 @@ class LossSurface:
         self.value = self.loss(self.weights, check=True)
 
     def _cast(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone() if tensor.is_inference() else tensor  # Autograd refuses the others.
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def __len__(self) -> int:

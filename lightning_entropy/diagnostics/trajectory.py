@@ -291,7 +291,7 @@ class Trajectory(Diagnostic):
         every_n_steps: Optimizer steps between snapshots, >= 1.
         start_step: Optimizer step of the first: discard the descent.
         weights: How many weights to watch, a fixed random choice, >= 2. None: all.
-        snapshots: The most kept, >= 64.
+        snapshots: The most kept, >= 128.
         components: Principal components in whose planes to look for a current.
         anchor: Record x rather than y.
         **when: When to analyse; see :class:`~lightning_entropy.diagnostics.diagnostic.Diagnostic`. No data is read.
@@ -322,8 +322,8 @@ class Trajectory(Diagnostic):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if weights is not None and weights < 2:
             raise ValueError(f"weights must be None or at least 2, got {weights}")
-        if snapshots < _LEAST:
-            raise ValueError(f"snapshots must be at least {_LEAST}, got {snapshots}")
+        if snapshots < 2 * _LEAST:  # Half remain when the memory was full.
+            raise ValueError(f"snapshots must be at least {2 * _LEAST}, got {snapshots}")
         self.every_n_steps, self.start_step, self.weights = every_n_steps, start_step, weights
         self.snapshots, self.components, self.anchor = snapshots, components, anchor
         self._interval = every_n_steps
