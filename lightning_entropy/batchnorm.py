@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
@@ -26,7 +27,8 @@ class RefreshBatchNorm(Callback):
     becomes the plain average over ``n_batches`` training batches at x (as ``torch.optim.swa_utils.update_bn``), with
     dropout off, as the authors of Entropy-SGD do it, and averaged over ranks. Checkpoints that follow have
     the new statistics. Training is not touched: its forward pass does not read them, and the state of every random
-    generator, loader and worker is what it was. Useful with any callback that evaluates other weights than
+    generator, loader and worker is what it was. Layers in evaluation mode during training, and those that the forward
+    pass does not reach, keep theirs. Useful with any callback that evaluates other weights than
     it trains, such as weight averaging. One batch is worse than none; ten cost about ten forward passes per validation.
 
     Args:
@@ -54,6 +56,12 @@ class RefreshBatchNorm(Callback):
         self.n_batches = check_integer("n_batches", n_batches, 1)
         self.dataloader = dataloader
         self.forward = forward
+        self._frozen: set[str] | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """See which layers are in evaluation mode while the others train: their statistics are weights to them."""
+        if batch_idx == 0 or self._frozen is None:
+            self._frozen = {name for name, m in pl_module.named_modules() if _keeps_statistics(m) and not m.training}
 
     # The epoch-start hooks: by then every callback, the module and the strategy have put the weights in place.
 
@@ -77,13 +85,15 @@ class RefreshBatchNorm(Callback):
         Raises:
             MisconfigurationException: no training data, or no batch in it.
         """
-        layers = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        frozen = self._frozen or ()
+        layers = [m for name, m in pl_module.named_modules() if _keeps_statistics(m) and name not in frozen]
         if not layers:
             return
         with isolate_rng(), _collecting(pl_module, layers):
             count = 0
             for batch in islice(_batches(self._loader(trainer, pl_module)), self.n_batches):
-                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+                batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
                     self._run(pl_module, batch)
                 count += 1
@@ -114,11 +124,16 @@ class RefreshBatchNorm(Callback):
         )
 
 
+def _keeps_statistics(module: Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
 @contextmanager
 def _collecting(module: LightningModule, layers: list[_BatchNorm]) -> Iterator[None]:
     """Put the layers, and they alone, in the mode that collects a plain average; undo it all on an exception."""
     modes = [(m, m.training) for m in module.modules()]
     kept = [(layer, layer.momentum, [b.clone() for b in layer.buffers(recurse=False)]) for layer in layers]
+    collected = False
     try:
         module.eval()
         for layer in layers:
@@ -126,36 +141,48 @@ def _collecting(module: LightningModule, layers: list[_BatchNorm]) -> Iterator[N
             layer.reset_running_stats()
             layer.momentum = None
         yield
-    except BaseException:
-        for layer, _, buffers in kept:
+        collected = True
+    finally:
+        for layer, momentum, buffers in kept:
+            layer.momentum = momentum
+            if collected and layer.num_batches_tracked:
+                continue
             for b, saved in zip(layer.buffers(recurse=False), buffers, strict=True):
                 b.copy_(saved)
-        raise
-    finally:
-        for layer, momentum, _ in kept:
-            layer.momentum = momentum
         for m, training in modes:
             m.training = training
 
 
 def _batches(loader: Any) -> Iterator[Any]:
     """Iterate over a loader, or a collection of some, without disturbing an iteration that is under way."""
-    if isinstance(loader, DataLoader):
-        samplers = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-        generators = {g for g in (getattr(s, "generator", None) for s in samplers) if isinstance(g, torch.Generator)}
-        states = [(g, g.get_state()) for g in generators]
-        own = copy.copy(loader)
-        own._iterator = None  # persistent workers would restart the iterator that training is using
-        try:
-            yield from own
-        finally:
-            for g, state in states:
-                g.set_state(state)
-    elif isinstance(loader, dict | list | tuple):
-        for batch, _, _ in CombinedLoader(loader, mode="min_size"):
+    combined = CombinedLoader(loader, "min_size")
+    states = [(g, g.get_state()) for g in {g for each in combined.flattened for g in _generators(each)}]
+    combined.flattened = [_apart(each) for each in combined.flattened]
+    try:
+        for batch, _, _ in combined:
             yield batch
-    else:
-        yield from loader
+    finally:
+        combined.reset()
+        for g, state in states:
+            g.set_state(state)
+
+
+def _generators(loader: Any) -> Iterator[torch.Generator]:
+    """Give the random generators that iterating over a loader advances."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
+
+
+def _apart(loader: Any) -> Any:
+    """Copy a loader with persistent workers: they would restart the iterator that training is using."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    own = copy.copy(loader)
+    own._iterator = None
+    return own
 
 
 def _average_over_ranks(trainer: Trainer, buffers: list[Tensor | None]) -> None:
