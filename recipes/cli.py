@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import lightning_entropy as le  # registers the strategies, so that a config can name them
+import lightning_entropy  # noqa: F401  registers the strategies, so that a config can name them
 from recipes.classifier import Classifier
 from recipes.data import ImageData
-
-# Otherwise a callback whose default is a Scoping, a dataclass among other types, is not accepted, whatever it is given.
-set_parsing_settings(subclasses_enabled=[le.Scoping])
 
 
 class RecipeCLI(LightningCLI):

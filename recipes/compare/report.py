@@ -86,7 +86,7 @@ def table(study: Study, search: Sequence[Record], final: Sequence[Record]) -> st
         parts.append(f"### {TITLES[kind]}\n\n" + "\n".join(lines))
     notes = [
         f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation).",
-        "Errors with BatchNorm's running statistics, and with statistics re-estimated on training images, in one way for"
+        "Errors with BatchNorm's running statistics, and with statistics re-estimated on training images in one way for"
         " all; train error and loss rise with the latter.",
     ]
     if len(study.lrs) > 1:

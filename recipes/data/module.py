@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.data.augment import flip_and_crop
+from recipes.data.augment import draw
 from recipes.data.cache import cached
 from recipes.data.normalise import MeanStd, Whiten
 from recipes.data.plan import INDEX, EvaluationPlan, PlanLoader, TrainingPlan
@@ -120,11 +120,13 @@ class ImageData(L.LightningDataModule):
             raise ValueError(f"n_train + n_val must be at most {data.n_train}, got {n_train} + {self.n_val}")
         # Not named by the seed: seeds are to differ in what they draw, not in what they draw from.
         order = torch.from_numpy(np.random.default_rng(0).permutation(data.n_train))
-        self.train_indices = order[:n_train].sort().values
-        self.val_indices = order[data.n_train - self.n_val :].sort().values
-        self.test_indices = torch.arange(data.n_train, len(data.images))
-        self._data = data
-        self._normaliser = self._fit_normaliser(data.images)
+        train, val = order[:n_train], order[data.n_train - self.n_val :]
+        kept = torch.cat([train, val, torch.arange(data.n_train, len(data.images))])
+        self._data = Images(data.images[kept], data.labels[kept], n_train, data.classes)
+        self.train_indices, self.val_indices, self.test_indices = torch.arange(len(kept)).split(
+            [n_train, self.n_val, len(kept) - n_train - self.n_val]
+        )
+        self._normaliser = self._fit_normaliser(self._data.images[:n_train])
 
     @property
     def classes(self) -> list[str]:
@@ -171,7 +173,7 @@ class ImageData(L.LightningDataModule):
         return self.materialise(batch) if isinstance(batch, Tensor) else batch
 
     def materialise(self, plan: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather, normalise and augment the images of a plan.
+        """Draw, augment and normalise the images of a plan.
 
         Args:
             plan: int64 [n, 4], rows (index, flip, top, left), on the device where the batch is wanted.
@@ -180,11 +182,7 @@ class ImageData(L.LightningDataModule):
             float32 images [n, channels, height, width] and int64 labels [n].
         """
         images, labels, normaliser = self._at(plan.device)
-        index = plan[:, INDEX]
-        batch = normaliser(images[index])
-        if self.flip or self.crop:
-            batch = flip_and_crop(batch, plan, self.crop)
-        return batch, labels[index]
+        return normaliser(draw(images, plan, self.crop)), labels[plan[:, INDEX]]
 
     def _evaluate(self, indices: Tensor) -> PlanLoader:
         shared = self._sampler_kwargs()
@@ -196,14 +194,15 @@ class ImageData(L.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return {name: kwargs[name] for name in ("num_replicas", "rank", "seed") if name in kwargs} if kwargs else {}
 
+    @torch.no_grad()
     def _at(self, device: torch.device) -> tuple[Tensor, Tensor, torch.nn.Module]:
         if device not in self._on:
             assert self._data is not None
-            self._on[device] = (
-                self._data.images.to(device),
-                self._data.labels.to(device),
-                self._normaliser.to(device),
-            )
+            images, labels = self._data.images.to(device), self._data.labels.to(device)
+            normaliser = self._normaliser.to(device)
+            if normaliser.ahead:
+                images, normaliser = normaliser.whiten_all(images), torch.nn.Identity()
+            self._on[device] = (images, labels, normaliser)
         return self._on[device]
 
     def _load(self) -> tuple[Images, str]:
@@ -213,13 +212,13 @@ class ImageData(L.LightningDataModule):
         path = self.cache / f"{self.source}-{name}.pt"
         return Images(*cached(path, lambda: tuple(read(self.source, self.root, self.download)))), name
 
-    def _fit_normaliser(self, images: Tensor) -> torch.nn.Module:
+    def _fit_normaliser(self, images: Tensor) -> MeanStd | Whiten:
         if self.normalise == "mean_std":
-            return MeanStd.fit(images[self.train_indices])
+            return MeanStd.fit(images)
         path = self.cache / f"zca-{self.source}-{self._fingerprint}-{len(self.train_indices)}-{self.n_val}.pt"
 
         def fit() -> dict[str, Tensor]:
-            return dict(Whiten.fit(images[self.train_indices]).state_dict())
+            return dict(Whiten.fit(images).state_dict())
 
         return Whiten(**(fit() if self.source in RANDOM else cached(path, fit)))
 
