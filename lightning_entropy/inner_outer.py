@@ -258,7 +258,7 @@ class InnerOuter:
         for slot, x in zip(self._slots, weights, strict=False):
             slot.anchor.copy_(x)
             slot.param.copy_(x)
-            slot.average = None
+            slot.average = slot.hidden = None
             self.optimizer.state.pop(slot.param, None)
         self._outer.load_state_dict(None)
 
@@ -371,7 +371,8 @@ def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
     if uses_lr and any("lr" not in group for group in optimizer.param_groups):
         raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
     if isinstance(optimizer, torch.optim.LBFGS):
-        if relaxation.coupled:
-            raise ValueError("coupled must be False with LBFGS: its line search needs the loss that the gradient is of")
+        for name in ("coupled", "explicit"):
+            if getattr(relaxation, name):
+                raise ValueError(f"{name} must be False with LBFGS: its line search needs the loss of its gradient")
         if relaxation.perturb and relaxation.inner_steps > 1:
             raise ValueError(f"inner_steps must be 1 for the heat variant with LBFGS, got {relaxation.inner_steps}")

@@ -1,11 +1,12 @@
 """The outer step: an optimizer over the anchors, fed with the pseudo-gradient."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_entropy.slots import Slot
 
@@ -28,9 +29,10 @@ class Outer:
         if factory is not None:
             if not callable(factory):
                 raise TypeError(f"outer must be a callable of the list of anchors, got {factory!r}")
-            made = factory([torch.zeros(1)])
-            if not isinstance(made, Optimizer):
-                raise TypeError(f"outer must return a torch.optim.Optimizer, got {type(made).__name__}")
+            made = factory([torch.zeros(1, 1)])  # a matrix, which Muon asks for
+            if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
+                kind = type(made).__name__
+                raise TypeError(f"outer must return a torch.optim.Optimizer that steps without a closure, got {kind}")
         self._factory = factory
         self._momentum = momentum
         self._loaded: Mapping[str, Any] | None = None  # waits for the optimizer, which waits for the anchors
@@ -54,9 +56,9 @@ class Outer:
             lr: step size where the optimizer is not the user's.
         """
         if self._factory is None and self._momentum == 0:
-            # lerp with weight 1 is exact where x - (x - z) is not: L = 1 is the user's optimizer bit for bit.
             for slot, z, pull in zip(slots, means, pulls, strict=True):
-                slot.anchor.lerp_(z, lr)
+                # x - (x - z) would not be z to the last bit, nor where z is infinite.
+                slot.anchor.copy_(z) if lr == 1 else slot.anchor.lerp_(z, lr)
                 if pull is not None:
                     slot.anchor.add_(pull, alpha=-lr)
             return
@@ -86,9 +88,7 @@ class Outer:
                 for key, value in self._loaded["state"].get(name, {}).items():
                     # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
                     moment = isinstance(value, Tensor) and value.shape == slot.anchor.shape
-                    self.optimizer.state[slot.anchor][key] = (
-                        value.to(slot.anchor.device, copy=True) if moment else value
-                    )
+                    self.optimizer.state[slot.anchor][key] = value.to(slot.anchor.device) if moment else value
             self._loaded = None
         return self.optimizer
 
@@ -97,8 +97,8 @@ class Outer:
         if self.optimizer is None:
             return self._loaded
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {"options": options, "state": {name: dict(self.optimizer.state[s.anchor]) for name, s in names}}
+        return {"options": options, "state": {name: dict(self.optimizer.state.get(s.anchor, {})) for name, s in names}}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Keep the state until the anchors are there."""
-        self.optimizer, self._loaded = None, state
+        """Keep a copy of the state until the anchors are there."""
+        self.optimizer, self._loaded = None, copy.deepcopy(state)

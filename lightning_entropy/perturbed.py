@@ -45,7 +45,7 @@ class PerturbedLoop(InnerOuter):
         width = self.settings.gamma**-0.5
         scales = [width * F.filter_norms(s.anchor) if self.relaxation.scale == "filter" else width for s in slots]
         params = [slot.param for slot in slots]
-        F.inner_move_(
+        self._inner_move_(
             params,
             [slot.anchor for slot in slots],
             None,
@@ -115,6 +115,7 @@ class PerturbedLoop(InnerOuter):
     def _inner_state(self, slot: Slot) -> dict[str, Any]:
         return {} if slot.gradient is None else {"gradient": slot.gradient}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Any) -> None:
         """Go on where ``state_dict`` was called; the parameters get y."""
         self._restore()
