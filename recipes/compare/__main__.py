@@ -97,7 +97,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
         default=0.05,
         help="share of training before the cosine",
     )
-    add("--points", type=int, default=15, help="points of a curve")
+    add("--points", type=int, default=10, help="points of a curve")
     add("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     add("--compile", action=argparse.BooleanOptionalAction, default=False)
     add("--accelerator", default="auto")

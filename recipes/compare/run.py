@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -49,6 +48,7 @@ class Task:
         compile: compile the net.
         accelerator: the Trainer's.
         eval_images: most held-out images in a point of the curve, and most training images in any evaluation.
+        refresh_images: training images that BatchNorm's statistics are re-estimated on.
     """
 
     net: str
@@ -57,11 +57,12 @@ class Task:
     epochs: int = 30
     weight_decay: float = 1e-3
     warmup: float = 0.05
-    points: int = 15
+    points: int = 10
     precision: str = "32-true"
     compile: bool = False
     accelerator: str = "auto"
     eval_images: int = 4000
+    refresh_images: int = 2000
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,24 @@ def execute(run: Run, folder: Path) -> Path:
     trainer.fit(module, datamodule=data)
     # Through a file, as replicas train in processes of their own.
     record = json.loads(curve.read_text())
+    final = judge.final(module.to(judge.device))
+    # The curve ends with the weights that are kept, which some methods form when training is over.
+    evaluations = record["gradient_evaluations"]
+    record["curve"] = [point for point in record["curve"] if point["evaluations"] < evaluations]
+    record["curve"].append(
+        {
+            "evaluations": evaluations,
+            "epochs": evaluations * data.batch_size / len(data.train_indices),
+            "seconds": record["seconds"],
+        }
+        | {key: value for key, value in final.items() if key.startswith("val_")}
+    )
     record |= {
         "run": asdict(run),
         "steps": steps,
         "replicas": method.replicas,
         "parameters": sum(p.numel() for p in module.net.parameters()),
-        "final": judge.final(module.to(judge.device)),
+        "final": final,
         "peak_memory_mib": _peak_memory(),
         "versions": _versions(),
     }
@@ -180,10 +193,10 @@ class Judge:
         self.task = task
         self.data = data
         self.device = torch.device("cuda" if task.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-        # Mixed, as the images may be in the order of their classes.
-        mixed = np.random.default_rng(0).permutation(len(data.train_indices))[: task.eval_images]
-        self.train = data.train_indices[torch.from_numpy(mixed)]
-        self.val = data.val_indices[:: -(-len(data.val_indices) // task.eval_images) or 1]
+        # The data module mixes training and held-out images, whatever the order of the files.
+        self.train = data.train_indices[: task.eval_images]
+        self.refresh = data.train_indices[: task.refresh_images]
+        self.val = data.val_indices[: task.eval_images]
 
     def point(self, module: L.LightningModule) -> dict[str, float]:
         """Measure the error on the held-out images, in per cent."""
@@ -193,14 +206,14 @@ class Judge:
         """Measure errors on held-out, test and training images, and the rise of the training loss under noise."""
         result = self.point(module) | self._error("test", module, self.data.test_indices)
         result |= self._error("train", module, self.train)
-        with self._precision(), reestimated(module, self._batches(self.train)):
+        with self._precision(), reestimated(module, self._batches(self.refresh)):
             result["loss_rise"] = loss_rise(module, self._batches(self.train[:1000]))
         return result
 
     def _error(self, name: str, module: L.LightningModule, indices: Tensor) -> dict[str, float]:
         with self._precision():
             running, _ = error_and_loss(module, self._batches(indices))
-            with reestimated(module, self._batches(self.train)):
+            with reestimated(module, self._batches(self.refresh)):
                 error, loss = error_and_loss(module, self._batches(indices))
         return {f"{name}_error_running": running, f"{name}_error": error, f"{name}_loss": loss}
 
