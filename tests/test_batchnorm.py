@@ -74,8 +74,9 @@ def test_validation_is_at_x_with_the_statistics_of_x(tmp_path: Path) -> None:
             assert same(seen[-1], expected(pl_module, [x for x, _ in loader()][:4]))
 
     keep = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
-    t = trainer(tmp_path, callbacks=[le.RefreshBatchNorm(4), CALLBACKS["entropy"](), Look(), keep], max_epochs=2,
-                val_check_interval=7, limit_val_batches=1, enable_checkpointing=True, num_sanity_val_steps=1)  # fmt: skip
+    callbacks = [le.RefreshBatchNorm(4), CALLBACKS["entropy"](), Look(), keep]
+    t = trainer(tmp_path, callbacks=callbacks, max_epochs=2, val_check_interval=7, limit_val_batches=1,
+                enable_checkpointing=True, num_sanity_val_steps=1)  # fmt: skip
     t.fit(net(0.0), loader(), loader(8))
     files = list(tmp_path.glob("*.ckpt"))
     assert len(seen) == len(files) == 2
@@ -157,6 +158,18 @@ def test_an_exception_in_the_middle_leaves_the_old_statistics_and_modes() -> Non
     assert [m.training for m in module.modules()] == modes
 
 
+def test_by_hand_and_with_the_module_in_training_mode() -> None:
+    """Dropout in front of a layer is off while its statistics are collected, and on again afterwards."""
+    module = Automatic(net=nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    t = trainer()
+    t.strategy._lightning_module = module
+    le.RefreshBatchNorm(5, dataloader=loader()).refresh(t, module)
+    twin = nn.BatchNorm1d(4)
+    update_bn([x for x, _ in loader()][:5], twin)
+    assert same(buffers(module), buffers(twin))
+    assert all(m.training for m in module.modules())
+
+
 def test_layers_that_training_reads_and_layers_that_nobody_runs_keep_their_statistics() -> None:
     class Frozen(Automatic):
         def __init__(self) -> None:
@@ -213,7 +226,9 @@ def test_where_the_batches_come_from() -> None:
     with pytest.raises(MisconfigurationException, match="needs training batches"):
         trainer(callbacks=[le.RefreshBatchNorm(3)]).test(net(), loader(8), verbose=False)
     with pytest.raises(MisconfigurationException, match="at least one batch"):
-        trainer(callbacks=[le.RefreshBatchNorm(3, dataloader=DataLoader([]))]).test(net(), loader(8), verbose=False)
+        trainer(callbacks=[le.RefreshBatchNorm(3, dataloader=DataLoader(data(0)))]).test(
+            net(), loader(8), verbose=False
+        )
 
 
 def whole_batch(module: L.LightningModule, batch: Any) -> Any:
