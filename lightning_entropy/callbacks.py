@@ -32,6 +32,7 @@ class InnerOuterCallback(Callback):
         relaxation: the method, such as ``le.lookahead()``.
         outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
         seed: of the noise, >= 0; None: the seed of torch's generator, rank 0's where there are several.
+        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
 
     Raises:
         TypeError: ``relaxation`` is not one, or ``outer`` makes no torch optimizer.
@@ -39,13 +40,21 @@ class InnerOuterCallback(Callback):
             shards; beside another owner of the loop; where a parameter is in two optimizers.
     """
 
-    def __init__(self, relaxation: Relaxation, *, outer: OuterFactory | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        relaxation: Relaxation,
+        *,
+        outer: OuterFactory | None = None,
+        seed: int | None = None,
+        compile: bool = False,
+    ) -> None:
         if not isinstance(relaxation, Relaxation):
             raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
         Outer(outer, relaxation.outer_momentum)  # refuses now what it would refuse when training starts
         self.relaxation = relaxation
         self.outer = outer
         self.seed = None if seed is None else check_integer("seed", seed, 0)
+        self.compile = compile
         self._loops: Loops | None = None
         self._state: dict[str, Any] = {}  # loaded for the next fit, or left by the last one
         self._logged_at = 0  # global step
@@ -69,7 +78,9 @@ class InnerOuterCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the first moment at which everything is restored and on its device."""
         seed = trainer.strategy.broadcast(initial_seed() if self.seed is None else self.seed)
-        self._loops = Loops(pl_module, trainer.optimizers, self.relaxation, outer=self.outer, seed=seed)
+        self._loops = Loops(
+            pl_module, trainer.optimizers, self.relaxation, outer=self.outer, seed=seed, compile=self.compile
+        )
         self._loops.show()
         if self._state:
             self._loops.load_state_dict(self._state["loops"])
@@ -165,6 +176,7 @@ class EntropySGD(InnerOuterCallback):
         outer_momentum: Nesterov momentum of the outer step, in [0, 1).
         outer: another outer optimizer (``torch.optim.Adam`` makes Entropy-Adam); replaces both.
         seed: of the noise, >= 0.
+        compile: an inner step in one compiled pass over memory.
 
     Raises:
         ValueError: an argument outside its range.
@@ -184,6 +196,7 @@ class EntropySGD(InnerOuterCallback):
         outer_momentum: float = 0.0,
         outer: OuterFactory | None = None,
         seed: int | None = None,
+        compile: bool = False,
     ) -> None:
         relaxation = presets.entropy_sgd(
             inner_steps,
@@ -195,7 +208,7 @@ class EntropySGD(InnerOuterCallback):
             outer_lr=outer_lr,
             outer_momentum=outer_momentum,
         )
-        super().__init__(relaxation, outer=outer, seed=seed)
+        super().__init__(relaxation, outer=outer, seed=seed, compile=compile)
 
 
 class HamiltonJacobi(InnerOuterCallback):
@@ -211,6 +224,7 @@ class HamiltonJacobi(InnerOuterCallback):
         outer_lr: step size of the outer step, > 0.
         outer_momentum: Nesterov momentum of the outer step, in [0, 1).
         outer: another outer optimizer; replaces both.
+        compile: an inner step in one compiled pass over memory.
 
     Raises:
         ValueError: an argument outside its range.
@@ -227,6 +241,7 @@ class HamiltonJacobi(InnerOuterCallback):
         outer_lr: Number = 1.0,
         outer_momentum: float = 0.0,
         outer: OuterFactory | None = None,
+        compile: bool = False,
     ) -> None:
         relaxation = presets.hamilton_jacobi(
             inner_steps,
@@ -236,7 +251,7 @@ class HamiltonJacobi(InnerOuterCallback):
             outer_lr=outer_lr,
             outer_momentum=outer_momentum,
         )
-        super().__init__(relaxation, outer=outer)
+        super().__init__(relaxation, outer=outer, compile=compile)
 
 
 class HeatSmoothing(InnerOuterCallback):
@@ -249,6 +264,7 @@ class HeatSmoothing(InnerOuterCallback):
         gamma: 1 / variance of the perturbation, > 0; relative to the squared filter norm with ``scale="filter"``.
         scale: ``"absolute"`` (the heat equation) or ``"filter"`` (LPF-SGD).
         seed: of the perturbation, >= 0.
+        compile: the perturbation in one compiled pass over memory.
 
     Raises:
         ValueError: an argument outside its range.
@@ -262,5 +278,6 @@ class HeatSmoothing(InnerOuterCallback):
         *,
         scale: Literal["absolute", "filter"] = "absolute",
         seed: int | None = None,
+        compile: bool = False,
     ) -> None:
-        super().__init__(presets.heat(inner_steps, gamma, scale=scale), seed=seed)
+        super().__init__(presets.heat(inner_steps, gamma, scale=scale), seed=seed, compile=compile)

@@ -105,20 +105,6 @@ def seed_of(base: int, counter: int) -> int:
     return h ^ (h >> 16)
 
 
-def gaussian(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:
-    """Draw the N(0, 1) numbers that :func:`inner_move_` adds to a parameter of one stream.
-
-    Args:
-        shape: of the result.
-        seed: in [0, 2^32); the global random state is neither read nor changed.
-        like: gives device and type; a complex one has both parts N(0, 1).
-
-    Returns:
-        A new tensor.
-    """
-    return _normal(shape, like, torch.Generator(device=like.device).manual_seed(seed))
-
-
 def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
     if like.is_complex():
         real = torch.empty((*shape, 2), dtype=torch.view_as_real(like).dtype, device=like.device)
@@ -213,14 +199,16 @@ def _varies(scale: float | Tensor) -> bool:
 
 def _blocks(y: Tensor, x: Tensor, z: Tensor | None) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
     """Cut a parameter into flat blocks of at most 2^20 weights; one block as it is where it cannot be flattened."""
-    flats = [None if t is None else _flat(t) for t in (y, x, z)]
+    if len({t.stride() for t in (y, x, z) if t is not None}) > 1:
+        return [(y, x, z)]  # the model's memory format changed since: their orders differ
+    flats = [None if t is None else flat(t) for t in (y, x, z)]
     if flats[0] is None or flats[1] is None or (z is not None and flats[2] is None) or y.is_complex():
         return [(y, x, z)]
     cut: list[Any] = [[None] * streams(y) if f is None else f.split(BLOCK) for f in flats]
     return list(zip(*cut, strict=True))  # type: ignore[arg-type]
 
 
-def _flat(t: Tensor) -> Tensor | None:
+def flat(t: Tensor) -> Tensor | None:
     """View a dense tensor as one dimension in the order of its memory; None where no such view is known."""
     if t.is_contiguous():
         return t.view(-1)

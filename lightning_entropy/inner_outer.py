@@ -6,7 +6,7 @@ stays the user's: its class, its state, its checkpoint keys, its schedulers.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_entropy import functional as F
 from lightning_entropy.auto_gamma import GammaMeasurement
 from lightning_entropy.checks import check_integer
+from lightning_entropy.compiled import CompiledStep
 from lightning_entropy.noise import NoiseStreams
 from lightning_entropy.outer import Outer, OuterFactory
 from lightning_entropy.relaxation import Relaxation
@@ -47,17 +48,19 @@ class InnerOuter:
         outer: OuterFactory | None = None,
         replica_mean: ReplicaMean | None = None,
         seed: int | None = None,
+        compile: bool = False,
         names: Mapping[Tensor, str] | None = None,
         count_attempts: bool = False,
     ) -> None:
         """Attach to the optimizer.
 
         Args:
-            optimizer: the user's. This and the next four are documented at :func:`lightning_entropy.relax`.
+            optimizer: the user's. This and the next five are documented at :func:`lightning_entropy.relax`.
             relaxation: the method.
             outer: makes the outer optimizer.
             replica_mean: mean over replicas.
             seed: of the noise.
+            compile: one compiled pass over memory per inner step.
             names: keys of the parameters in :meth:`state_dict`; without one, a parameter's key is its position.
             count_attempts: leave the counter to the caller, who calls :meth:`advance` after every attempted step, so
                 that replicas stay in step when a gradient scaler skips an update on one of them.
@@ -82,6 +85,7 @@ class InnerOuter:
         self._noise = NoiseStreams(torch.initial_seed() if seed is None else check_integer("seed", seed, 0))
         self._outer = Outer(outer, relaxation.outer_momentum)
         self._replicas = Replicas(replica_mean, relaxation.elastic_target)
+        self._compiled = CompiledStep() if compile else None
         self._count_attempts = count_attempts
         self._slots = Slots(optimizer, names)
         self._measurement = GammaMeasurement()
@@ -200,9 +204,7 @@ class InnerOuter:
         if first and self._measures_gamma:
             self._measurement.add(slots, self._hooks.grad_scale)
         gamma = self.settings.gamma
-        if not gamma:
-            return
-        if self.relaxation.coupled:
+        if gamma and self.relaxation.coupled:
             scale = self._hooks.grad_scale
             for slot in slots:
                 grad = slot.param.grad
@@ -211,36 +213,62 @@ class InnerOuter:
                     raise ValueError("coupled must be False where gradients are sparse, got coupled=True")
                 force = (slot.param - slot.anchor).mul_(gamma)
                 grad.add_(force if scale is None else force.mul_(scale))
-        elif self.relaxation.explicit and first:
+        elif gamma and self.relaxation.explicit and first:
             F.attract_([s.param for s in slots], [s.anchor for s in slots], [lr * gamma for lr in lrs])
+        if self._compiled is not None and self._moves:
+            self._compiled.sgd_(self.optimizer, slots, self._running_means(slots), **self._move_numbers(slots, lrs))
 
     def _after_step(self) -> None:
+        taken = set() if self._compiled is None else self._compiled.release()
         slots, lrs = self._slots.stepping()
         if not slots:
             return
-        now = self.settings
-        spring = 0.0 if self.relaxation.coupled or self.relaxation.explicit else now.gamma
-        averages: list[Tensor] | None = None
-        if now.average == 1:
-            for slot in slots:
-                slot.average = None
-        else:
-            averages = [slot.running_mean() for slot in slots]
-        params = [slot.param for slot in slots]
-        if spring or now.noise or averages:
-            F.inner_move_(
-                params,
-                [slot.anchor for slot in slots],
-                averages,
-                stiffness=[lr * spring for lr in lrs],
-                noise=[lr**0.5 * now.noise for lr in lrs],
-                average=now.average,
-                seeds=self.noise_seeds(params) if now.noise else None,
-            )
+        left = [i for i, slot in enumerate(slots) if slot.param not in taken]
+        if left:
+            self._move([slots[i] for i in left], [lrs[i] for i in left])
         for slot in slots:
             slot.moved = True
         if not self._count_attempts:
             self.advance()
+
+    def _move(self, slots: list[Slot], lrs: list[Any]) -> None:
+        """Pull, shake and average, where any of the three is on."""
+        averages = self._running_means(slots)
+        if self._moves:
+            params, anchors = [slot.param for slot in slots], [slot.anchor for slot in slots]
+            self._inner_move_(params, anchors, averages, **self._move_numbers(slots, lrs))
+
+    @property
+    def _inner_move_(self) -> Callable[..., None]:
+        return F.inner_move_ if self._compiled is None else self._compiled.move_
+
+    @property
+    def _spring(self) -> float:
+        """The gamma of the decoupled spring."""
+        return 0.0 if self.relaxation.coupled or self.relaxation.explicit else self.settings.gamma
+
+    @property
+    def _moves(self) -> bool:
+        """Whether anything follows the optimizer's update."""
+        return bool(self._spring or self.settings.noise or self.settings.average != 1)
+
+    def _running_means(self, slots: list[Slot]) -> list[Tensor] | None:
+        """Give z of every slot to be updated; None where z is y."""
+        if self.settings.average != 1:
+            return [slot.running_mean() for slot in slots]
+        for slot in slots:
+            slot.average = None
+        return None
+
+    def _move_numbers(self, slots: list[Slot], lrs: list[Any]) -> dict[str, Any]:
+        """Give the numbers of this step's move, as :func:`functional.inner_move_` takes them."""
+        now, spring = self.settings, self._spring
+        return {
+            "stiffness": [lr * spring if spring else 0.0 for lr in lrs],
+            "noise": [lr**0.5 * now.noise if now.noise else 0.0 for lr in lrs],
+            "average": now.average,
+            "seeds": self.noise_seeds([slot.param for slot in slots]) if now.noise else None,
+        }
 
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""

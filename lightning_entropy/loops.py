@@ -55,6 +55,7 @@ class Loops:
         outer: OuterFactory | None = None,
         replica_mean: Sequence[ReplicaMean] | None = None,
         seed: int = 0,
+        compile: bool = False,
         count_attempts: bool = False,
     ) -> None:
         """Attach; optimizer i draws its noise from (seed, i).
@@ -66,6 +67,7 @@ class Loops:
             outer: see :func:`lightning_entropy.relax`, also for ``replica_mean``.
             replica_mean: mean over replicas, one per optimizer: their exchanges run side by side.
             seed: of the noise, the same on all ranks that share gradients, >= 0.
+            compile: see :func:`lightning_entropy.relax`.
             count_attempts: see :class:`InnerOuter`.
 
         Raises:
@@ -84,6 +86,7 @@ class Loops:
                 outer=outer,
                 replica_mean=None if replica_mean is None else replica_mean[i],
                 seed=seed + (i << 64),
+                compile=compile,
                 names=names,
                 count_attempts=count_attempts,
             )
