@@ -89,7 +89,11 @@ def draws(loop_steps: int) -> Callable[[int, int], Params]:
     def gaussian(outer_step: int, inner_step: int) -> Params:
         probe.outer_step, probe.inner_step = outer_step, inner_step
         seeds = probe.noise_seeds(probe.params)
-        return [F.gaussian(p.shape, s[0], p.detach()) for p, s in zip(probe.params, seeds, strict=True)]
+        zeros = [torch.zeros_like(p) for p in probe.params]
+        noise = [torch.zeros_like(p) for p in probe.params]
+        off, on = [0.0] * len(zeros), [1.0] * len(zeros)
+        F.inner_move_(noise, zeros, None, stiffness=off, noise=on, average=1.0, seeds=seeds)
+        return noise
 
     return gaussian
 
