@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GRID = 1001
-_BASIS = 64
+_BASIS = 200
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,16 @@ class HessianResult:
         return numbers
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Draw the density on a logarithmic scale with its error band, and the extreme eigenvalues as ticks."""
+        """Draw the density with its error band and the extreme eigenvalues as ticks; a histogram if exact."""
         ax = axes_for(ax)
-        if len(self.grid):
+        if self.exact:
+            # Decades on both sides of zero, the middle bar what is nearly zero.
+            top = np.ceil(np.log10(max(abs(self.smallest), abs(self.largest), 1e-3)))
+            decades = 10.0 ** np.arange(-4, top + 0.25, 0.25)
+            ax.hist(self.eigenvalues, np.r_[-decades[::-1], decades], color="tab:blue", edgecolor="white", lw=0.4)
+            ax.set_xscale("symlog", linthresh=1e-4)
+            ax.set_ylabel("eigenvalues")
+        elif len(self.grid):
             # One eigenvalue in P, smoothed, is the least that there is to see.
             floor = 0.3 / (self.weights * self.sigma * np.sqrt(2 * np.pi))
             high = self.density + self.density_errors
@@ -119,19 +126,20 @@ class HessianResult:
             ax.plot(self.grid, np.maximum(self.density, floor), color="tab:blue", lw=1.3)
             ax.set_ylim(floor, 2 * high.max())
             ax.set_xlim(self.grid[0], self.grid[-1])
+            ax.set_ylabel("density of eigenvalues")
         ax.set_yscale("log")
-        ends = self.eigenvalues if not self.exact else self.eigenvalues[[0, -1]]
-        if len(ends):
-            heights = np.full(len(ends), 0.03)
-            ax.vlines(ends, 0, heights, color="tab:red", lw=1.5, transform=ax.get_xaxis_transform())
+        if len(self.eigenvalues) and not self.exact:
+            ax.vlines(self.eigenvalues, 0, 0.03, color="tab:red", lw=1.5, transform=ax.get_xaxis_transform())
         ax.set_xlabel("eigenvalue λ of the Hessian")
-        ax.set_ylabel("density of eigenvalues")
         low_share, high_share = self.near_zero()
         share = f"{low_share:.1%}" if self.exact else f"{low_share:.0%} to {high_share:.0%}"
         lines = [f"largest {self.largest:.4g}, smallest {self.smallest:.3g}"]
         if self.trace is not None:
-            lines += [f"trace {self.trace}", f"|λ| ≤ 1e-4: {share}"]
-        ax.text(0.98, 0.96, "\n".join(lines), transform=ax.transAxes, ha="right", va="top", fontsize=9)
+            lines.append(f"trace {self.trace}")
+        if high_share - low_share < 0.5:
+            lines.append(f"|λ| ≤ 1e-4: {share}")
+        x, side = (0.02, "left") if self.exact else (0.98, "right")
+        ax.text(x, 0.96, "\n".join(lines), transform=ax.transAxes, ha=side, va="top", fontsize=9)
         kind = "exact" if self.exact else f"{len(self.nodes)} probes"
         ax.set_title(
             f"Hessian, {self.weights:,} weights, {self.examples:,} examples, {self.mode} mode, {kind}", fontsize=10
