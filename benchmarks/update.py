@@ -1,10 +1,10 @@
-"""What an inner step costs beside the optimizers people use: time per gradient evaluation, without forward and backward.
+"""What an inner step costs beside the optimizers people use: time per gradient, without forward and backward.
 
     python -m benchmarks.update
 
-Rounds are interleaved, so that whatever else the machine does hits everyone alike; a periodic method is timed over whole
-periods. The unit is torch's SGD with momentum, foreach. Prints a Markdown table: median over the rounds of the ratio
-to the unit of the same round, and its quartiles.
+Rounds are interleaved, so that whatever else the machine does hits everyone alike; a periodic method is timed over
+whole periods. The unit is torch's SGD with momentum, foreach. Prints a Markdown table: median over the rounds of the
+ratio to the unit of the same round, and its quartiles.
 """
 
 import argparse

@@ -30,6 +30,7 @@ class CompiledStep:
     def __init__(self) -> None:
         self._kernel = torch.compile(_kernel, dynamic=True, fullgraph=True)
         self._withheld: list[tuple[Tensor, Tensor]] = []
+        self._flats: dict[Tensor, tuple[list[int], list[Any] | None]] = {}
 
     def move_(
         self,
@@ -45,13 +46,13 @@ class CompiledStep:
         """Pull, shake and average, in place; arguments as :func:`functional.inner_move_`."""
         rest = []
         for i, (y, x) in enumerate(zip(params, anchors, strict=True)):
-            flats = _flats(y, x, None if averages is None else averages[i])
-            if flats is None or isinstance(stiffness[i], Tensor) or isinstance(noise[i], Tensor):
+            flats = self._flat(y, x, None if averages is None else averages[i], None)
+            k: Any = stiffness[i]
+            if flats is None or isinstance(k, Tensor) or isinstance(noise[i], Tensor):
                 rest.append(i)
                 continue
-            flat_y, flat_x, *z = flats
-            numbers = torch.tensor([stiffness[i] / (1 + stiffness[i]), noise[i], average])  # type: ignore[operator]
-            self._kernel(flat_y, flat_x, z[0] if z else None, numbers, _keys(seeds, i), None, None, False)
+            numbers = torch.tensor([k / (1 + k), noise[i], average])
+            self._kernel(*flats, None, numbers, _keys(seeds, i), False)
         F.inner_move_(
             [params[i] for i in rest],
             [anchors[i] for i in rest],
@@ -101,17 +102,25 @@ class CompiledStep:
                 continue
             if group["momentum"] and m is None:
                 continue
-            flats = _flats(p, slot.anchor, None if averages is None else averages[i], p.grad, m)
-            if flats is None:
+            flats = self._flat(p, slot.anchor, None if averages is None else averages[i], m)
+            g = p.grad
+            if flats is None or g is None or g.dtype != p.dtype or g.layout != p.layout or g.stride() != p.stride():
                 continue
-            y, x, z, g, m = _placed(flats, averages is not None, m is not None)
             k: Any = stiffness[i]
             numbers = [k / (1 + k), noise[i], average, group["lr"], group["weight_decay"], group["momentum"]]
-            assert y is not None and x is not None
-            self._kernel(y, x, z, torch.tensor(numbers), _keys(seeds, i), g, m, group["nesterov"])
-            assert p.grad is not None
-            self._withheld.append((p, p.grad))
+            self._kernel(*flats, _gradient(g), torch.tensor(numbers), _keys(seeds, i), group["nesterov"])
+            self._withheld.append((p, g))
             p.grad = None
+
+    def _flat(self, *tensors: Tensor | None) -> list[Any] | None:
+        """View a parameter and what belongs to it as flat in one common order; None where the kernel is not for it."""
+        param = tensors[0]
+        assert param is not None
+        places = [0 if t is None else t.data_ptr() for t in tensors]
+        known = self._flats.get(param)
+        if known is None or known[0] != places:
+            known = self._flats[param] = (places, _flats(param, tensors))
+        return known[1]
 
     def release(self) -> set[Tensor]:
         """Give the withheld gradients back.
@@ -127,29 +136,25 @@ class CompiledStep:
         return taken
 
 
-def _flats(*tensors: Tensor | None) -> list[Tensor] | None:
-    """View the tensors, without the Nones, as flat in one common order; None where the kernel is not for them."""
-    given = [t for t in tensors if t is not None]
-    first = given[0]
-    if first.numel() < LEAST or any(t.dtype != torch.float32 or t.layout != torch.strided for t in given):
+def _flats(param: Tensor, tensors: Sequence[Tensor | None]) -> list[Any] | None:
+    if param.numel() < LEAST:
         return None
-    if any(t.stride() != first.stride() for t in given):
-        return None
-    flats = [F.flat(t) for t in given]
-    # .data: not a view, so that the compiler does not make a kernel for every shape of what is viewed.
-    return None if any(t is None for t in flats) else [t.data for t in flats if t is not None]
+    flats: list[Any] = []
+    for t in tensors:
+        if t is None:
+            flats.append(None)
+            continue
+        flat = F.flat(t)
+        if flat is None or t.dtype != torch.float32 or t.stride() != param.stride():
+            return None
+        flats.append(flat.data)  # no view, or the compiler makes a kernel for every shape of what is viewed
+    return flats
 
 
-def _placed(flats: list[Tensor], has_average: bool, has_momentum: bool) -> list[Tensor | None]:
-    """Put None back where y, x, z, g, m have no z or m."""
-    rest = iter(flats)
-    return [
-        next(rest),
-        next(rest),
-        next(rest) if has_average else None,
-        next(rest),
-        next(rest) if has_momentum else None,
-    ]
+def _gradient(g: Tensor) -> Tensor:
+    flat = F.flat(g)
+    assert flat is not None  # its strides are the parameter's, which has a flat view
+    return flat.data
 
 
 def _keys(seeds: Sequence[Sequence[int]] | None, i: int) -> Tensor | None:
@@ -168,10 +173,10 @@ def _kernel(
     y: Tensor,
     x: Tensor,
     z: Tensor | None,
+    m: Tensor | None,
+    g: Tensor | None,
     numbers: Tensor,
     keys: Tensor | None,
-    g: Tensor | None,
-    m: Tensor | None,
     nesterov: bool,
 ) -> None:
     """Update y, and z and m where they are, from (pull, noise, average[, lr, weight decay, momentum])."""

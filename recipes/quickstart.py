@@ -3,8 +3,9 @@
     python -m recipes.quickstart
     python -m recipes.quickstart --data fashion-mnist --root DIR
 
-An ordinary LightningModule, an ordinary Trainer, and one callback in its list: that is all that differs between the rows.
-Every method gets the same number of gradient evaluations, the same learning rates, and the same BatchNorm treatment.
+An ordinary LightningModule, an ordinary Trainer, and one callback in its list: that is all that differs between the
+rows. Every method gets the same number of gradient evaluations, the same learning rates, and the same BatchNorm
+treatment.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,7 +30,7 @@ from tqdm import tqdm
 import lightning_entropy as le
 
 METHODS = {
-    "SGD": lambda: [],
+    "SGD": list,
     "EntropySGD": lambda: [le.EntropySGD()],
     "HamiltonJacobi": lambda: [le.HamiltonJacobi()],
     "HeatSmoothing": lambda: [le.HeatSmoothing()],
@@ -47,7 +49,7 @@ class ConvNet(L.LightningModule):
         widths = [1, 16, 32, 64]
         blocks = [
             nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
-            for i, o in zip(widths, widths[1:], strict=False)
+            for i, o in pairwise(widths)
         ]
         self.net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
@@ -217,7 +219,7 @@ def picture(results: dict[str, Rows]) -> Figure:
     left.set(xlabel="effective epochs", ylabel="test error (%)", yscale="log", title="Error")
     left.yaxis.set_major_formatter("{x:g}")
     right.set(
-        xlabel="noise σ, relative to each tensor's rms",
+        xlabel="noise σ, relative to each tensor's rms",  # noqa: RUF001
         ylabel="rise of the training loss",
         title="Sharpness at the end",
     )
