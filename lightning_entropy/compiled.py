@@ -52,7 +52,8 @@ class CompiledStep:
                 rest.append(i)
                 continue
             numbers = torch.tensor([k / (1 + k), noise[i], average])
-            self._kernel(*flats, None, numbers, _keys(seeds, i), False)
+            flat_y, flat_x, z, m = flats
+            self._kernel(flat_y, flat_x, z, m, None, numbers, _keys(seeds, i), False)
         F.inner_move_(
             [params[i] for i in rest],
             [anchors[i] for i in rest],
@@ -108,7 +109,8 @@ class CompiledStep:
                 continue
             k: Any = stiffness[i]
             numbers = [k / (1 + k), noise[i], average, group["lr"], group["weight_decay"], group["momentum"]]
-            self._kernel(*flats, _gradient(g), torch.tensor(numbers), _keys(seeds, i), group["nesterov"])
+            y, x, z, m = flats
+            self._kernel(y, x, z, m, _gradient(g), torch.tensor(numbers), _keys(seeds, i), group["nesterov"])
             self._withheld.append((p, g))
             p.grad = None
 

@@ -21,6 +21,7 @@ import lightning as L
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -217,7 +218,9 @@ def picture(results: dict[str, Rows]) -> Figure:
                 band = values.std(0)
                 axes.fill_between(xs, middle - band, middle + band, color=COLORS[name], alpha=0.15, linewidth=0)
     left.set(xlabel="effective epochs", ylabel="test error (%)", yscale="log", title="Error")
+    left.set_yticks([2, 5, 10, 20, 50, 100])
     left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_locator(NullLocator())
     right.set(
         xlabel="noise σ, relative to each tensor's rms",  # noqa: RUF001
         ylabel="rise of the training loss",
