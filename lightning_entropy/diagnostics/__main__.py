@@ -10,12 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 
 from lightning_entropy.diagnostics.report import SECTIONS, Findings, measure, page, verdict
 
 _EPILOG = """
 --data.NAME=VALUE and --module.NAME=VALUE are passed to the classes; VALUE is a Python literal or else a string. The
-module's other hyper-parameters come from the checkpoint (save_hyperparameters, or LightningCLI). Estimators take
+module's other hyper-parameters come from the checkpoint (save_hyperparameters), or else, like the data's, from the
+config.yaml that LightningCLI left one or two folders above it, or from --config. Estimators take
 --hessian.NAME=VALUE, --local_entropy.NAME=VALUE and --gradient_noise.NAME=VALUE in the same way.
 
   python -m lightning_entropy.diagnostics report best.ckpt --module recipes.classifier.Classifier \\
@@ -35,22 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     extra = _settings(parser, rest)
-    datamodule = _instance(parser, "--data", options.data, pl.LightningDataModule)(**extra.pop("data"))
+    data_class = _instance(parser, "--data", options.data, pl.LightningDataModule)
     module_class = _instance(parser, "--module", options.module, pl.LightningModule)
     loss = None if options.loss is None else _instance(parser, "--loss", options.loss, object)
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-
     paths = [options.checkpoint] if options.command == "report" else [options.first, options.second]
     for path in paths:
         if not path.is_file():
             parser.error(f"{path} must be a checkpoint file, and there is none")
+    datamodule = _configured(data_class, "data", _config(paths[0], options.config), extra.pop("data"))
+    datamodule.prepare_data()
+    datamodule.setup("fit")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     module_settings = extra.pop("module")
     findings: list[Findings] = []
     for path, title in zip(paths, _titles(paths), strict=True):
-        module = module_class.load_from_checkpoint(path, map_location=device, **module_settings)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = _config(path, options.config)
+        if "hyper_parameters" in checkpoint or config is None:
+            module = module_class.load_from_checkpoint(path, map_location=device, **module_settings)
+        else:
+            module = _configured(module_class, "model", config, module_settings)
+            module.load_state_dict(checkpoint["state_dict"])
         found = measure(
             module.to(device),
             datamodule,
@@ -92,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (report, compare):
         command.add_argument("--module", required=True, help="class path of the LightningModule")
         command.add_argument("--data", required=True, help="class path of the LightningDataModule")
+        command.add_argument("--config", type=Path, help="a LightningCLI's config.yaml")
         command.add_argument("--loss", help="path of a callable (module, batch) -> scalar; default: cross entropy")
         command.add_argument("--split", choices=("train", "val"), default="train")
         command.add_argument("--examples", type=int, default=512, help="examples to measure on (default 512)")
@@ -133,6 +141,30 @@ def _instance(parser: argparse.ArgumentParser, option: str, path: str, kind: typ
     if kind is not object and not (isinstance(found, type) and issubclass(found, kind)):
         parser.error(f"{option} must be a {kind.__name__}, got {path}")
     return found
+
+
+def _config(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
+    """Read the configuration that goes with a checkpoint."""
+    folders = checkpoint.resolve().parents[:2]
+    path = given or next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+    return None if path is None else yaml.safe_load(path.read_text())
+
+
+def _configured(cls: Any, section: str, config: dict[str, Any] | None, settings: dict[str, Any]) -> Any:
+    """Make an object of a class from its section of a LightningCLI's configuration and more settings."""
+    if config is None or section not in config:
+        return cls(**settings)
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    values = dict(config[section] or {})
+    subclass = "class_path" in values
+    if subclass:
+        values["init_args"] = {**values.get("init_args", {}), **settings}
+    else:
+        values |= settings
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(cls, section, subclass_mode=subclass)
+    return parser.instantiate_classes(parser.parse_object({section: values}))[section]
 
 
 def _titles(paths: list[Path]) -> list[str]:
