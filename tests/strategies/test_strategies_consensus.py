@@ -7,7 +7,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import lightning_entropy as le
@@ -185,9 +184,8 @@ def test_an_exception_saves_without_a_collective(tmp_path: Path, ranks: set[int]
 
     def work(rank: int) -> None:
         save = ModelCheckpoint(tmp_path, "broken", save_on_exception=True)
-        run = trainer(
-            tmp_path, strategy(PARLE, start_method="popen"), 2, callbacks=[Breaks(ranks, 5), save, Stored(tmp_path)]
-        )
+        callbacks = [Breaks(ranks, 5), save, Stored(tmp_path)]
+        run = trainer(tmp_path, strategy(PARLE, start_method="popen"), 2, callbacks=callbacks)
         run.fit(Net())
 
     said = external(2, work)
@@ -228,9 +226,8 @@ class Stored(L.Callback):
     ],
 )
 def test_one_owner_of_the_weights(tmp_path: Path, callback: L.Callback, what: str) -> None:
-    run = trainer(tmp_path, strategy(PARLE, start_method="popen"), 1, callbacks=[callback])
-    with pytest.raises(MisconfigurationException, match=what):
-        run.fit(Net())
+    with pytest.raises(Exception, match=f"MisconfigurationException: .*{what}"):
+        fit(tmp_path, strategy(PARLE), 1, callbacks=[callback])
 
 
 class Changes(L.Callback):
