@@ -130,14 +130,6 @@ class Loops:
         """Give x of one parameter where something else is in it now, else None."""
         return next((x for x in (loop.anchor_of(p) for loop in self.loops) if x is not None), None)
 
-    def anchors(self) -> dict[Tensor, Tensor]:
-        """Map every parameter that does not hold x now to x."""
-        pairs: dict[Tensor, Tensor] = {}
-        for loop in self.loops:
-            if not loop.shows_anchor:
-                pairs.update(zip(loop.params, loop.anchor, strict=True))
-        return pairs
-
     def state_dict(self) -> list[dict[str, Any]]:
         """Give the state of every loop, without x: that is in the module's."""
         return [loop.state_dict(anchor=False) for loop in self.loops]
