@@ -1,5 +1,6 @@
 """The data module: what a batch holds, who draws it, and what happens when files are not as they should be."""
 
+import copy
 import resource
 from types import SimpleNamespace
 
@@ -121,6 +122,17 @@ def test_a_loader_goes_on_where_it_was_saved():
     resumed.sampler.set_epoch(3)
     assert [b.tolist() for b in iterator] == [b.tolist() for b in rest]
     assert len(list(resumed)) == 3, "the place in the epoch is used once"
+
+
+def test_who_looks_at_the_batches_beside_the_training_does_not_move_its_place():
+    loader = PlanLoader(plan_of())
+    loader.sampler.set_epoch(2)
+    batches = iter(loader)
+    next(batches)
+    beside = copy.copy(loader)
+    assert [b.tolist() for b in beside] == [b.tolist() for b in PlanLoader(loader.dataset)]
+    assert loader.state_dict() == {"epoch": 2, "drawn": 1}
+    assert len(list(batches)) == 2
 
 
 # Augmentation
