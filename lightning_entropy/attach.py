@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_entropy.inner_outer import InnerOuter
 from lightning_entropy.outer import OuterFactory
@@ -58,7 +58,41 @@ def relax(
     return make_loop(optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed, compile=compile)
 
 
-def make_loop(optimizer: Optimizer, relaxation: Relaxation, **kwargs: Any) -> InnerOuter:
-    """Make the loop that a relaxation needs; the arguments are those of :class:`InnerOuter`."""
-    kind = PerturbedLoop if isinstance(relaxation, Relaxation) and relaxation.perturb else InnerOuter
-    return kind(optimizer, relaxation, **kwargs)
+def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> InnerOuter:
+    """Make the loop that a relaxation needs.
+
+    Args:
+        optimizer: the user's.
+        relaxation: the method.
+        options: the other arguments of :class:`InnerOuter`.
+
+    Returns:
+        The loop, attached.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
+    """
+    _check(optimizer, relaxation)
+    if not relaxation.perturb:
+        return InnerOuter(optimizer, relaxation, **options)
+    for name in ("outer", "replica_mean"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} has no meaning with perturb=True: there is no outer step, got {options[name]!r}")
+    return PerturbedLoop(optimizer, relaxation, **options)
+
+
+def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(relaxation, Relaxation):
+        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+    uses_lr = not relaxation.perturb and (relaxation.gamma != 0 or relaxation.noise != 0)
+    if uses_lr and any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
+    if isinstance(optimizer, LBFGS):
+        for name in ("coupled", "explicit"):
+            if getattr(relaxation, name):
+                raise ValueError(f"{name} must be False with LBFGS: its line search needs the loss of its gradient")
+        if relaxation.perturb and relaxation.inner_steps > 1:
+            raise ValueError(f"inner_steps must be 1 for the heat variant with LBFGS, got {relaxation.inner_steps}")

@@ -66,14 +66,9 @@ class InnerOuter:
                 that replicas stay in step when a gradient scaler skips an update on one of them.
 
         Raises:
-            TypeError: not a torch optimizer.
-            ValueError: the relaxation cannot work with this optimizer, or it has a loop already.
+            TypeError: a seed that is no int, an outer optimizer that is none, or an optimizer without step hooks.
+            ValueError: the optimizer has a loop already, or a negative seed.
         """
-        _check(optimizer, relaxation)
-        if relaxation.perturb:
-            for name, given in (("outer", outer), ("replica_mean", replica_mean)):
-                if given is not None:
-                    raise ValueError(f"{name} has no meaning with perturb=True: there is no outer step, got {given!r}")
         self.optimizer = optimizer
         self.relaxation = relaxation
         self.settings = relaxation.at(0)
@@ -388,19 +383,3 @@ class InnerOuter:
         self.gamma_start, self._measurement.count = state["gamma_start"], state["measured"]
         self._replicas.forget()
         self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
-
-
-def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not isinstance(relaxation, Relaxation):
-        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-    uses_lr = not relaxation.perturb and (relaxation.gamma != 0 or relaxation.noise != 0)
-    if uses_lr and any("lr" not in group for group in optimizer.param_groups):
-        raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        for name in ("coupled", "explicit"):
-            if getattr(relaxation, name):
-                raise ValueError(f"{name} must be False with LBFGS: its line search needs the loss of its gradient")
-        if relaxation.perturb and relaxation.inner_steps > 1:
-            raise ValueError(f"inner_steps must be 1 for the heat variant with LBFGS, got {relaxation.inner_steps}")

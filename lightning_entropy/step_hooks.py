@@ -66,9 +66,8 @@ class StepHooks:
         if self._depth and self._running() > 1:
             self._depth += 1
             return None
-        self._depth = 0  # a step that raised never came to its end
         self._before()
-        self._depth = 1
+        self._depth = 1  # whatever it was: a step that raised never came to its end
         found_inf = getattr(self._optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
