@@ -206,8 +206,8 @@ def gradient_noise(
         examples: How many examples of ``data``, N >= 2. None: all.
         lr: Learning rate, for the temperature.
         batch_size: b, for the temperature.
-        chunk: Per-example gradients computed at once, >= 1. None: as many as a quarter of ``memory`` holds.
-        memory: GiB for gradients. Activations come on top.
+        chunk: Per-example gradients computed at once, >= 1. None: as many as an eighth of ``memory`` holds, at most 64.
+        memory: GiB for gradients. The weights' copies, about four vectors of P, and activations come on top.
         vectorize: Compute a chunk by ``vmap``. False: one example at a time, for modules that cannot be vectorized.
         seed: Of the choice of examples.
         state: Weights and buffers by name, in place of the module's own.
@@ -239,11 +239,11 @@ def gradient_noise(
 
         gib = size * surface.weights.element_size() / 2**30
         rows = int(memory / gib) - 2  # Beside the weights and the mean gradient.
-        chunk = chunk or max(1, min(64, rows // 4))
-        # A chunk of gradients, its centred copy, and at least one chunk of rows to multiply it with.
-        if rows < 3 * chunk:
+        chunk = chunk or max(1, min(64, rows // 8))
+        # A chunk of gradients, twice over while it is put together, and at least one chunk of rows to meet it.
+        if rows < 4 * chunk:
             raise ValueError(
-                f"memory must be at least {(3 * chunk + 2) * gib:.3g} GiB for a chunk of {chunk} gradients of {size:,} "
+                f"memory must be at least {(4 * chunk + 2) * gib:.3g} GiB for a chunk of {chunk} gradients of {size:,} "
                 f"weights, got {memory}"
             )
         side = min(size, n)
@@ -253,7 +253,7 @@ def gradient_noise(
                 f"{memory}: or take fewer examples"
             )
         stream = _Centred(surface, chunk, vectorize)
-        held = max(chunk, (rows - 2 * chunk) // chunk * chunk)
+        held = max(chunk, (rows - 3 * chunk) // chunk * chunk)
         matrix = _dense(stream, progress) if size <= n else _gram(stream, held, progress)
         eigenvalues = torch.linalg.eigvalsh(matrix / n).cpu().numpy()[::-1].copy()
         return GradientNoiseResult(
@@ -287,7 +287,7 @@ class _Centred:
             position += 1
             if (position - 1) * self.chunk < start:
                 continue
-            gradients = self._gradients(batch) - self.mean
+            gradients = self._gradients(batch).sub_(self.mean)
             if first:
                 self.squares.append(gradients.square().sum(1).double())
                 self.along.append((gradients @ self.mean).double())
@@ -314,7 +314,8 @@ class _Centred:
 
     def _gradients(self, pieces: list[Batch]) -> Tensor:
         w = self.surface.weights
-        return torch.cat([self._vectorized(w, p) if self.vectorize else self._looped(w, p) for p in pieces])
+        parts = [self._vectorized(w, p) if self.vectorize else self._looped(w, p) for p in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _vectorized(self, w: Tensor, piece: Batch) -> Tensor:
         size = batch_size(piece)

@@ -43,7 +43,7 @@ class FlatnessProfile:
         ax = axes_for(ax)
         positive = self.rises > 0
         s, r, e = self.sigmas[positive], self.rises[positive], self.errors[positive]
-        lower = np.minimum(e, r * (1 - 1e-3))
+        lower = np.minimum(e, 0.9 * r)  # An error bar that reaches zero has no end on a logarithmic axis.
         ax.errorbar(s, r, yerr=(lower, e), fmt="o-", ms=3.5, lw=1.2, capsize=2, color="tab:blue", label="measured")
         if len(s):
             # In a quadratic valley the rise is sigma^2 tr(H) / 2.
@@ -129,20 +129,21 @@ class LocalEntropyResult:
             self.profile.plot(ax)
         widths = np.sqrt(self.temperature / self.gammas)
         positive = self.rises > 0
-        lower = np.minimum(self.rise_errors, self.rises * (1 - 1e-3))[positive]
+        lower = np.minimum(self.rise_errors, 0.9 * self.rises)[positive]
         bars = (lower, self.rise_errors[positive])
         label = f"local entropy, T = {self.temperature:.3g}"
-        ax.errorbar(
-            widths[positive],
-            self.rises[positive],
-            yerr=bars,
-            fmt="s-",
-            ms=3.5,
-            lw=1.2,
-            capsize=2,
-            color="tab:red",
-            label=label,
-        )
+        if positive.any():
+            ax.errorbar(
+                widths[positive],
+                self.rises[positive],
+                yerr=bars,
+                fmt="s-",
+                ms=3.5,
+                lw=1.2,
+                capsize=2,
+                color="tab:red",
+                label=label,
+            )
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel(r"width of the Gaussian around every weight: $\sigma$, or $\sqrt{T/\gamma}$")

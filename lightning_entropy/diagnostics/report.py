@@ -239,8 +239,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: left; font-weight: 600 } td, th { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e3e7ee }
 td.number { white-space: nowrap } td.flat { font-weight: 600; color: #0a6b3d }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem }
-figure { margin: 0; flex: 1 1 24rem } figcaption { color: #5b6575; font-size: .9rem }
-svg { width: 100%; height: auto }
+figure { margin: 0; flex: 1 1 24rem; max-width: 48rem } figcaption { color: #5b6575; font-size: .9rem }
+svg { width: 100%; height: auto; display: block }
 """
 
 

@@ -84,16 +84,17 @@ def test_quadratic_closed_form(gamma, temperature):
 
 
 @pytest.mark.parametrize(
-    ("formula", "anchor"),
+    ("formula", "anchor", "samples"),
     [
-        (lambda y: (y[:, 0] ** 2 - 1) ** 2 + 0.3 * torch.sin(5 * y[:, 0]), [0.6]),
+        (lambda y: (y[:, 0] ** 2 - 1) ** 2 + 0.3 * torch.sin(5 * y[:, 0]), [0.6], 1000),
         (
             lambda y: (y[:, 0] ** 2 - 1) ** 2 / 4 + y[:, 1] ** 2 / 2 + 0.5 * torch.cos(3 * y[:, 0] * y[:, 1]),
             [0.4, -0.3],
+            200,
         ),
     ],
 )
-def test_non_convex_against_quadrature(formula, anchor):
+def test_non_convex_against_quadrature(formula, anchor, samples):
     anchor = torch.tensor(anchor, dtype=torch.float64)
     ladder, values, gradients = runs(
         batched(formula), anchor, gamma=1.0, temperature=0.3, samples=1000

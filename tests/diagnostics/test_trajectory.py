@@ -78,6 +78,13 @@ def test_random_walk_is_not_taken_for_a_turn():
         assert not analyse_trajectory(walk).current.conclusive
 
 
+def test_a_path_of_few_correlation_times_gets_no_verdict():
+    """A memory of 100 steps wants 6,400."""
+    long, _ = linear_sde(0.99 * np.eye(2), np.eye(2), 20_000, 1, 9)
+    assert probability_current(long[0]).conclusive
+    assert not probability_current(long[0][:3000]).conclusive
+
+
 def test_backwards_is_minus():
     path, _ = linear_sde(drift(0.1), NOISE, 1000, 1, 3)
     forth, back = probability_current(path[0]), probability_current(path[0][::-1])
