@@ -1,5 +1,7 @@
 """Every shipped config parses and takes a step on made-up data; the command line's subcommands work."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 import yaml
 
 from recipes.cli import main
+from recipes.compare.__main__ import _parse
+from recipes.compare.methods import Method
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -85,6 +89,7 @@ def test_fit_then_resume_validate_test_and_predict_from_the_checkpoint(tmp_path,
     quiet = ["--trainer.enable_model_summary", "false"]
     fit = main("recipes.lenet.LeNet", ["fit", *arguments, *quiet, "--trainer.max_epochs", "2"])
     folder = Path(fit.trainer.checkpoint_callback.dirpath)
+    assert folder == Path("runs/lenet/entropy_sgd/version_0/checkpoints")
     files = sorted(path.name for path in folder.iterdir())
     assert [name.partition("-epoch")[0] for name in files] == ["best", "last.ckpt"]
     assert (folder.parent / "config.yaml").exists()
@@ -97,3 +102,37 @@ def test_fit_then_resume_validate_test_and_predict_from_the_checkpoint(tmp_path,
         cli = main("recipes.lenet.LeNet", [command, *arguments, *quiet, *last])
         assert cli.trainer.callback_metrics[f"{command.replace('idate', '')}_accuracy"] > 0.5
     assert main("recipes.lenet.LeNet", ["predict", *arguments, *quiet, *last]).trainer.state.finished
+
+
+README = (FOLDER.parent / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if " fit " in line and "--ckpt_path" not in line])
+def test_the_readmes_trainings_take_a_step(command, tmp_path, monkeypatch):
+    python, _, module, *arguments = shlex.split(command)
+    assert python == "python"
+    config = Path(arguments[arguments.index("--config") + 1])
+    name = config.relative_to("recipes/configs").as_posix()
+    arguments[arguments.index("--config") + 1] = str(FOLDER / name)
+    # Last, so that made-up data and a small net have the last word.
+    arguments += [*on_made_up_data(name)[2:], "--trainer.fast_dev_run", "true", "--model.compile", "false"]
+    monkeypatch.chdir(tmp_path)
+    net = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "lenet": "LeNet"}[module.removeprefix("recipes.")]
+    assert main(f"{module}.{net}", arguments).trainer.state.finished
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "recipes.compare" in line])
+def test_the_readmes_comparisons_are_understood(command):
+    options = _parse(shlex.split(command)[3:])
+    assert [Method.parse(label) for label in options.methods]
+
+
+def test_the_readmes_other_commands_name_what_exists():
+    rest = [line for line in COMMANDS if "recipes.compare" not in line and "--ckpt_path" in line]
+    assert len(rest) == 4
+    for command in rest:
+        arguments = shlex.split(command)
+        assert (FOLDER.parents[1] / arguments[arguments.index("--config") + 1]).exists()
+        # Where test_fit_then_resume finds it.
+        assert arguments[-1] == "runs/lenet/sgd/version_0/checkpoints/last.ckpt"
