@@ -54,6 +54,11 @@ class Sum:
         self._works.append(dist.all_reduce(self._buffer, group=group, async_op=True))
 
     @property
+    def in_halves(self) -> bool:
+        """Whether a second half follows the first."""
+        return self._share is not None
+
+    @property
     def done(self) -> bool:
         """Whether :meth:`result` would return at once."""
         self.progress()

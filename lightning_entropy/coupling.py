@@ -174,6 +174,11 @@ class Round:
         coupling.sent += 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 8)
 
     @property
+    def in_halves(self) -> bool:
+        """Whether every rank must start a second half, at a later call."""
+        return self._sum.in_halves
+
+    @property
     def arrived(self) -> bool:
         """Whether :meth:`wait` returns at once and meets nobody."""
         if self._means is not None:

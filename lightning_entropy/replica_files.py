@@ -46,7 +46,7 @@ def save_whole(io: CheckpointIO, content: dict[str, Any], path: Any, storage_opt
     if type(io) is not TorchCheckpointIO or not is_local(path):
         io.save_checkpoint(content, path, storage_options=storage_options)
         return
-    provisional = f"{os.fspath(path)}.{os.getpid()}.part"
+    provisional = f"{os.fspath(path)}.part"
     try:
         io.save_checkpoint(content, provisional, storage_options=storage_options)
         os.replace(provisional, path)

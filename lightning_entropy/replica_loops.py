@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_entropy.compression import FORMATS, Format
 from lightning_entropy.consensus import Consensus
-from lightning_entropy.coupling import Coupling, Links, Naming
+from lightning_entropy.coupling import Coupling, Links, Naming, Round
 from lightning_entropy.loops import Loops
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
@@ -86,6 +85,7 @@ class ReplicaLoops:
         naming: Naming,
     ) -> None:
         self._relaxation, self._grid = relaxation, grid
+        self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
         self._links: list[Links] = []
         if grid.replicas > 1:
             self._links = [Links(grid.replicas, grid.data_parallel, timeout) for _ in range(len(optimizers) + 1)]
@@ -132,31 +132,31 @@ class ReplicaLoops:
                 continue
             before = loop.outer_step
             loop.advance()
-            if loop.outer_step > before:
-                self._look_after(i)
-                return True
             if self.couplings:
                 self.couplings[i].progress()
+                self._look_after(i, stepped=loop.outer_step > before)
+            return loop.outer_step > before
         return False
 
-    def _look_after(self, i: int) -> None:
-        """Put a replica that has diverged back to the mean of the others."""
-        if not self.couplings or self.couplings[i].round is None:
-            return
+    def _look_after(self, i: int, *, stepped: bool) -> None:
+        """Put a replica that has diverged back to the mean of the others, as soon as it can be had."""
         loop, coupling = self.loops.loops[i], self.couplings[i]
-        assert coupling.round is not None
-        if not coupling.round.finite:
+        if stepped and coupling.round is not None and not coupling.round.finite and i not in self._diverged:
             warnings.warn(
                 f"replica {self._grid.replica} has nan or inf in its weights at outer step {loop.outer_step}: "
                 "it is left out of the mean and starts again from the consensus",
                 stacklevel=2,
             )
-            target = coupling.round.wait()
-            if self._relaxation.elastic_target == "pseudo_gradient":  # the step it has taken is the others'
-                target = [torch.where(x.isfinite(), x, 0) for x in loop.anchor]
+            self._diverged[i] = coupling.round
+        # An exchange in halves is not waited for alone: the others come to their second half at a later step, which
+        # Lightning does not let them take before this rank does.
+        if i in self._diverged and (self._diverged[i].arrived or not self._diverged[i].in_halves):
+            target = self._diverged.pop(i).wait()
+            if self._relaxation.elastic_target == "pseudo_gradient":  # x has gone the others' way; y has not
+                target = loop.anchor
             loop.restart(target)
             self.consensus.mend_buffers()
-        if self._relaxation.elastic_target != "anchor":
+        if stepped and self._relaxation.elastic_target != "anchor":
             coupling.round = None  # nobody will ask again, and it holds a copy of the weights
 
     def metrics(self) -> dict[str, Any]:

@@ -166,31 +166,44 @@ def fit(
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(devices)]
 
 
-def external(n: int, work: Callable[[int], None], *, timeout: float = 60.0) -> list[str]:
+def external(
+    n: int,
+    work: Callable[[int], None],
+    *,
+    timeout: float = 60.0,
+    until: Callable[[dict[int, str]], bool] = lambda said: False,
+) -> list[str]:
     """Run ``work(rank)`` in n processes that the Trainer takes for a cluster's, as torchrun's are.
 
+    Args:
+        n: processes.
+        work: of each.
+        timeout: seconds after which those that have not ended are killed.
+        until: they are killed as soon as this holds of what has been said, by rank.
+
     Returns:
-        What each said last: "" where it came to its end, the exception's type and message, or "exit <code>".
+        What each said last: "" where it came to its end, the exception's type and message, "exit <code>", or "hung".
     """
     context = multiprocessing.get_context("fork")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    answers = context.Queue()
+    answers = context.SimpleQueue()
     processes = [context.Process(target=_external, args=(rank, n, port, work, answers)) for rank in range(n)]
     for process in processes:
         process.start()
+    said: dict[int, str] = {}
     end = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0.1))
+    while any(p.is_alive() for p in processes) and time.monotonic() < end and not until(said):
+        while not answers.empty():
+            said.update([answers.get()])
+        time.sleep(0.01)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in hung:
-        processes[rank].kill()
-        processes[rank].join()
-    said = {}
+    for process in processes:
+        process.kill()
+        process.join()
     while not answers.empty():
-        rank, text = answers.get()
-        said[rank] = text
+        said.update([answers.get()])
     return [said.get(r, "hung" if r in hung else f"exit {p.exitcode}") for r, p in enumerate(processes)]
 
 
@@ -202,6 +215,4 @@ def _external(rank: int, n: int, port: int, work: Callable[[int], None], answers
         answers.put((rank, ""))
     except BaseException as error:
         answers.put((rank, f"{type(error).__name__}: {error}"))
-    answers.close()
-    answers.join_thread()
     os._exit(0)

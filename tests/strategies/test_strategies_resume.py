@@ -3,7 +3,6 @@
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,60 +16,13 @@ from torch import Tensor
 import lightning_entropy as le
 from lightning_entropy import replica_files
 from lightning_entropy.replica_files import ReplicaFileError
-from tests.strategies.runs import FORK_WARNINGS, Net, data, external, fit, strategy, trainer
+from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
+from tests.strategies.streams import Streaming, Two
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 
 SHORT: dict[str, Any] = {"max_steps": 9, "max_epochs": -1}
 PARLE = le.parle(3, le.Scoping(0.1, 0.2), le.Scoping(0.2, 0.2), 0.25)
-
-
-class Stream:
-    """A loader that a checkpoint can resume in the middle of an epoch, another for every rank."""
-
-    def __init__(self, batches: int = 8) -> None:
-        self.batches, self.position, self.rank = batches, 0, 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.position %= self.batches
-        while self.position < self.batches:
-            self.position += 1
-            yield data(8, seed=100 * self.rank + self.position)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
-class Streaming(Net):
-    def train_dataloader(self) -> Any:
-        stream = Stream()
-        stream.rank = self.trainer.global_rank
-        return stream
-
-
-class Two(Streaming):
-    """Two optimizers, the second of which steps every other batch."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        first, last = self.net[0], self.net[-1]
-        return torch.optim.AdamW(first.parameters(), 0.02), torch.optim.SGD(last.parameters(), 0.1, momentum=0.9)
-
-    def training_step(self, batch: Any, i: int) -> None:
-        for k, optimizer in enumerate(self.optimizers()):
-            if k == 0 or i % 2:
-                self.zero_grad()
-                self.manual_backward(super().training_step(batch, i))
-                optimizer.step()
 
 
 METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
