@@ -126,8 +126,10 @@ def curves(final: Sequence[Record]) -> Figure:
             axis.label_outer()
         row[0].set_ylabel("held-out error (%)")
     # The first epochs are worth less than the differences at the end.
-    axes[0, 0].set_ylim(0.9 * min(ends), min(100.0, 2.5 * float(np.median(ends)) + 1))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    axes[0, 0].set_ylim(0.9 * min(ends), min(100.0, 2 * float(np.median(ends)) + 1))
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     return figure
 
 
