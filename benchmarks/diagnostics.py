@@ -4,8 +4,9 @@
 rounds, ratios of medians. ``--memory`` measures the growth of the process for the 36.5 M weights of a WRN-28-10
 (as a multilayer perceptron of that size) instead. Needs the ``benchmark`` extra, and nothing else running.
 
-Equal accuracy: all five eigenvalues agree to 1e-4 of the largest, with the tolerance each offers, and with steps doubled
-from 20 for a Lanczos that does not stop early; density and trace take the same number of Hessian-vector products.
+Equal accuracy: all five eigenvalues agree to 1e-4 of the largest, with the tolerance each offers, and with steps
+doubled from 20 for a Lanczos that does not stop early; density and trace take the same number of Hessian-vector
+products.
 """
 
 import argparse
