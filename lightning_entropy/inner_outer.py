@@ -195,7 +195,7 @@ class InnerOuter:
 
     def _on_gradients(self, first: bool) -> None:
         self.begin()
-        slots, lrs = self._slots.stepping(create=True)
+        slots, lrs = self._slots.stepping()
         if first and self._measures_gamma:
             self._measurement.add(slots, self._hooks.grad_scale)
         gamma = self.settings.gamma

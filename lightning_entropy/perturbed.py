@@ -79,7 +79,7 @@ class PerturbedLoop(InnerOuter):
 
     def _on_gradients(self, first: bool) -> None:
         self._restore()
-        slots, _ = self._slots.stepping(create=True)
+        slots, _ = self._slots.stepping()
         self._counted = bool(slots)
         if self.relaxation.inner_steps == 1 or not slots:
             return

@@ -76,14 +76,14 @@ class Slots:
             self._slots[p] = Slot(p, p.detach().to(wide, copy=True, memory_format=torch.preserve_format))
         return self._slots[p]
 
-    def stepping(self, *, create: bool = False) -> tuple[list[Slot], list[Any]]:
+    def stepping(self) -> tuple[list[Slot], list[Any]]:
         """Give the slots of the parameters that have a gradient now, and their learning rates."""
         slots, lrs = [], []
         for group in self._optimizer.param_groups:
             lr = group.get("lr", 0.0)
             lr = float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr
             for p in group["params"]:
-                if p.grad is not None and (create or p in self._slots):
+                if p.grad is not None:
                     slots.append(self[p])
                     lrs.append(lr)
         return slots, lrs

@@ -778,6 +778,25 @@ def test_going_on_from_a_file_is_exact_at_every_step(variant: str, dtype: torch.
         assert new_loop.settings == loop.settings
 
 
+def test_a_parameter_that_moved_before_the_save_and_not_after_takes_its_outer_step() -> None:
+    ends = []
+    for resumed in (False, True):
+        net, optimizer, loop = start(OPTIMIZERS["sgd"], le.lookahead(3))
+        step(net, optimizer, 0)
+        if resumed:
+            state = through_a_file([net.state_dict(), loop.state_dict()])
+            net, optimizer, loop = start(OPTIMIZERS["sgd"], le.lookahead(3), seed=5)
+            net.load_state_dict(state[0])
+            loop.load_state_dict(state[1])
+        net.b.requires_grad_(False)
+        optimizer.zero_grad()
+        for i in (1, 2):
+            step(net, optimizer, i)
+        ends.append(values(loop.anchor))
+    assert not torch.equal(ends[0][1], Net().b)
+    assert_equal(*ends)
+
+
 @pytest.mark.parametrize("variant", STATES)
 def test_going_back_in_the_same_loop_is_exact(variant: str) -> None:
     relaxation, name, options = STATES[variant]
