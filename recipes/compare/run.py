@@ -9,8 +9,6 @@ import platform
 import re
 import resource
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,16 +16,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 
 from recipes.classifier import Classifier, Cosine
 from recipes.compare.budget import Budget, Kind
-from recipes.compare.measure import error_and_loss, loss_rise, reestimated
+from recipes.compare.judge import Judge, Recorder
 from recipes.compare.methods import Method, Parts
 from recipes.data import ImageData
 from recipes.data.cache import write
-from recipes.data.plan import EvaluationPlan
 
 NETS = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "lenet": "LeNet"}
 
@@ -108,7 +104,13 @@ def execute(run: Run, folder: Path) -> Path:
     data = ImageData(**task.data, seed=run.seed)
     data.prepare_data()
     data.setup()
-    judge = Judge(task, data)
+    judge = Judge(
+        data,
+        device=torch.device("cuda" if task.accelerator != "cpu" and torch.cuda.is_available() else "cpu"),
+        precision=task.precision,
+        eval_images=task.eval_images,
+        refresh_images=task.refresh_images,
+    )
     steps = Budget(task.epochs, len(data.train_dataloader()), run.budget).steps(method.evaluations, method.replicas)
     parts = method.parts(run.lr, steps)
     module = Classifier(
@@ -179,125 +181,6 @@ def make_trainer(task: Task, method: Method, parts: Parts, steps: int, recorder:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-class Judge:
-    """Measure weights on fixed images, the same for every method, with running and with re-estimated statistics.
-
-    Args:
-        task: says how many images.
-        data: set up.
-    """
-
-    def __init__(self, task: Task, data: ImageData) -> None:
-        self.task = task
-        self.data = data
-        self.device = torch.device("cuda" if task.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-        # The data module mixes training and held-out images, whatever the order of the files.
-        self.train = data.train_indices[: task.eval_images]
-        self.refresh = data.train_indices[: task.refresh_images]
-        self.val = data.val_indices[: task.eval_images]
-
-    def point(self, module: L.LightningModule) -> dict[str, float]:
-        """Measure the error on the held-out images, in per cent."""
-        return self._error("val", module, self.val)
-
-    def final(self, module: L.LightningModule) -> dict[str, float]:
-        """Measure errors on held-out, test and training images, and the rise of the training loss under noise."""
-        result = self.point(module) | self._error("test", module, self.data.test_indices)
-        result |= self._error("train", module, self.train)
-        with self._precision(), reestimated(module, self._batches(self.refresh)):
-            result["loss_rise"] = loss_rise(module, self._batches(self.train[:1000]))
-        return result
-
-    def _error(self, name: str, module: L.LightningModule, indices: Tensor) -> dict[str, float]:
-        with self._precision():
-            running, _ = error_and_loss(module, self._batches(indices))
-            with reestimated(module, self._batches(self.refresh)):
-                error, loss = error_and_loss(module, self._batches(indices))
-        return {f"{name}_error_running": running, f"{name}_error": error, f"{name}_loss": loss}
-
-    def _batches(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        plan = EvaluationPlan(indices, batch_size=self.data.eval_batch_size, crop=self.data.crop)
-        for batch in range(len(plan)):
-            yield self.data.materialise(plan[batch].to(self.device))
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.precision == "bf16-mixed")
-
-
-class Recorder(Callback):
-    """Count gradients, time the training without the measurements, and measure whenever the Trainer validates.
-
-    A Trainer's validation is when every callback and strategy shows the weights it would keep. Replicas have the
-    same weights then, and rank 0 measures.
-
-    Args:
-        judge: measures.
-        path: where rank 0 writes the curve when training ends.
-        batch_size: images of a gradient evaluation.
-    """
-
-    def __init__(self, judge: Judge, path: Path, batch_size: int) -> None:
-        self.judge = judge
-        self.path = path
-        self.batch_size = batch_size
-        self.gradients = 0
-        self.curve: dict[int, dict[str, float]] = {}
-        self._seconds = 0.0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and count every gradient of the first weight."""
-        next(p for p in pl_module.parameters() if p.requires_grad).register_hook(self._count)
-        self._since = time.perf_counter()
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
-        self._stop()
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure the weights shown."""
-        if trainer.is_global_zero:
-            evaluations = self.gradients * trainer.world_size
-            self.curve[evaluations] = {
-                "evaluations": evaluations,
-                "epochs": evaluations * self.batch_size / len(self.judge.data.train_indices),
-                "seconds": self._seconds,
-            } | self.judge.point(pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the clock."""
-        self._since = time.perf_counter()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add up the gradients of all replicas and write the curve."""
-        self._stop()
-        total = int(trainer.strategy.reduce(torch.tensor(float(self.gradients)), reduce_op="sum"))
-        if trainer.is_global_zero:
-            record = {
-                "curve": list(self.curve.values()),
-                "gradient_evaluations": total,
-                "seconds": self._seconds,
-                "images_per_second": total * self.batch_size / self._seconds,
-            }
-            write(self.path, lambda file: file.write(json.dumps(record).encode()))
-
-    def _count(self, gradient: Tensor) -> None:
-        self.gradients += 1
-
-    def _stop(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - self._since
 
 
 def _peak_memory() -> float:

@@ -1,0 +1,143 @@
+"""Look at the weights that a method would keep, at the end and whenever the Trainer validates."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from recipes.compare.measure import error_and_loss, loss_rise, reestimated
+from recipes.data import ImageData
+from recipes.data.cache import write
+from recipes.data.plan import EvaluationPlan
+
+
+class Judge:
+    """Measure weights on fixed images, the same for every method, with running and with re-estimated statistics.
+
+    Args:
+        data: set up.
+        device: where.
+        precision: of the Trainer.
+        eval_images: most held-out images in a point of the curve, and most training images in any evaluation.
+        refresh_images: training images that BatchNorm's statistics are re-estimated on.
+    """
+
+    def __init__(
+        self, data: ImageData, *, device: torch.device, precision: str, eval_images: int, refresh_images: int
+    ) -> None:
+        self.data = data
+        self.device = device
+        self.precision = precision
+        # The data module mixes training and held-out images, whatever the order of the files.
+        self.train = data.train_indices[:eval_images]
+        self.refresh = data.train_indices[:refresh_images]
+        self.val = data.val_indices[:eval_images]
+
+    def point(self, module: L.LightningModule) -> dict[str, float]:
+        """Measure the error on the held-out images, in per cent."""
+        return self._error("val", module, self.val)
+
+    def final(self, module: L.LightningModule) -> dict[str, float]:
+        """Measure errors on held-out, test and training images, and the rise of the training loss under noise."""
+        result = self.point(module) | self._error("test", module, self.data.test_indices)
+        result |= self._error("train", module, self.train)
+        with self._precision(), reestimated(module, self._batches(self.refresh)):
+            result["loss_rise"] = loss_rise(module, self._batches(self.train[:1000]))
+        return result
+
+    def _error(self, name: str, module: L.LightningModule, indices: Tensor) -> dict[str, float]:
+        with self._precision():
+            running, _ = error_and_loss(module, self._batches(indices))
+            with reestimated(module, self._batches(self.refresh)):
+                error, loss = error_and_loss(module, self._batches(indices))
+        return {f"{name}_error_running": running, f"{name}_error": error, f"{name}_loss": loss}
+
+    def _batches(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        plan = EvaluationPlan(indices, batch_size=self.data.eval_batch_size, crop=self.data.crop)
+        for batch in range(len(plan)):
+            yield self.data.materialise(plan[batch].to(self.device))
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+
+class Recorder(Callback):
+    """Count gradients, time the training without the measurements, and measure whenever the Trainer validates.
+
+    A Trainer's validation is when every callback and strategy shows the weights it would keep. Replicas have the
+    same weights then, and rank 0 measures.
+
+    Args:
+        judge: measures.
+        path: where rank 0 writes the curve when training ends.
+        batch_size: images of a gradient evaluation.
+    """
+
+    def __init__(self, judge: Judge, path: Path, batch_size: int) -> None:
+        self.judge = judge
+        self.path = path
+        self.batch_size = batch_size
+        self.gradients = 0
+        self.curve: dict[int, dict[str, float]] = {}
+        self._seconds = 0.0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, and count every gradient of the first weight."""
+        next(p for p in pl_module.parameters() if p.requires_grad).register_hook(self._count)
+        self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._stop()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure the weights shown."""
+        if trainer.is_global_zero:
+            evaluations = self.gradients * trainer.world_size
+            self.curve[evaluations] = {
+                "evaluations": evaluations,
+                "epochs": evaluations * self.batch_size / len(self.judge.data.train_indices),
+                "seconds": self._seconds,
+            } | self.judge.point(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add up the gradients of all replicas and write the curve."""
+        self._stop()
+        total = int(trainer.strategy.reduce(torch.tensor(float(self.gradients)), reduce_op="sum"))
+        if trainer.is_global_zero:
+            record = {
+                "curve": list(self.curve.values()),
+                "gradient_evaluations": total,
+                "seconds": self._seconds,
+                "images_per_second": total * self.batch_size / self._seconds,
+            }
+            write(self.path, lambda file: file.write(json.dumps(record).encode()))
+
+    def _count(self, gradient: Tensor) -> None:
+        self.gradients += 1
+
+    def _stop(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._since
