@@ -114,6 +114,10 @@ class CompiledStep:
             self._withheld.append((p, g))
             p.grad = None
 
+    def forget(self) -> None:
+        """Drop what an update that raised has left withheld: by now the gradients are other ones."""
+        self._withheld = []
+
     def _flat(self, *tensors: Tensor | None) -> list[Any] | None:
         """View a parameter and what belongs to it as flat in one common order; None where the kernel is not for it."""
         param = tensors[0]

@@ -174,6 +174,8 @@ class InnerOuter:
     def _before_step(self) -> None:
         if self._show_depth:
             raise RuntimeError("optimizer.step() while the parameters show the anchor: leave at_anchor() first")
+        if self._compiled is not None:
+            self._compiled.forget()
         self._read_settings()
 
     def _read_settings(self) -> None:

@@ -101,3 +101,21 @@ def test_the_noise_has_the_size_of_the_other() -> None:
     # The first step is the optimizer's own, its noise the kernel's as well.
     difference = (noisy["params"][0] - quiet["params"][0]).std().item()
     assert difference == pytest.approx(expected, rel=0.02)
+
+
+@needs_compiler
+def test_an_update_that_raises_leaves_no_old_gradient() -> None:
+
+    params = [torch.nn.Parameter(torch.randn(LEAST)), torch.nn.Parameter(torch.randn(7))]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    le.relax(optimizer, le.entropy_sgd(4, 0.5, 0.0, 0.75), compile=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    broken, params[1].grad = params[1].grad, torch.sparse_coo_tensor([[0]], [1.0], (7,), check_invariants=True)
+    optimizer.param_groups[0]["weight_decay"] = 0.1  # which torch refuses for sparse gradients, in the update
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert params[0].grad is None
+    params[0].grad, params[1].grad = torch.full_like(params[0], 2.0), broken
+    optimizer.step()
+    assert params[0].grad is not None and params[0].grad[0] == 2
