@@ -1,11 +1,20 @@
 """Who is alive, known without a collective."""
 
+import os
+import sys
 import threading
 import time
-from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+
+PERIOD = 0.5  # seconds between two beats
+PATIENCE = 5.0  # seconds without a beat after which a rank is gone, once a collective has failed
+LIMIT = 30.0  # seconds after which a rank that is stuck because of it ends itself
+
+
+DONE = b"done"
+_kept: list[dist.TCPStore] = []
 
 
 class ReplicaLost(RuntimeError):
@@ -18,16 +27,22 @@ class Heartbeat:
     The thread goes on while its process waits in a collective, so that one that waits is not taken for one that died.
     The store is on rank 0; where it cannot be reached, rank 0 is the one that is gone.
 
+    A collective that meets a dead rank mostly fails at once, but some ranks may be left waiting for others that gave up
+    (Lightning's broadcast before every batch swallows errors), until the process group's timeout. So the thread ends
+    its process, with a message that names the rank, where a rank is silent and the main thread stands on one spot for
+    30 seconds.
+
     Args:
         rank: this rank.
         world_size: ranks.
         host: where rank 0 is, as the others reach it.
-        period: seconds between two beats.
+        data_parallel: ranks of one replica, for messages.
     """
 
-    def __init__(self, rank: int, world_size: int, host: str, period: float = 0.5) -> None:
-        self._rank, self._world_size, self._period = rank, world_size, period
-        wait = timedelta(seconds=30)
+    def __init__(self, rank: int, world_size: int, host: str, data_parallel: int = 1) -> None:
+        self._rank, self._data_parallel = rank, data_parallel
+        self._keys = [f"beat/{r}" for r in range(world_size)]
+        wait = timedelta(seconds=LIMIT)
         port: list[int] = [0]
         if rank == 0:
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
@@ -35,54 +50,83 @@ class Heartbeat:
         dist.broadcast_object_list(port, src=0)
         if rank != 0:
             self._store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-        # A thread of its own needs a connection of its own: a call that waits holds it.
+        # The thread needs a connection of its own: a call that waits holds it.
         self._thread_store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-        self._ended = threading.Event()
-        self._beat(0)
+        self._thread_store.set(self._keys[rank], "0")
+        self._lost: list[int] = []  # ranks that someone found gone; those that end because of it are not counted
+        if rank == 0:
+            self._store.set("lost", "")
         dist.barrier()
+        self._main = threading.get_ident()
+        self._ended = threading.Event()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
-    def _beat(self, count: int) -> None:
-        self._thread_store.set(f"beat/{self._rank}", str(count))
-
     def _run(self) -> None:
-        count = 0
-        while not self._ended.wait(self._period):
+        count, moved, spot = 0, time.monotonic(), None
+        changed = [time.monotonic()] * len(self._keys)
+        beats: list[bytes] = [b""] * len(self._keys)
+        while not self._ended.wait(PERIOD):
             count += 1
+            now = time.monotonic()
+            frame = sys._current_frames().get(self._main)
+            here = None if frame is None else (id(frame), frame.f_lasti)
+            if here != spot:
+                spot, moved = here, now
             try:
-                self._beat(count)
+                self._thread_store.set(self._keys[self._rank], str(count))
+                *latest, lost = self._thread_store.multi_get([*self._keys, "lost"])
+                self._lost = _ranks(lost)
             except RuntimeError:
-                return  # rank 0 and its store are gone
+                latest = [beats[0], *(b"?" for _ in beats[1:])]  # rank 0 stands still; of the others nothing is known
+            pairs = zip(latest, beats, changed, strict=True)
+            changed = [now if new != old or new in (b"?", DONE) else at for new, old, at in pairs]
+            beats = latest
+            silent = self._lost or [rank for rank, at in enumerate(changed) if now - at > LIMIT]
+            if silent and now - moved > LIMIT:
+                print(f"{self._message(silent)}, stuck for {now - moved:.0f} s", file=sys.stderr, flush=True)
+                os._exit(1)
 
-    def silent(self, patience: float = 5.0) -> list[int]:
-        """Give the ranks that do not count up within ``patience`` seconds; returns as soon as all do."""
-        keys = [f"beat/{rank}" for rank in range(self._world_size)]
+    def silent(self, patience: float | None = None) -> list[int]:
+        """Give the ranks that someone has found gone, or that do not count up within ``patience`` seconds.
+
+        Returns as soon as all do.
+        """
         try:
-            first = self._store.multi_get(keys)
-            silent = set(range(self._world_size)) - {self._rank}
-            end = time.monotonic() + patience
+            if lost := _ranks(self._store.get("lost")):
+                return lost
+            first = self._store.multi_get(self._keys)
+            silent = set(range(len(self._keys))) - {self._rank}
+            end = time.monotonic() + (PATIENCE if patience is None else patience)
             while silent and time.monotonic() < end:
-                time.sleep(self._period / 5)
-                now = self._store.multi_get(keys)
-                silent = {rank for rank in silent if now[rank] == first[rank]}
+                time.sleep(PERIOD / 5)
+                now = self._store.multi_get(self._keys)
+                silent = {rank for rank in silent if now[rank] == first[rank] != DONE}
+            if silent:
+                self._store.set("lost", ",".join(map(str, sorted(silent))))
+                time.sleep(3 * PERIOD if self._rank == 0 else 0)  # until all have read it: the store ends with rank 0
         except RuntimeError:
-            return [0]
+            return self._lost or [0]
         return sorted(silent)
 
-    def named(self, error: RuntimeError, data_parallel: int = 1) -> RuntimeError:
-        """Give an error that names the ranks that are gone; the same error where none is.
-
-        Args:
-            error: of a collective.
-            data_parallel: ranks of one replica.
-        """
+    def named(self, error: RuntimeError) -> RuntimeError:
+        """Give, for the error of a collective, one that names the ranks that are gone; the same error where none is."""
         silent = [] if isinstance(error, ReplicaLost) else self.silent()
-        if not silent:
-            return error
-        ranks = ", ".join(f"rank {rank} (replica {rank // data_parallel})" for rank in silent)
-        return ReplicaLost(f"{ranks} stopped answering, and rank {self._rank} cannot go on: {error}")
+        return ReplicaLost(f"{self._message(silent)}: {error}") if silent else error
+
+    def _message(self, silent: list[int]) -> str:
+        ranks = ", ".join(f"rank {rank} (replica {rank // self._data_parallel})" for rank in silent)
+        return f"{ranks} stopped answering, and rank {self._rank} cannot go on"
 
     def stop(self) -> None:
-        """End the thread."""
-        with suppress(RuntimeError):
-            self._ended.set()
+        """End the thread, and say so: a rank that is done is not gone."""
+        self._ended.set()
+        try:
+            self._store.set(self._keys[self._rank], DONE)
+        except RuntimeError:
+            return  # rank 0 is gone
+        if self._rank == 0:
+            _kept.append(self._store)  # the others may still look
+
+
+def _ranks(text: bytes) -> list[int]:
+    return [int(rank) for rank in text.decode().split(",") if rank]

@@ -190,7 +190,8 @@ class ElasticEntropyStrategy(DDPStrategy):
             )
         if self.world_size > 1 and self._heartbeat is None:
             assert self.cluster_environment is not None
-            self._heartbeat = Heartbeat(self.global_rank, self.world_size, self.cluster_environment.main_address)
+            host = self.cluster_environment.main_address
+            self._heartbeat = Heartbeat(self.global_rank, self.world_size, host, self.grid.data_parallel)
         if not self._fitting:
             return
         assert self.lightning_module is not None
@@ -395,7 +396,7 @@ class ElasticEntropyStrategy(DDPStrategy):
     # Collectives: errors that name a rank, and none on the way out of an exception, where the others may not come
 
     def _named(self, error: RuntimeError) -> RuntimeError:
-        return error if self._heartbeat is None else self._heartbeat.named(error, self.grid.data_parallel)
+        return error if self._heartbeat is None else self._heartbeat.named(error)
 
     @contextmanager
     def _naming(self) -> Iterator[None]:

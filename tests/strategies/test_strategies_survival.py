@@ -4,6 +4,7 @@ import os
 import signal
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_entropy as le
+from lightning_entropy import heartbeat
 from tests.kill_and_resume import MAIN, RENAME, UPDATE, WRITE, kill_and_resume
 from tests.strategies.runs import FORK_WARNINGS, Net, Samples, data, external, fit, strategy, trainer
 
@@ -44,10 +46,13 @@ class Dies(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("dead", [0, 2])
-@pytest.mark.parametrize("relaxation", [PARLE, le.entropy_sgd(3)])
-def test_all_survivors_name_the_dead(tmp_path: Path, dead: int, relaxation: le.Relaxation) -> None:
-    """Also those that hear of it from a survivor, and without elasticity, where replicas only meet at the end."""
+@pytest.mark.parametrize(("dead", "relaxation"), [(0, PARLE), (2, PARLE), (2, le.entropy_sgd(3))])
+def test_all_survivors_name_the_dead(
+    tmp_path: Path, dead: int, relaxation: le.Relaxation, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Also those that hear of it from a survivor, or wait for one that gave up; and without elasticity."""
+    monkeypatch.setattr(heartbeat, "LIMIT", 6.0)
+    monkeypatch.setattr(heartbeat, "PATIENCE", 2.0)
 
     def work(rank: int) -> None:
         warnings.simplefilter("ignore")
@@ -56,8 +61,33 @@ def test_all_survivors_name_the_dead(tmp_path: Path, dead: int, relaxation: le.R
 
     said = external(4, work)
     assert said[dead] == f"exit {-signal.SIGKILL}"
+    written = capfd.readouterr().err
     for rank in {0, 1, 2, 3} - {dead}:
-        assert f"rank {dead} (replica {dead // 2})" in said[rank]
+        name = f"rank {dead} (replica {dead // 2})"
+        stuck = f"stopped answering, and rank {rank} cannot go on, stuck"
+        assert name in said[rank] or (said[rank] == "exit 1" and name in written and stuck in written)
+
+
+class Waits(L.Callback):
+    """Wait in a collective of Lightning's own for a rank that has died: nothing fails before the timeout."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 5 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if trainer.global_step == 5:
+            torch.distributed.barrier()
+
+
+def test_a_rank_that_is_stuck_ends_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
+
+    def work(rank: int) -> None:
+        trainer(tmp_path, strategy(PARLE, start_method="popen"), 2, callbacks=[Waits()]).fit(Net())
+
+    start = time.monotonic()
+    said = external(2, work, until=lambda said: time.monotonic() - start > 8)
+    assert said[0] == "exit 1"
+    assert "rank 1 (replica 1) stopped answering, and rank 0 cannot go on, stuck" in capfd.readouterr().err
 
 
 class Poisons(L.Callback):
@@ -155,12 +185,12 @@ class Stalls(L.Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_rank_that_stands_still_is_named_after_the_timeout(tmp_path: Path) -> None:
-    from datetime import timedelta
+def test_a_rank_that_stands_still_is_named_after_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "PATIENCE", 2.0)
 
     def work(rank: int) -> None:
         warnings.simplefilter("ignore")
-        own = strategy(PARLE, start_method="popen", timeout=timedelta(seconds=4))
+        own = strategy(PARLE, start_method="popen", timeout=timedelta(seconds=3))
         trainer(tmp_path, own, 2, callbacks=[Stalls()]).fit(Net())
 
     start = time.monotonic()
