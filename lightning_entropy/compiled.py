@@ -44,14 +44,14 @@ class CompiledStep:
         seeds: Sequence[Sequence[int]] | None,
     ) -> None:
         """Pull, shake and average, in place; arguments as :func:`functional.inner_move_`."""
-        rest = []
+        rest, constants = [], _Constants()
         for i, (y, x) in enumerate(zip(params, anchors, strict=True)):
             flats = self._flat(y, x, None if averages is None else averages[i], None)
             k: Any = stiffness[i]
             if flats is None or isinstance(k, Tensor) or isinstance(noise[i], Tensor):
                 rest.append(i)
                 continue
-            numbers = torch.tensor([k / (1 + k), noise[i], average])
+            numbers = constants(k / (1 + k), noise[i], average)
             flat_y, flat_x, z, m = flats
             self._kernel(flat_y, flat_x, z, m, None, numbers, _keys(seeds, i), False)
         F.inner_move_(
@@ -90,6 +90,7 @@ class CompiledStep:
         """
         if type(optimizer) is not SGD or getattr(optimizer, "grad_scale", None) is not None:
             return
+        constants = _Constants()
         group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         for i, slot in enumerate(slots):
             p, group = slot.param, group_of[slot.param]
@@ -108,9 +109,9 @@ class CompiledStep:
             if flats is None or g is None or g.dtype != p.dtype or g.layout != p.layout or g.stride() != p.stride():
                 continue
             k: Any = stiffness[i]
-            numbers = [k / (1 + k), noise[i], average, group["lr"], group["weight_decay"], group["momentum"]]
+            numbers = constants(k / (1 + k), noise[i], average, group["lr"], group["weight_decay"], group["momentum"])
             y, x, z, m = flats
-            self._kernel(y, x, z, m, _gradient(g), torch.tensor(numbers), _keys(seeds, i), group["nesterov"])
+            self._kernel(y, x, z, m, _gradient(g), numbers, _keys(seeds, i), group["nesterov"])
             self._withheld.append((p, g))
             p.grad = None
 
@@ -161,6 +162,15 @@ def _gradient(g: Tensor) -> Tensor:
     flat = F.flat(g)
     assert flat is not None  # its strides are the parameter's, which has a flat view
     return flat.data
+
+
+class _Constants(dict[tuple[Any, ...], Tensor]):
+    """Tensors of a few numbers each, made once a step for all parameters that share them."""
+
+    def __call__(self, *numbers: Any) -> Tensor:
+        if numbers not in self:
+            self[numbers] = torch.tensor(numbers)
+        return self[numbers]
 
 
 def _keys(seeds: Sequence[Sequence[int]] | None, i: int) -> Tensor | None:

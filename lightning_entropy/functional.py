@@ -148,13 +148,14 @@ def inner_move_(
     means: Sequence[Tensor | None] = averages or [None] * len(params)
     rows = list(zip(params, anchors, means, stiffness, noise, strict=True))
     if seeds is None:
-        if params and params[0].device.type != "cpu":
-            _foreach_move_(params, anchors, averages, stiffness, average)
-            return
-        for y, x, z, k, _ in rows:
+        # In the cache: tensor by tensor. Where calls cost more than memory, small or on an accelerator: list by list.
+        large = [i for i, y in enumerate(params) if y.numel() > _SLICE and y.device.type == "cpu"]
+        for i in large:
+            y, x, z, k, _ = rows[i]
             pull_([y], [x], [k])
             if z is not None:
                 average_([z], [y], average)
+        _foreach_move_([rows[i] for i in sorted(set(range(len(rows))) - set(large))], average)
         return
     jobs = [
         (*block, k, s, average, seed)
@@ -173,24 +174,19 @@ def inner_move_(
             pass
 
 
-def _foreach_move_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    averages: Sequence[Tensor] | None,
-    stiffness: Sequence[float | Tensor],
-    average: float,
-) -> None:
-    """Do the same in few launches on an accelerator: one per distinct k where types agree."""
-    by_stiffness: dict[float, list[int]] = {}
-    for i, (y, x, k) in enumerate(zip(params, anchors, stiffness, strict=True)):
+def _foreach_move_(rows: Sequence[tuple[Tensor, Tensor, Tensor | None, float | Tensor, Any]], average: float) -> None:
+    """Pull and average rows of (y, x, z, k, _) in few calls: one per distinct k where types agree."""
+    alike: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for y, x, _, k, _ in rows:
         if isinstance(k, Tensor) or y.dtype != x.dtype:
             pull_([y], [x], [k])
         elif k != 0:
-            by_stiffness.setdefault(k, []).append(i)
-    for k, rows in by_stiffness.items():
-        torch._foreach_lerp_([params[i] for i in rows], [anchors[i] for i in rows], k / (1 + k))
-    if averages is not None and averages:
-        torch._foreach_lerp_(list(averages), [y.to(z.dtype) for y, z in zip(params, averages, strict=True)], average)
+            alike.setdefault(k, []).append((y, x))
+    for k, pairs in alike.items():
+        torch._foreach_lerp_([y for y, _ in pairs], [x for _, x in pairs], k / (1 + k))
+    means = [(z, y if y.dtype == z.dtype else y.to(z.dtype)) for y, _, z, _, _ in rows if z is not None]
+    if means:
+        torch._foreach_lerp_([z for z, _ in means], [y for _, y in means], average)
 
 
 def _varies(scale: float | Tensor) -> bool:

@@ -83,6 +83,7 @@ class InnerOuter:
         self._compiled = CompiledStep() if compile else None
         self._count_attempts = count_attempts
         self._slots = Slots(optimizer, names)
+        self._stepping: tuple[list[Slot], list[Any]] = [], []  # in this step, and their learning rates
         self._measurement = GammaMeasurement()
         self._show_depth = 0
         self._warned = False
@@ -197,7 +198,7 @@ class InnerOuter:
 
     def _on_gradients(self, first: bool) -> None:
         self.begin()
-        slots, lrs = self._slots.stepping()
+        slots, lrs = self._stepping = self._slots.stepping()
         if first and self._measures_gamma:
             self._measurement.add(slots, self._hooks.grad_scale)
         gamma = self.settings.gamma
@@ -216,13 +217,15 @@ class InnerOuter:
             self._compiled.sgd_(self.optimizer, slots, self._running_means(slots), **self._move_numbers(slots, lrs))
 
     def _after_step(self) -> None:
-        taken = set() if self._compiled is None else self._compiled.release()
-        slots, lrs = self._slots.stepping()
+        (slots, lrs), self._stepping = self._stepping, ([], [])
         if not slots:
             return
-        left = [i for i, slot in enumerate(slots) if slot.param not in taken]
-        if left:
+        taken = set() if self._compiled is None else self._compiled.release()
+        if taken:
+            left = [i for i, slot in enumerate(slots) if slot.param not in taken]
             self._move([slots[i] for i in left], [lrs[i] for i in left])
+        else:
+            self._move(slots, lrs)
         for slot in slots:
             slot.moved = True
         if not self._count_attempts:

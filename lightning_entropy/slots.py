@@ -71,10 +71,12 @@ class Slots:
 
     def __getitem__(self, p: Tensor) -> Slot:
         """Give the parameter's slot, made here if there is none."""
-        if p not in self._slots:
+        slot = self._slots.get(p)
+        if slot is None:
             wide = torch.promote_types(p.dtype, torch.float32)
-            self._slots[p] = Slot(p, p.detach().to(wide, copy=True, memory_format=torch.preserve_format))
-        return self._slots[p]
+            slot = Slot(p, p.detach().to(wide, copy=True, memory_format=torch.preserve_format))
+            self._slots[p] = slot
+        return slot
 
     def stepping(self) -> tuple[list[Slot], list[Any]]:
         """Give the slots of the parameters that have a gradient now, and their learning rates."""
