@@ -1,10 +1,12 @@
 """Local-entropy optimization for PyTorch Lightning."""
 
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_entropy.attach import relax
 from lightning_entropy.batchnorm import RefreshBatchNorm
 from lightning_entropy.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
+from lightning_entropy.fabric import ElasticEntropyFabricStrategy
 from lightning_entropy.inner_outer import InnerOuter
 from lightning_entropy.presets import (
     diloco,
@@ -24,6 +26,7 @@ from lightning_entropy.strategies import ElasticEntropyStrategy
 __version__ = "0.1.0"
 
 __all__ = [
+    "ElasticEntropyFabricStrategy",
     "ElasticEntropyStrategy",
     "EntropySGD",
     "HamiltonJacobi",
@@ -48,3 +51,4 @@ __all__ = [
 
 # The one effect of the import: strategy="elastic_entropy" is a name. Registering again replaces: re-import is safe.
 ElasticEntropyStrategy.register_strategies(StrategyRegistry)
+ElasticEntropyFabricStrategy.register_strategies(STRATEGY_REGISTRY)

@@ -29,8 +29,8 @@ class Links:
 
     def __init__(self, replicas: int, data_parallel: int, timeout: timedelta | None = None) -> None:
         rows = [[r * data_parallel + d for d in range(data_parallel)] for r in range(replicas)]
-        self.across = _own_group([list(column) for column in zip(*rows, strict=True)], timeout)
-        self.inside = _own_group(rows, timeout) if data_parallel > 1 else None
+        self.across = own_group([list(column) for column in zip(*rows, strict=True)], timeout)
+        self.inside = own_group(rows, timeout) if data_parallel > 1 else None
         self.replicas, self.data_parallel = replicas, data_parallel
         self.position = dist.get_rank() % data_parallel
         self.by_host = dist.get_backend(self.across) == "gloo"
@@ -242,7 +242,7 @@ class Round:
         return torch.cat(parts)[: sum(t.numel() for t in self.tensors)]
 
 
-def _own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
+def own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
     """Open all the groups and give the one this rank is in."""
     mine = None
     for ranks in groups:

@@ -13,7 +13,7 @@ PATIENCE = 5.0  # seconds without a beat after which a rank is gone, once a coll
 LIMIT = 30.0  # seconds after which a rank that is stuck because of it ends itself
 
 
-DONE = b"done"
+DONE = "done"
 _kept: list[dist.TCPStore] = []
 
 
@@ -79,7 +79,7 @@ class Heartbeat:
             except RuntimeError:
                 latest = [beats[0], *(b"?" for _ in beats[1:])]  # rank 0 stands still; of the others nothing is known
             pairs = zip(latest, beats, changed, strict=True)
-            changed = [now if new != old or new in (b"?", DONE) else at for new, old, at in pairs]
+            changed = [now if new != old or new in (b"?", DONE.encode()) else at for new, old, at in pairs]
             beats = latest
             silent = self._lost or [rank for rank, at in enumerate(changed) if now - at > LIMIT]
             if silent and now - moved > LIMIT:
@@ -100,7 +100,7 @@ class Heartbeat:
             while silent and time.monotonic() < end:
                 time.sleep(PERIOD / 5)
                 now = self._store.multi_get(self._keys)
-                silent = {rank for rank in silent if now[rank] == first[rank] != DONE}
+                silent = {rank for rank in silent if now[rank] == first[rank] != DONE.encode()}
             if silent:
                 self._store.set("lost", ",".join(map(str, sorted(silent))))
                 time.sleep(3 * PERIOD if self._rank == 0 else 0)  # until all have read it: the store ends with rank 0

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.utilities.data import sized_len
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -107,6 +108,11 @@ def initialize_apart(module: Module, seed: int) -> None:
                     f"({type(submodule).__name__}) has none: give it one, or give the LightningModule one"
                 )
             reset()
+
+
+def sync_weights(module: Module) -> None:
+    """Give all ranks of the world the first's parameters and buffers. A collective."""
+    _sync_module_states(module)
 
 
 def seed_all(seed: int) -> None:

@@ -6,6 +6,7 @@ replacement leaves the old checkpoint and the old files; one after it leaves the
 """
 
 import os
+import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
@@ -128,6 +129,11 @@ def _final(checkpoint: Any, replica: int) -> str:
 def _listed(checkpoint: Any) -> list[str]:
     fs = get_filesystem(folder(checkpoint))
     return [str(p) for p in fs.ls(folder(checkpoint), detail=False)] if fs.exists(folder(checkpoint)) else []
+
+
+def new_run(broadcast: Callable[[str], str]) -> str:
+    """Give a name that no other run has, the first rank's on all; a collective."""
+    return str(broadcast(uuid.uuid4().hex[:12]))
 
 
 class ReplicaFiles:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_entropy.compression import FORMATS, Format
 from lightning_entropy.consensus import Consensus
-from lightning_entropy.coupling import Coupling, Links, Naming, Round
+from lightning_entropy.coupling import Coupling, Links, Naming, Round, own_group
 from lightning_entropy.loops import Loops
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
@@ -45,6 +45,12 @@ class Grid(NamedTuple):
     def position(self) -> int:
         """Its place in the replica, in [0, D)."""
         return self.rank % self.data_parallel
+
+
+def data_parallel_group(grid: Grid) -> Any:
+    """Open the process groups of all replicas' ranks, and give this one's; None where a replica is one rank."""
+    rows = [[r * grid.data_parallel + d for d in range(grid.data_parallel)] for r in range(grid.replicas)]
+    return own_group(rows, None) if grid.data_parallel > 1 else None
 
 
 class ReplicaLoops:

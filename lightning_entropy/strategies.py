@@ -1,7 +1,6 @@
 """Replicas that share no gradients: every device, or group of devices, trains one, elastically tied to their mean."""
 
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,6 @@ from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_entropy import presets, replica_files
 from lightning_entropy.compression import Format
+from lightning_entropy.fabric import register
 from lightning_entropy.heartbeat import Heartbeat
 from lightning_entropy.loops import claim, release
 from lightning_entropy.outer import OuterFactory
@@ -35,6 +34,7 @@ from lightning_entropy.replica_data import (
     rng_state,
     seed_all,
     set_rng_state,
+    sync_weights,
 )
 from lightning_entropy.replica_files import ReplicaFiles
 from lightning_entropy.replica_loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
@@ -198,7 +198,7 @@ class ElasticEntropyStrategy(DDPStrategy):
         self._own_the_loop()
         self._left, self._resumed = None, False
         self._base_seed = int(self.broadcast(torch.initial_seed() if self.seed is None else self.seed))
-        self._files = ReplicaFiles(self.grid, str(self.broadcast(uuid.uuid4().hex[:12])), self.barrier)
+        self._files = ReplicaFiles(self.grid, replica_files.new_run(self.broadcast), self.barrier)
         self.lightning_module._device_mesh = dist.init_device_mesh(
             self.root_device.type,
             (self.grid.replicas, self.grid.data_parallel),
@@ -236,7 +236,7 @@ class ElasticEntropyStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Give all replicas the same weights, or each its own, and wrap in DDP what shares gradients."""
         assert self.lightning_module is not None
-        _sync_module_states(self.lightning_module)
+        sync_weights(self.lightning_module)
         if self.independent_init and not self._resumed and self.grid.replica > 0:
             initialize_apart(self.lightning_module, self._base_seed + self.grid.replica * SEED_STRIDE)
         if self.grid.data_parallel > 1:
@@ -440,16 +440,7 @@ class ElasticEntropyStrategy(DDPStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         """Register ``elastic_entropy`` and ``elastic_sgd`` with the forms that Lightning's ``ddp`` has."""
-        for name, relaxation in (("elastic_entropy", presets.parle()), ("elastic_sgd", presets.elastic_sgd())):
-            for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
-                strategy_registry.register(
-                    name + suffix,
-                    cls,
-                    description=f"Replicas without shared gradients ({name}), start_method={start_method!r}",
-                    override=True,
-                    relaxation=relaxation,
-                    start_method=start_method,
-                )
+        register(cls, strategy_registry)
 
 
 class ShowConsensus(Callback):

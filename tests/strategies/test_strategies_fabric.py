@@ -1,0 +1,98 @@
+"""The Fabric sibling trains what the Trainer's strategy trains."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric, seed_everything
+from torch.utils.data import DataLoader
+
+import lightning_entropy as le
+from lightning_entropy.fabric import ElasticEntropyFabricStrategy
+from tests.strategies.runs import FORK_WARNINGS, Net, Samples, external, fit, strategy
+
+pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+
+PARLE = le.parle(3, 0.1, 0.3, 0.25)
+
+
+def launch(own: Any, n: int) -> Fabric:
+    fabric = Fabric(accelerator="cpu", devices=n, strategy=own)
+    fabric.launch()
+    return fabric
+
+
+def train(fabric: Fabric, epochs: int, state: dict[str, Any] | None = None, module: Net | None = None) -> Any:
+    """The Trainer's loop, by hand."""
+    net = Net() if module is None else module
+    optimizer: Any = net.configure_optimizers()
+    model, optimizer = fabric.setup(net, optimizer)
+    model.mark_forward_method("training_step")
+    loader: Any = fabric.setup_dataloaders(DataLoader(Samples(), net.batch, shuffle=True))
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        for i, batch in enumerate(loader):
+            optimizer.zero_grad()
+            fabric.backward(model.training_step(batch, i))
+            optimizer.step()
+    return net, model, optimizer
+
+
+@pytest.mark.parametrize(("n", "replicas"), [(2, "auto"), (4, 2), (1, 1)])
+def test_fabric_is_the_trainer(tmp_path: Path, n: int, replicas: Any) -> None:
+    batch = 8 if n < 4 else 4
+
+    def work(rank: int) -> None:
+        seed_everything(7, verbose=False)
+        own = ElasticEntropyFabricStrategy(PARLE, replicas=replicas)
+        fabric = launch(own, n)
+        net, _, _ = train(fabric, 2, module=Net(batch=batch))
+        with own.consensus():
+            shown = {k: v.clone() for k, v in net.state_dict().items()}
+        torch.save((shown, [p.detach().clone() for p in net.parameters()]), tmp_path / f"fabric.{rank}.pt")
+
+    assert external(n, work) == [""] * n
+    ranks = fit(tmp_path, strategy(PARLE, replicas=replicas), n, make=lambda: Net(batch=batch))
+    for rank in range(n):
+        shown, inner = torch.load(tmp_path / f"fabric.{rank}.pt", weights_only=True)
+        assert all(torch.equal(v, ranks[rank]["final"][k]) for k, v in shown.items())
+        assert all(torch.equal(a, b) for a, b in zip(inner, ranks[rank]["iterates"][-1], strict=True))
+
+
+def test_fabric_goes_on_exactly(tmp_path: Path) -> None:
+    def steps(net: Net, model: Any, optimizer: Any, fabric: Fabric, first: int, last: int) -> None:
+        samples = Samples()
+        for i in range(first, last):
+            batch = [t[(8 * i + fabric.global_rank) % 56 :][:8] for t in (samples.inputs, samples.targets)]
+            optimizer.zero_grad()
+            fabric.backward(model.training_step(batch, i))
+            optimizer.step()
+
+    def whole(rank: int) -> None:
+        seed_everything(7, verbose=False)
+        fabric = launch("elastic_entropy", 2)
+        net, model, optimizer = train(fabric, 0)
+        steps(net, model, optimizer, fabric, 0, 30)
+        fabric.save(tmp_path / "at.ckpt", {"model": model, "optimizer": optimizer, "step": 30})
+        steps(net, model, optimizer, fabric, 30, 60)
+        fabric.save(tmp_path / "whole.ckpt", {"model": model, "optimizer": optimizer, "step": 60})
+
+    def again(rank: int) -> None:
+        seed_everything(8, verbose=False)
+        fabric = launch("elastic_entropy", 2)
+        net, model, optimizer = train(fabric, 1)
+        state = {"model": model, "optimizer": optimizer, "step": 0}
+        fabric.load(tmp_path / "at.ckpt", state)
+        assert state["step"] == 30
+        steps(net, model, optimizer, fabric, 30, 60)
+        fabric.save(tmp_path / "again.ckpt", {"model": model, "optimizer": optimizer, "step": 60})
+
+    assert external(2, whole) == ["", ""]
+    assert external(2, again) == ["", ""]
+    files = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "again")]
+    assert all(torch.equal(v, files[1]["model"][k]) for k, v in files[0]["model"].items())
+    for r in range(2):
+        own = [torch.load(tmp_path / f"{n}.ckpt.replicas/{r}.pt", weights_only=True) for n in ("whole", "again")]
+        for name, slot in own[0]["loops"][0]["slots"].items():
+            assert torch.equal(slot["inner"], own[1]["loops"][0]["slots"][name]["inner"])
