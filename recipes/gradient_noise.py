@@ -128,6 +128,9 @@ def main() -> None:
     for (share, result), ax in zip(measured.results.items(), panels, strict=True):
         result.plot(ax)
         ax.set_title(f"after {share} % of training", fontsize=10)
+    lows, highs = zip(*(ax.get_ylim() for ax in panels), strict=True)
+    for ax in panels:
+        ax.set_ylim(min(lows), max(highs))
     figure.savefig(options.output, dpi=110)
     print(f"wrote {options.output}")
 

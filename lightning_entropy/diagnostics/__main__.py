@@ -164,13 +164,24 @@ def _configured(cls: Any, section: str, config: dict[str, Any] | None, settings:
         values |= settings
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(cls, section, subclass_mode=subclass)
-    return parser.instantiate_classes(parser.parse_object({section: values}))[section]
+    # jsonargparse 4.49 renamed it.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parser.parse_object({section: values}))[section]
 
 
 def _titles(paths: list[Path]) -> list[str]:
-    """Name checkpoints by their file, and by their folder too where files are named alike."""
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    """Name checkpoints by their file, and by as many of their folders as tell them apart.
+
+    Example:
+        >>> _titles([Path("runs/sgd/1/last.ckpt"), Path("runs/sgd/2/last.ckpt")])
+        ['1/last.ckpt', '2/last.ckpt']
+    """
+    longest = max(len(path.parts) for path in paths)
+    for count in range(1, longest + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
 
 
 if __name__ == "__main__":

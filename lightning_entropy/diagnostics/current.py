@@ -1,8 +1,16 @@
 """Does a path turn: the area it sweeps, which is zero on average in equilibrium."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from lightning_entropy.diagnostics.diagnostic import axes_for
+from lightning_entropy.diagnostics.estimate import student
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Blocks shorter than this many correlation times are not independent; fewer blocks than that say nothing.
 _TIMES_PER_BLOCK = 4
@@ -19,7 +27,7 @@ class ProbabilityCurrent:
         p_value: Probability of a turn this clear, in whichever plane, for a path that looks alike run backwards. NaN
             if the path is too short to say.
         correlation_time: The longest integrated correlation time of a coordinate, steps.
-        blocks: Independent blocks that the path was cut into.
+        blocks: Independent blocks that the path was cut into; 0 if it is too short.
     """
 
     areas: np.ndarray
@@ -38,6 +46,34 @@ class ProbabilityCurrent:
         """Largest |area| in standard errors over all planes."""
         upper = np.triu_indices(len(self.areas), 1)
         return float(np.max(np.abs(self.areas[upper]) / np.maximum(self.stderrs[upper], 1e-300)))
+
+    @property
+    def verdict(self) -> str:
+        """Say in a few words whether the path turns."""
+        if not self.conclusive:
+            if not np.isfinite(self.correlation_time):
+                return "too short to say: it still drifts"
+            return f"too short to say: memory of {self.correlation_time:.2g} snapshots"
+        clear = f"p = {self.p_value:.2g}, clearest plane {self.significance:.1f} standard errors"
+        return f"it turns: {clear}" if self.p_value < 0.01 else f"no turn found: {clear}"
+
+    def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Draw the area swept in each plane of two axes, with its 99 % error bar where the path was long enough."""
+        ax = axes_for(ax)
+        i, j = np.triu_indices(len(self.areas), 1)
+        errors = student(self.blocks - 1) * self.stderrs[i, j] if self.conclusive else None
+        label = "area swept, 99 % interval" if self.conclusive else "area swept"
+        ax.errorbar(
+            np.arange(len(i)), self.areas[i, j], errors, fmt="o", ms=4, capsize=3, color="tab:blue", label=label
+        )
+        ax.axhline(0, color="tab:gray", lw=1, ls=":", label="equilibrium")
+        ax.set_xticks(np.arange(len(i)), [f"{a + 1}, {b + 1}" for a, b in zip(i, j, strict=True)])
+        ax.set_xlim(-0.6, len(i) - 0.4)
+        ax.set_xlabel("plane of components")
+        ax.set_ylabel("area per snapshot, weight²")
+        ax.set_title(self.verdict, fontsize=10)
+        ax.legend(fontsize=8)
+        return ax.figure, ax  # type: ignore[return-value]
 
 
 def probability_current(path: np.ndarray, *, shuffles: int = 2000, seed: int = 0) -> ProbabilityCurrent:

@@ -47,7 +47,22 @@ class Estimate:
         return abs(self.value - truth) <= self.error + 1e-12 * max(1.0, abs(truth))
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ± {self.error:.2g}" if self.stderr else f"{self.value:.4g}"
+        return plus_minus(self.value, self.error)
+
+
+def plus_minus(value: float, error: float = 0.0) -> str:
+    """Write a number of four digits and its error bar of two, 100 and not 1e+02, if those digits can show it.
+
+    Example:
+        >>> plus_minus(100.41, 99.8), plus_minus(1234567.0), plus_minus(2.0, 1e-7)
+        ('100.4 ± 100', '1234567', '2')
+    """
+
+    def write(number: float, digits: int) -> str:
+        short = f"{number:.{digits}g}"
+        return f"{number:.0f}" if "e+" in short and abs(number) < 1e7 else short
+
+    return f"{write(value, 4)} ± {write(error, 2)}" if error > 1e-5 * abs(value) else write(value, 4)
 
 
 def student(dof: float, level: float = 0.99) -> float:

@@ -148,24 +148,29 @@ class GradientNoiseResult:
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the eigenvalues against their rank, both logarithmic, with the talk's threshold and round noise."""
         ax = axes_for(ax)
-        positive = self.eigenvalues[self.eigenvalues > 1e-7 * self.eigenvalues[0]]
+        # Beside the largest, less than this is rounding error.
+        positive = self.eigenvalues[self.eigenvalues > 1e-6 * self.eigenvalues[0]]
         index = np.arange(1, len(positive) + 1)
-        ax.loglog(index, positive, ".", ms=3, color="tab:blue", label=f"eigenvalues of D, {self.examples:,} examples")
-        ax.axhline(
-            self.threshold, color="tab:red", lw=1, ls="--", label=r"the talk's zero: $\lambda_1 P \epsilon_{32}$"
-        )
+        ax.loglog(index, positive, ".", ms=4, color="tab:blue", label=f"eigenvalues of D, {self.examples:,} examples")
+        label = r"counted as zero when clipped: $\lambda_1 P \epsilon_{32}$"
+        ax.axhline(self.threshold, color="tab:red", lw=1, ls="--", label=label)
         ax.axhline(self.mean, color="tab:gray", lw=1, ls=":", label="round noise of equal power: tr(D) / P")
         ax.set_xlim(0.8, 1.3 * self.weights)
-        ax.set_ylim(bottom=0.3 * min(self.mean, positive[-1] if len(positive) else self.mean) or None)
+        if len(positive):
+            # Room for legend and numbers above and below the curve.
+            low, high = min(self.mean, self.threshold, positive[-1]), positive[0]
+            ax.set_ylim(low * (low / high) ** 0.45, high * (high / low) ** 0.3)
         ax.set_xlabel(f"rank of the eigenvalue, of {self.weights:,}")
-        ax.set_ylabel("eigenvalue of D")
+        ax.set_ylabel("eigenvalue of D, (loss / weight)²")
         lines = [
-            f"talk: λ(D) = {self.clipped_mean:.2g} ± {self.clipped_std:.2g}, rank {self.rank_percent:.2g} %",
-            f"unclipped: {self.mean:.2g} ± {self.std:.2g}",
-            f"stable rank {self.stable_rank:.3g}, participation {self.participation:.3g}",
-            f"noise scale {self.noise_scale}",
+            f"clipped: λ(D) = {self.clipped_mean:.2g} ± {self.clipped_std:.2g}, rank {self.rank_percent:.2g} %",
+            f"unclipped: λ(D) = {self.mean:.2g} ± {self.std:.2g}",
+            f"stable rank {self.stable_rank:.3g}, participation {self.participation:.3g} directions",
+            f"noise scale {self.noise_scale} examples"
+            if math.isfinite(self.noise_scale.value)
+            else "noise scale: mean gradient lost in the noise",
         ]
-        ax.text(0.02, 0.04, "\n".join(lines), transform=ax.transAxes, fontsize=9)
+        ax.text(0.02, 0.03, "\n".join(lines), transform=ax.transAxes, fontsize=8)
         ax.legend(loc="upper right", fontsize=8)
         ax.set_title(f"Gradient noise, {self.weights:,} weights", fontsize=10)
         return ax.figure, ax  # type: ignore[return-value]

@@ -111,40 +111,77 @@ class HessianResult:
         """Draw the density with its error band and the extreme eigenvalues as ticks; a histogram if exact."""
         ax = axes_for(ax)
         if self.exact:
-            # Decades on both sides of zero, the middle bar what is nearly zero.
-            top = np.ceil(np.log10(max(abs(self.smallest), abs(self.largest), 1e-3)))
-            decades = 10.0 ** np.arange(-4, top + 0.25, 0.25)
-            ax.hist(self.eigenvalues, np.r_[-decades[::-1], decades], color="tab:blue", edgecolor="white", lw=0.4)
-            ax.set_xscale("symlog", linthresh=1e-4)
-            ax.set_ylabel("eigenvalues")
+            self._plot_histogram(ax)
         elif len(self.grid):
-            # One eigenvalue in P, smoothed, is the least that there is to see.
-            floor = 0.3 / (self.weights * self.sigma * np.sqrt(2 * np.pi))
-            high = self.density + self.density_errors
-            low = np.maximum(self.density - self.density_errors, floor)
-            ax.fill_between(self.grid, low, np.maximum(high, floor), color="tab:blue", alpha=0.25, lw=0)
-            ax.plot(self.grid, np.maximum(self.density, floor), color="tab:blue", lw=1.3)
-            ax.set_ylim(floor, 2 * high.max())
-            ax.set_xlim(self.grid[0], self.grid[-1])
-            ax.set_ylabel("density of eigenvalues")
-        ax.set_yscale("log")
-        if len(self.eigenvalues) and not self.exact:
-            ax.vlines(self.eigenvalues, 0, 0.03, color="tab:red", lw=1.5, transform=ax.get_xaxis_transform())
-        ax.set_xlabel("eigenvalue λ of the Hessian")
-        low_share, high_share = self.near_zero()
-        share = f"{low_share:.1%}" if self.exact else f"{low_share:.0%} to {high_share:.0%}"
-        lines = [f"largest {self.largest:.4g}, smallest {self.smallest:.3g}"]
+            self._plot_density(ax)
+        else:
+            ax.vlines(self.eigenvalues, 0, 1, color="tab:red", lw=1.5)
+            ax.set(ylim=(0, 1.4), yticks=[])
+        ax.set_xlabel("eigenvalue λ of the Hessian, loss / weight²")
+        lines = [f"largest {self.largest:.3g}, smallest {self.smallest:.3g}"]
         if self.trace is not None:
             lines.append(f"trace {self.trace}")
-        if high_share - low_share < 0.5:
-            lines.append(f"|λ| ≤ 1e-4: {share}")
+        low, high = self.near_zero()
+        if high - low < 0.5:
+            lines.append("|λ| ≤ 1e-4: " + (f"{low:.1%}" if self.exact else f"{low:.0%} to {high:.0%}"))
         x, side = (0.02, "left") if self.exact else (0.98, "right")
         ax.text(x, 0.96, "\n".join(lines), transform=ax.transAxes, ha=side, va="top", fontsize=9)
-        kind = "exact" if self.exact else f"{len(self.nodes)} probes"
+        kind = "all eigenvalues" if self.exact else f"{len(self.nodes)} random probes" if self.nodes else "no density"
         ax.set_title(
             f"Hessian, {self.weights:,} weights, {self.examples:,} examples, {self.mode} mode, {kind}", fontsize=10
         )
         return ax.figure, ax  # type: ignore[return-value]
+
+    def _plot_histogram(self, ax: "Axes") -> None:
+        """Count in quarter decades on both sides of zero; the middle bar is what is nearly zero."""
+
+        def edges(end: float) -> np.ndarray:
+            return 10.0 ** np.arange(-4, np.ceil(4 * np.log10(max(end, 1e-3))) / 4 + 0.1, 0.25)
+
+        below, above = edges(-self.smallest), edges(self.largest)
+        ax.hist(self.eigenvalues, np.r_[-below[::-1], above], color="tab:blue", edgecolor="white", lw=0.4)
+        ax.set_xscale("symlog", linthresh=1e-4, linscale=0.5)
+        every = 2 if np.log10(above[-1] / 1e-4) + np.log10(below[-1] / 1e-4) > 7 else 1
+        powers = range(-4, int(np.floor(np.log10(max(above[-1], below[-1])))) + 1, every)
+        ticks = np.array([-(10.0**p) for p in powers][::-1] + [0.0] + [10.0**p for p in powers])
+        ax.set_xticks(ticks[(ticks >= -below[-1]) & (ticks <= above[-1])])
+        ax.set_xlim(-1.3 * below[-1], 1.3 * above[-1])
+        ax.set_yscale("log")
+        # A single eigenvalue is a bar that shows; above the tallest there is room for the text.
+        tallest = max(2.0, max((bar.get_height() for bar in ax.patches), default=2.0))  # type: ignore[attr-defined]
+        ax.set_ylim(0.5, 0.5 * (tallest / 0.5) ** 1.35)
+        ax.set_ylabel("number of eigenvalues")
+
+    def _plot_density(self, ax: "Axes") -> None:
+        # One eigenvalue in P, smoothed, is the least that there is to see.
+        floor = 0.3 / (self.weights * self.sigma * np.sqrt(2 * np.pi))
+        low, high = self.density - self.density_errors, self.density + self.density_errors
+        ax.fill_between(
+            self.grid,
+            np.maximum(low, floor),
+            np.maximum(high, floor),
+            color="tab:blue",
+            alpha=0.25,
+            lw=0,
+            label="99 % interval",
+        )
+        label = f"density, smoothed by {self.sigma:.1g}"
+        ax.plot(self.grid, np.maximum(self.density, floor), color="tab:blue", lw=1.3, label=label)
+        if len(self.eigenvalues):
+            ax.vlines(
+                self.eigenvalues,
+                0,
+                0.03,
+                color="tab:red",
+                lw=1.5,
+                transform=ax.get_xaxis_transform(),
+                label="computed eigenvalues",
+            )
+        ax.set_yscale("log")
+        ax.set_xlim(self.grid[0], self.grid[-1])
+        ax.set_ylim(floor, 2 * high.max())
+        ax.set_ylabel("density of eigenvalues")
+        ax.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.8))
 
 
 def _mass_within(nodes: np.ndarray, masses: np.ndarray, width: float) -> tuple[float, float]:

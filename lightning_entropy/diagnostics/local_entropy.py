@@ -41,21 +41,40 @@ class FlatnessProfile:
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the rise of the loss against sigma, both logarithmic, with error bars."""
         ax = axes_for(ax)
+        _draw_rises(ax, self.sigmas, self.rises, self.errors, "o-", "tab:blue", "under Gaussian noise on every weight")
         positive = self.rises > 0
-        s, r, e = self.sigmas[positive], self.rises[positive], self.errors[positive]
-        lower = np.minimum(e, 0.9 * r)  # An error bar that reaches zero has no end on a logarithmic axis.
-        ax.errorbar(s, r, yerr=(lower, e), fmt="o-", ms=3.5, lw=1.2, capsize=2, color="tab:blue", label="measured")
-        if len(s):
+        if positive.any():
             # In a quadratic valley the rise is sigma^2 tr(H) / 2.
-            ax.plot(
-                s, r[0] * (s / s[0]) ** 2, "--", lw=1, color="tab:gray", label=r"$\propto\sigma^2$, a quadratic valley"
-            )
-            ax.legend(fontsize=9)
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlabel(r"$\sigma$ of the noise on every weight")
-        ax.set_ylabel("mean rise of the loss")
+            s, r = self.sigmas[positive], self.rises[positive]
+            label = r"$\propto\sigma^2$: a quadratic valley"
+            ax.plot(s, r[0] * (s / s[0]) ** 2, "--", lw=1, color="tab:gray", label=label)
+        _finish_rises(ax)
+        ax.set_xlabel(r"standard deviation $\sigma$ of the noise on every weight")
         return ax.figure, ax  # type: ignore[return-value]
+
+
+def _draw_rises(
+    ax: "Axes", x: np.ndarray, rises: np.ndarray, errors: np.ndarray, style: str, color: str, label: str
+) -> None:
+    """Draw the positive rises with error bars; one that reaches zero has no end on a logarithmic axis."""
+    shown = rises > 0
+    bars = np.minimum(errors, 0.9 * rises)[shown], errors[shown]
+    if shown.any():
+        ax.errorbar(x[shown], rises[shown], bars, fmt=style, ms=3.5, lw=1.2, capsize=2, color=color, label=label)
+
+
+def _finish_rises(ax: "Axes") -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_ylabel("mean rise of the loss above f(x)")
+    ax.autoscale(axis="y")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=9, loc="upper left")
+        # A decade at least, so that ticks are powers of ten, and room for the legend above.
+        low, high = ax.get_ylim()
+        ax.set_ylim(low / 2, max(5 * high, 10 * low))
+    else:
+        ax.text(0.5, 0.5, "no rise of the loss", transform=ax.transAxes, ha="center")
 
 
 @dataclass(frozen=True)
@@ -128,29 +147,15 @@ class LocalEntropyResult:
         if self.profile is not None:
             self.profile.plot(ax)
         widths = np.sqrt(self.temperature / self.gammas)
-        positive = self.rises > 0
-        lower = np.minimum(self.rise_errors, 0.9 * self.rises)[positive]
-        bars = (lower, self.rise_errors[positive])
-        label = f"local entropy, T = {self.temperature:.3g}"
-        if positive.any():
-            ax.errorbar(
-                widths[positive],
-                self.rises[positive],
-                yerr=bars,
-                fmt="s-",
-                ms=3.5,
-                lw=1.2,
-                capsize=2,
-                color="tab:red",
-                label=label,
-            )
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        label = f"smoothed loss u (local entropy), T = {self.temperature:.3g}"
+        _draw_rises(ax, widths, self.rises, self.rise_errors, "s-", "tab:red", label)
+        _finish_rises(ax)
+        if hidden := int((self.rises <= 0).sum()):
+            note = f"{hidden} of {len(self.rises)} values of u lie below f(x): not drawn"
+            ax.text(0.98, 0.04, note, transform=ax.transAxes, ha="right", fontsize=9, color="tab:red")
         ax.set_xlabel(r"width of the Gaussian around every weight: $\sigma$, or $\sqrt{T/\gamma}$")
-        ax.set_ylabel("rise above f(x)")
-        ax.legend(fontsize=9)
         ax.set_title(
-            f"Flatness, {self.weights:,} weights: rise {self.rise:.3g} ± {self.rise_error:.1g} at "
+            f"Flatness, {self.weights:,} weights: u rises by {self.rise:.2g} ± {self.rise_error:.1g} at "
             rf"$\gamma$ = {self.gamma:g}",
             fontsize=10,
         )
@@ -252,7 +257,11 @@ def local_entropy(
             values, gradients = zip(*(surface.value_and_gradient(p) for p in points), strict=True)
             return torch.stack(values), torch.stack(gradients)
 
-        with progress_bar("Local entropy", (samples + warmup) * 8, progress) as bar:
+        with progress_bar("Local entropy", samples + warmup, progress) as bar:
+
+            def begin(total: int) -> None:
+                bar.total = total
+
             ladder = climb(
                 function,
                 surface.weights,
@@ -265,6 +274,7 @@ def local_entropy(
                 rungs=rungs,
                 draws=draws,
                 generator=generator,
+                begin=begin,
                 tick=bar.update,
             )
         rises, stderrs, dof = mean_and_stderr(ladder.rises)
@@ -320,6 +330,7 @@ def climb(
     rungs: int,
     draws: int,
     generator: torch.Generator,
+    begin: Callable[[int], object] = lambda total: None,
     tick: Callable[[], object] = lambda: None,
 ) -> Ladder:
     """Integrate the virial over log gamma; see :func:`local_entropy` for method and arguments.
@@ -336,6 +347,7 @@ def climb(
         rungs: The most rungs.
         draws: Antithetic pairs for each chain at the last rung.
         generator: Of everything drawn.
+        begin: Called with the number of proposals, once it is known.
         tick: Called after each proposal.
 
     Returns:
@@ -368,6 +380,7 @@ def climb(
     tail = -temperature * _log_mean_exp(-final)
 
     gammas = gamma * 2.0 ** np.arange(last + 1)
+    begin(len(gammas) * (samples + warmup))
     virials: list[Tensor] = []
     # From the gentle end down, each rung starting where the one above it stopped.
     start = torch.randn(chains, len(anchor), generator=generator, device=anchor.device, dtype=anchor.dtype)

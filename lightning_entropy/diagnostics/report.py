@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_entropy.diagnostics.data import Batch
 from lightning_entropy.diagnostics.diagnostic import Result, draw
+from lightning_entropy.diagnostics.estimate import plus_minus
 from lightning_entropy.diagnostics.gradient_noise import GradientNoiseResult, gradient_noise
 from lightning_entropy.diagnostics.hessian import HessianResult, hessian_spectrum
 from lightning_entropy.diagnostics.local_entropy import LocalEntropyResult, local_entropy
@@ -34,7 +35,7 @@ class Row:
 
     Args:
         name: What it is.
-        value: Its value.
+        value: Its value; NaN or infinite if it could not be measured.
         error: Half-width of its 99 % interval; 0 if exact.
         meaning: What it tells, in a few words.
         flatter: Whether smaller is flatter (True), or it says nothing about flatness (None).
@@ -47,7 +48,7 @@ class Row:
     flatter: bool | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ± {self.error:.2g}" if self.error else f"{self.value:.4g}"
+        return plus_minus(self.value, self.error) if math.isfinite(self.value) else "not measured"
 
 
 @dataclass
@@ -159,30 +160,26 @@ def _recording(checkpoint: dict[str, Any], seed: int) -> TrajectoryResult | None
 
 def _hessian_rows(r: HessianResult) -> list[Row]:
     low, high = r.near_zero()
+    sharpest = float(r.eigenvalue_errors[0]) if len(r.eigenvalue_errors) else 0.0
     rows = [
         Row("loss", r.loss, 0.0, f"over {r.examples:,} examples"),
-        Row("largest eigenvalue", r.largest, 0.0, "sharpness", flatter=True),
-        Row("smallest eigenvalue", r.smallest, 0.0, "negative: a direction that still falls"),
+        Row("largest eigenvalue", r.largest, sharpest, "sharpness, loss / weight²", flatter=True),
+        Row("smallest eigenvalue", r.smallest, 0.0, "negative: a direction in which the loss curves down"),
     ]
     if r.trace is not None:
-        rows.append(Row("trace", r.trace.value, r.trace.error, "sum of all curvatures", flatter=True))
+        rows.append(Row("trace", r.trace.value, r.trace.error, "sum of all curvatures, loss / weight²", flatter=True))
     if r.exact or high - low < 0.5:
-        rows.append(Row("share of |λ| ≤ 1e-4", (low + high) / 2, (high - low) / 2, "flat directions"))
+        rows.append(Row("share of |λ| ≤ 1e-4", (low + high) / 2, (high - low) / 2, "nearly flat directions"))
     return rows
 
 
 def _local_entropy_rows(r: LocalEntropyResult) -> list[Row]:
     width = math.sqrt(r.temperature / r.gamma)
+    smoothed = f"above f(x), smoothed at gamma = {r.gamma:g}, T = {r.temperature:g}: within {width:.2g} of every weight"
     rows = [
-        Row(
-            "rise of the smoothed loss",
-            r.rise,
-            r.rise_error,
-            f"gamma = {r.gamma:g}, T = {r.temperature:g}",
-            flatter=True,
-        ),
-        Row("norm of its gradient", r.gradient_norm, 0.0, f"Gaussian of width {width:.2g}"),
-        Row("acceptance", r.acceptance, 0.0, "below 0.5 distrust the two above"),
+        Row("rise of the smoothed loss", r.rise, r.rise_error, smoothed, flatter=True if r.acceptance >= 0.5 else None),
+        Row("norm of its gradient", r.gradient_norm, 0.0, "Entropy-SGD's direction, loss / weight; 0 at the bottom"),
+        Row("accepted proposals, share", r.acceptance, 0.0, "below 0.5 distrust the two numbers above"),
     ]
     if r.profile is not None:
         picked = range(0, len(r.profile.sigmas), 2)
@@ -191,7 +188,7 @@ def _local_entropy_rows(r: LocalEntropyResult) -> list[Row]:
                 f"rise at sigma = {r.profile.sigmas[i]:.2g}",
                 float(r.profile.rises[i]),
                 float(r.profile.errors[i]),
-                "mean loss under noise on every weight",
+                "mean, under Gaussian noise on every weight",
                 flatter=True,
             )
             for i in picked
@@ -203,23 +200,31 @@ def _gradient_noise_rows(r: GradientNoiseResult) -> list[Row]:
     scale = r.noise_scale
     return [
         Row("trace of D", r.trace, 0.0, "loudness: mean squared deviation of a gradient"),
-        Row("λ(D), the talk's recipe", r.clipped_mean, 0.0, f"clipped at λ₁ P ε; its spread {r.clipped_std:.3g}"),
-        Row("rank(D), the talk's recipe, %", r.rank_percent, 0.0, f"{r.rank} eigenvalues above the clip"),
-        Row("λ(D), unclipped", r.mean, 0.0, f"its spread {r.std:.3g}"),
+        Row("λ(D), clipped", r.clipped_mean, 0.0, f"Chaudhari & Soatto's, ± {r.clipped_std:.3g} over directions"),
+        Row("rank(D), clipped, %", r.rank_percent, 0.0, f"theirs: {r.rank} eigenvalues above λ₁ P ε"),
+        Row("λ(D)", r.mean, 0.0, f"mean eigenvalue, ± {r.std:.3g} over directions"),
         Row("stable rank", r.stable_rank, 0.0, f"trace over largest; round noise would have {r.weights:,}"),
         Row("participation", r.participation, 0.0, "directions that share the noise"),
-        Row("noise scale, examples", scale.value, scale.error, "larger batches than this waste examples"),
+        Row(
+            "noise scale, examples",
+            scale.value,
+            scale.error,
+            "larger batches than this waste examples"
+            if math.isfinite(scale.value)
+            else "the mean gradient is lost in the noise: take more examples",
+        ),
     ]
 
 
 def _trajectory_rows(r: TrajectoryResult) -> list[Row]:
-    p = r.current.p_value
-    verdict = "of a turn this clear by chance" if r.current.conclusive else "path too short for its memory"
+    memory = Row("correlation time, steps", r.current.correlation_time * r.interval, 0.0, "of the slowest component")
+    if not r.current.conclusive:
+        return [Row("p-value of the current", math.nan, 0.0, r.current.verdict), memory]
     return [
-        Row("p-value of the current", p, 0.0, verdict),
+        Row("p-value of the current", r.current.p_value, 0.0, "of a turn this clear by chance"),
         Row("clearest turn, standard errors", r.current.significance, 0.0, "in the planes of the components"),
         Row("the control's", r.control_current.significance, 0.0, "a reversible process of equal length"),
-        Row("correlation time, steps", r.current.correlation_time * r.interval, 0.0, "memory of the slowest component"),
+        memory,
     ]
 
 
@@ -235,11 +240,13 @@ _STYLE = """
 body { max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
 p { max-width: 46rem } .quiet { color: #5b6575 }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 600 } td, th { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e3e7ee }
-td.number { white-space: nowrap } td.flat { font-weight: 600; color: #0a6b3d }
+th { overflow-wrap: anywhere } th:first-child { width: 17rem } th.number { width: 13rem }
+td.flat { font-weight: 600; color: #0a6b3d }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem }
-figure { margin: 0; flex: 1 1 24rem; max-width: 48rem } figcaption { color: #5b6575; font-size: .9rem }
+figure { margin: 0; flex: 1 1 24rem; max-width: 48rem } figure.wide { flex-basis: 100%; max-width: none }
+figcaption { color: #5b6575; font-size: .9rem }
 svg { width: 100%; height: auto; display: block }
 """
 
@@ -281,7 +288,8 @@ def page(findings: list[Findings]) -> str:
             if section in finding.results:
                 picture = _svg(finding.results[section], f"{title}: {finding.title}")
                 caption = f"<figcaption>{name}</figcaption>" if len(findings) == 2 else ""
-                parts.append(f"<figure>{picture}{caption}</figure>")
+                wide = ' class="wide"' if len(getattr(finding.results[section], "panels", ())) > 1 else ""
+                parts.append(f"<figure{wide}>{picture}{caption}</figure>")
         parts.append("</div>")
     return "\n".join([*parts, "</body></html>", ""])
 
@@ -316,7 +324,7 @@ def verdict(first: Findings, second: Findings) -> str:
 
 def _table(columns: list[list[Row]], titles: list[str]) -> str:
     names = list(dict.fromkeys(row.name for column in columns for row in column))
-    head = "".join(f"<th>{t}</th>" for t in titles) if len(titles) == 2 else "<th>value</th>"
+    head = "".join(f'<th class="number">{t}</th>' for t in (titles if len(titles) == 2 else ["value"]))
     lines = [f"<table><thead><tr><th>number</th>{head}<th>what it tells</th></tr></thead><tbody>"]
     for name in names:
         rows = [next((row for row in column if row.name == name), None) for column in columns]

@@ -34,7 +34,8 @@ class TrajectoryResult:
         snapshots: n.
         interval: Steps between snapshots.
         frequencies: Cycles per step, ascending, without zero.
-        amplitudes: Fourier amplitude of the increments at each, averaged over weights: 1 for white noise.
+        amplitudes: Fourier amplitude of the increments at each, averaged over weights, in standard
+            deviations: sqrt(pi) / 2 for white noise.
         amplitude_stds: Its standard deviation over weights.
         control_amplitudes: The control's.
         lags: Steps.
@@ -102,7 +103,7 @@ class TrajectoryResult:
         ax.set_xscale("log")
         ax.set_ylim(bottom=0)
         ax.set_xlabel("frequency, cycles per step")
-        ax.set_ylabel("amplitude of the increments")
+        ax.set_ylabel("amplitude of the increments, sd")
         ax.set_title(f"{self.snapshots:,} snapshots of {self.weights:,} weights", fontsize=10)
         ax.legend(fontsize=8)
         return ax.figure, ax  # type: ignore[return-value]
@@ -127,16 +128,12 @@ class TrajectoryResult:
         """Draw the path in its two leading components, coloured by time, and say whether it turns."""
         ax = axes_for(ax)
         x, y = self.components[:, :2].T
-        ax.plot(x, y, color="tab:gray", lw=0.4, alpha=0.6)
-        ax.scatter(x, y, c=np.arange(len(x)), s=3, cmap="viridis", lw=0)
-        ax.set_xlabel(f"component 1, {self.explained[0]:.0%} of the variance")
-        ax.set_ylabel(f"component 2, {self.explained[1]:.0%}")
-        if self.current.conclusive:
-            verdict = f"turns: p = {self.current.p_value:.2g}, clearest plane {self.current.significance:.1f} errors"
-        else:
-            time = self.current.correlation_time * self.interval
-            verdict = f"too short to say: correlation time {time:.3g} steps"
-        ax.set_title(verdict, fontsize=10)
+        ax.plot(x, y, color="tab:gray", lw=0.4, alpha=0.25)
+        dots = ax.scatter(x, y, c=np.arange(len(x)) * self.interval, s=6, cmap="viridis", lw=0)
+        ax.figure.colorbar(dots, ax=ax, label="steps since the first snapshot")
+        ax.set_xlabel(f"principal component 1, {self.explained[0]:.0%} of the variance")
+        ax.set_ylabel(f"principal component 2, {self.explained[1]:.0%}")
+        ax.set_title(self.current.verdict, fontsize=10)
         return ax.figure, ax  # type: ignore[return-value]
 
 

@@ -155,6 +155,6 @@ def test_plot():
     import matplotlib.pyplot as plt
 
     figure, axes = gradient_noise(tiny.net(), tiny.data()).plot()
-    assert axes.get_ylabel() == "eigenvalue of D"
+    assert axes.get_ylabel() == "eigenvalue of D, (loss / weight)²"
     figure.canvas.draw()
     plt.close(figure)

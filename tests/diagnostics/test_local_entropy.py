@@ -204,4 +204,10 @@ def test_plot():
     for result in (found, found.profile):
         figure, _ = result.plot()
         figure.canvas.draw()
+    # At a maximum all rises are negative: nothing for logarithmic axes, and the picture says so.
+    figure, axes = local_entropy(
+        tiny.Point(0.0), [torch.zeros(1)], loss=lambda m, b: -m.x.square().sum() / 2, gamma=10.0, samples=20, warmup=5
+    ).plot()
+    assert "below f(x)" in axes.texts[-1].get_text()
+    figure.canvas.draw()
     plt.close("all")

@@ -42,9 +42,9 @@ def test_report_is_one_page_with_every_section(checkpoints, tmp_path, capsys):
     text = output.read_text()
     assert text.count("<svg") == 4  # Hessian, local entropy, noise, and the recorded path.
     assert "largest eigenvalue" in text
-    assert "rank(D), the talk" in text
+    assert "rank(D), clipped" in text
     assert "p-value of the current" in text
-    assert not re.search(r'(src|href)="(?!#)', text)  # Self-contained.
+    assert not re.search(r'(src|href)="(?!#|data:)', text)  # Self-contained.
     assert "largest eigenvalue" in capsys.readouterr().out
 
 

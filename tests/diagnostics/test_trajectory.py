@@ -149,5 +149,23 @@ def test_plot():
 
     walk = np.cumsum(np.random.default_rng(8).normal(size=(100, 5)), 0)
     figure = draw(analyse_trajectory(walk))
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4  # Three panels and a colour bar.
     figure.savefig("/dev/null", format="png")
+
+
+@pytest.mark.parametrize(
+    ("walk", "verdict"),
+    [
+        (np.stack([np.cos(np.arange(500)), np.sin(np.arange(500))], 1), "it turns: p = "),
+        (np.random.default_rng(8).normal(size=(500, 2)), "no turn found: p = "),
+        (np.arange(100)[:, None] * [1.0, 2.0], "too short to say: it still drifts"),
+    ],
+)
+def test_a_current_says_what_it_found(walk, verdict):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    figure, axes = probability_current(walk).plot()
+    assert axes.get_title().startswith(verdict)
+    figure.canvas.draw()
+    matplotlib.pyplot.close(figure)
