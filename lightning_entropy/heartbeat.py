@@ -1,5 +1,6 @@
 """Who is alive, known without a collective."""
 
+import atexit
 import os
 import sys
 import threading
@@ -59,7 +60,9 @@ class Heartbeat:
         dist.barrier()
         self._main = threading.get_ident()
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)
 
     def _run(self) -> None:
         count, moved, spot = 0, time.monotonic(), None
@@ -119,7 +122,9 @@ class Heartbeat:
 
     def stop(self) -> None:
         """End the thread, and say so: a rank that is done is not gone."""
+        atexit.unregister(self.stop)
         self._ended.set()
+        self._thread.join()  # an interpreter that ends under a thread in a C++ call aborts
         try:
             self._store.set(self._keys[self._rank], DONE)
         except RuntimeError:
