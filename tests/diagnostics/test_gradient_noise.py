@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from lightning_entropy.diagnostics import gradient_noise
-from lightning_entropy.diagnostics.gradient_noise import _Centred, _gram
+from lightning_entropy.diagnostics.example_gradients import CentredGradients
+from lightning_entropy.diagnostics.gradient_noise import _gram
 from lightning_entropy.diagnostics.surface import LossSurface
 from tests.diagnostics import tiny
 
@@ -48,7 +49,7 @@ def test_little_memory_costs_passes_and_no_accuracy():
     found = gradient_noise(module, batches, chunk=5, memory=30 * 30 * 8 / 2**30)
     np.testing.assert_allclose(found.eigenvalues, want, atol=1e-12)
     for chunk, held in ((5, 10), (4, 8), (7, 7), (1, 1)):
-        gram = _gram(_Centred(LossSurface(module, batches), chunk, True), held, False)
+        gram = _gram(CentredGradients(LossSurface(module, batches), chunk, True), held, False)
         np.testing.assert_allclose(torch.linalg.eigvalsh(gram / 30).flip(0), want, atol=1e-12)
     with pytest.raises(ValueError, match=r"memory must be at least .* for a chunk of 5 gradients of 39 weights"):
         gradient_noise(module, batches, chunk=5, memory=10 * row)

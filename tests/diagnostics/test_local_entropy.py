@@ -6,8 +6,8 @@ import torch
 
 from lightning_entropy.diagnostics import flatness_profile, local_entropy
 from lightning_entropy.diagnostics.estimate import mean_and_stderr, student
+from lightning_entropy.diagnostics.gamma_ladder import climb
 from lightning_entropy.diagnostics.gibbs import gibbs_samples
-from lightning_entropy.diagnostics.local_entropy import climb
 from tests.diagnostics import tiny
 
 SEEDS, CHAINS = 200, 6
