@@ -1,8 +1,7 @@
 """The arithmetic of one inner and one outer step, in place on lists of tensors. Nothing here remembers anything."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,13 +104,6 @@ def seed_of(base: int, counter: int) -> int:
     return h ^ (h >> 16)
 
 
-def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    if like.is_complex():
-        real = torch.empty((*shape, 2), dtype=torch.view_as_real(like).dtype, device=like.device)
-        return torch.view_as_complex(real.normal_(generator=generator))
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device).normal_(generator=generator)
-
-
 def streams(param: Tensor) -> int:
     """Count the random streams that :func:`inner_move_` draws a parameter's noise from: one per 2^20 weights."""
     return max(1, -(-param.numel() // BLOCK))
@@ -130,8 +122,8 @@ def inner_move_(
     r"""Pull, shake and average: what follows the optimizer's update in every inner step, in place.
 
     y <- (y + k x) / (1 + k);  y <- y + s N(0, I);  z <- z + average (y - z).
-    On the CPU the three are done tensor by tensor, or with noise slice by slice, while y is in the cache, and the
-    noise is drawn by as many threads as torch uses. The result does not depend on their number.
+    On the CPU large tensors go one by one, while y is in the cache, and the noise is drawn by as many threads as torch
+    uses. The result does not depend on their number.
 
     Args:
         params: y. Overwritten.
@@ -147,35 +139,29 @@ def inner_move_(
     """
     means: Sequence[Tensor | None] = averages or [None] * len(params)
     rows = list(zip(params, anchors, means, stiffness, noise, strict=True))
-    if seeds is None:
-        # In the cache: tensor by tensor. Where calls cost more than memory, small or on an accelerator: list by list.
-        large = [i for i, y in enumerate(params) if y.numel() > _SLICE and y.device.type == "cpu"]
-        for i in large:
-            y, x, z, k, _ = rows[i]
-            pull_([y], [x], [k])
-            if z is not None:
-                average_([z], [y], average)
-        _foreach_move_([rows[i] for i in sorted(set(range(len(rows))) - set(large))], average)
+    if seeds is not None:
+        _pull_rows_(rows)
+        _shake_rows_(rows, seeds)
+        _average_rows_(rows, average)
         return
-    jobs = [
-        (*block, k, s, average, seed)
-        for (y, x, z, k, s), param_seeds in zip(rows, seeds, strict=True)
-        for block, seed in zip([(y, x, z)] if _varies(s) else _blocks(y, x, z), param_seeds, strict=False)
-    ]
-    threads = torch.get_num_threads()
-    if threads == 1 or len(jobs) <= 1 or params[0].device.type != "cpu" or sum(p.numel() for p in params) < BLOCK:
-        for job in jobs:
-            _noisy_move_(*job)
-        return
-    # Largest first, so that no thread is left alone with a large one at the end.
-    jobs.sort(key=lambda job: -job[0].numel())
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda job: _noisy_move_(*job), jobs):
-            pass
+    # Tensor by tensor, while y is in the cache; list by list where calls cost more than memory, small or on a GPU.
+    large = [i for i, y in enumerate(params) if y.numel() > _SLICE and y.device.type == "cpu"]
+    for i in large:
+        y, x, z, k, _ = rows[i]
+        pull_([y], [x], [k])
+        if z is not None:
+            average_([z], [y], average)
+    others = [rows[i] for i in sorted(set(range(len(rows))) - set(large))]
+    _pull_rows_(others)
+    _average_rows_(others, average)
 
 
-def _foreach_move_(rows: Sequence[tuple[Tensor, Tensor, Tensor | None, float | Tensor, Any]], average: float) -> None:
-    """Pull and average rows of (y, x, z, k, _) in few calls: one per distinct k where types agree."""
+# A parameter's y, x, z, k and s.
+Row = tuple[Tensor, Tensor, Tensor | None, float | Tensor, float | Tensor]
+
+
+def _pull_rows_(rows: Sequence[Row]) -> None:
+    """Pull in few calls: one per distinct k where types agree."""
     alike: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for y, x, _, k, _ in rows:
         if isinstance(k, Tensor) or y.dtype != x.dtype:
@@ -184,24 +170,43 @@ def _foreach_move_(rows: Sequence[tuple[Tensor, Tensor, Tensor | None, float | T
             alike.setdefault(k, []).append((y, x))
     for k, pairs in alike.items():
         torch._foreach_lerp_([y for y, _ in pairs], [x for _, x in pairs], k / (1 + k))
+
+
+def _average_rows_(rows: Sequence[Row], average: float) -> None:
+    """Average in one call."""
     means = [(z, y if y.dtype == z.dtype else y.to(z.dtype)) for y, _, z, _, _ in rows if z is not None]
     if means:
         torch._foreach_lerp_([z for z, _ in means], [y for _, y in means], average)
+
+
+def _shake_rows_(rows: Sequence[Row], seeds: Sequence[Sequence[int]]) -> None:
+    """Add noise, on the CPU by as many threads as torch uses: torch draws with one, without Python's lock."""
+    jobs = [
+        (block, x.dtype, s, seed)
+        for (y, x, _, _, s), param_seeds in zip(rows, seeds, strict=True)
+        for block, seed in zip([y] if _varies(s) else _blocks(y), param_seeds, strict=False)
+    ]
+    threads = torch.get_num_threads()
+    total = sum(block.numel() for block, *_ in jobs)
+    if threads == 1 or total < BLOCK or jobs[0][0].device.type != "cpu":
+        for job in jobs:
+            _shake_block_(*job)
+        return
+    # Largest first, so that no thread is left alone with a large one at the end.
+    jobs.sort(key=lambda job: -job[0].numel())
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda job: _shake_block_(*job), jobs):
+            pass
 
 
 def _varies(scale: float | Tensor) -> bool:
     return isinstance(scale, Tensor) and scale.dim() > 0
 
 
-def _blocks(y: Tensor, x: Tensor, z: Tensor | None) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+def _blocks(y: Tensor) -> Sequence[Tensor]:
     """Cut a parameter into flat blocks of at most 2^20 weights; one block as it is where it cannot be flattened."""
-    if len({t.stride() for t in (y, x, z) if t is not None}) > 1:
-        return [(y, x, z)]  # the model's memory format changed since: their orders differ
-    flats = [None if t is None else flat(t) for t in (y, x, z)]
-    if flats[0] is None or flats[1] is None or (z is not None and flats[2] is None) or y.is_complex():
-        return [(y, x, z)]
-    cut: list[Any] = [[None] * streams(y) if f is None else f.split(BLOCK) for f in flats]
-    return list(zip(*cut, strict=True))  # type: ignore[arg-type]
+    whole = None if y.is_complex() else flat(y)
+    return [y] if whole is None else whole.split(BLOCK)
 
 
 def flat(t: Tensor) -> Tensor | None:
@@ -215,23 +220,23 @@ def flat(t: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _noisy_move_(
-    y: Tensor, x: Tensor, z: Tensor | None, k: float | Tensor, s: float | Tensor, average: float, seed: int
-) -> None:
-    """Pull, shake and average one block: a flat one on the CPU in slices that stay in the cache."""
+def _shake_block_(y: Tensor, dtype: torch.dtype, s: float | Tensor, seed: int) -> None:
+    """Add noise to one block: on the CPU in slices that stay in the cache and start no threads of torch's own."""
     generator = torch.Generator(device=y.device).manual_seed(seed)
-    flat = y.dim() == 1 and y.device.type == "cpu" and not y.is_complex()
-    slices: list[list[Any]] = [[y], [x], [z]]
-    buffer = None
-    if flat:
-        slices = [[None] * len(y.split(_SLICE)) if t is None else list(t.split(_SLICE)) for t in (y, x, z)]
-        buffer = torch.empty(min(_SLICE, y.numel()), dtype=x.dtype)
-    for y_, x_, z_ in zip(*slices, strict=True):
-        pull_([y_], [x_], [k])
-        n = _normal(x_.shape, x_, generator) if buffer is None else buffer[: y_.numel()].normal_(generator=generator)
-        shake_(y_, n, s)
-        if z_ is not None:
-            average_([z_], [y_], average)
+    if y.dim() != 1 or y.device.type != "cpu" or y.is_complex():
+        shake_(y, _normal(y, dtype, generator), s)
+        return
+    buffer = torch.empty(min(_SLICE, y.numel()), dtype=dtype)
+    for part in y.split(_SLICE):
+        shake_(part, buffer[: part.numel()].normal_(generator=generator), s)
+
+
+def _normal(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Draw N(0, 1) numbers of the tensor's shape and device; a complex one has both parts N(0, 1)."""
+    if like.is_complex():
+        real = torch.empty((*like.shape, 2), dtype=torch.view_as_real(like).dtype, device=like.device)
+        return torch.view_as_complex(real.normal_(generator=generator))
+    return torch.empty(like.shape, dtype=dtype, device=like.device).normal_(generator=generator)
 
 
 def shake_(y: Tensor, n: Tensor, scale: float | Tensor) -> None:
