@@ -53,15 +53,19 @@ class Estimate:
 def plus_minus(value: float, error: float = 0.0) -> str:
     """Write a number of four digits and its error bar of two, 100 and not 1e+02, if those digits can show it.
 
+    NaN and infinity are what an estimator returns for what its data could not tell.
+
     Example:
-        >>> plus_minus(100.41, 99.8), plus_minus(1234567.0), plus_minus(2.0, 1e-7)
-        ('100.4 ± 100', '1234567', '2')
+        >>> plus_minus(100.41, 99.8), plus_minus(1234567.0), plus_minus(2.0, 1e-7), plus_minus(math.inf)
+        ('100.4 ± 100', '1234567', '2', 'not measured')
     """
 
     def write(number: float, digits: int) -> str:
         short = f"{number:.{digits}g}"
         return f"{number:.0f}" if "e+" in short and abs(number) < 1e7 else short
 
+    if not math.isfinite(value):
+        return "not measured"
     return f"{write(value, 4)} ± {write(error, 2)}" if error > 1e-5 * abs(value) else write(value, 4)
 
 

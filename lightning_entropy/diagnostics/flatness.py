@@ -91,20 +91,32 @@ def flatness_profile(
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
+    grid = grid_of(sigmas)
     with untouched(module, mode, seed):
         surface = LossSurface(
             module, data, loss=loss, examples=examples, mode=mode, seed=seed, state=state, transfer=transfer
         )
-        return profile_of(surface, sigmas, draws, torch.Generator(surface.device).manual_seed(seed))
+        return profile_of(surface, grid, draws, torch.Generator(surface.device).manual_seed(seed))
 
 
-def profile_of(
-    surface: LossSurface, sigmas: Iterable[float], draws: int, generator: torch.Generator
-) -> FlatnessProfile:
-    """Average f(x +- sigma xi) - f(x) over pairs, with the same xi at every sigma."""
+def grid_of(sigmas: Iterable[float]) -> np.ndarray:
+    """Sort the grid of a profile, and refuse a bad one before anything is measured.
+
+    Raises:
+        ValueError: If there is no sigma or one is not positive.
+
+    Example:
+        >>> grid_of([0.2, 0.1])
+        array([0.1, 0.2])
+    """
     grid = np.sort(np.array(list(sigmas), dtype=float))
-    if len(grid) == 0 or grid[0] <= 0:
+    if len(grid) == 0 or not grid[0] > 0:
         raise ValueError(f"sigmas must be positive numbers, got {grid.tolist()}")
+    return grid
+
+
+def profile_of(surface: LossSurface, grid: np.ndarray, draws: int, generator: torch.Generator) -> FlatnessProfile:
+    """Average f(x +- sigma xi) - f(x) over pairs, with the same xi at every sigma."""
     x, rows = surface.weights, []
     for _ in range(draws):
         noise = torch.randn(len(x), generator=generator, device=x.device, dtype=x.dtype)

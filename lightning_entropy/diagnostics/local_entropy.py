@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_entropy.diagnostics.data import Batch
 from lightning_entropy.diagnostics.diagnostic import Diagnostic
 from lightning_entropy.diagnostics.estimate import mean_and_stderr, student
-from lightning_entropy.diagnostics.flatness import FlatnessProfile, flatness_profile, profile_of
+from lightning_entropy.diagnostics.flatness import FlatnessProfile, flatness_profile, grid_of, profile_of
 from lightning_entropy.diagnostics.gamma_ladder import Ladder, climb
 from lightning_entropy.diagnostics.local_entropy_result import LocalEntropyResult
 from lightning_entropy.diagnostics.progress import progress_bar
@@ -112,6 +112,8 @@ def local_entropy(
         if number < least[name]:
             raise ValueError(f"{name} must be at least {least[name]}, got {number}")
 
+    grid = None if sigmas is None else grid_of(sigmas)
+
     with untouched(module, mode, seed):
         surface = LossSurface(
             module, data, loss=loss, examples=examples, mode=mode, seed=seed, state=state, transfer=transfer
@@ -145,7 +147,7 @@ def local_entropy(
         rises, stderrs, dof = mean_and_stderr(ladder.rises)
         gradient, gradient_stderr, _ = mean_and_stderr(-gamma * ladder.displacement)
         signal = gradient.double().square().sum() - gradient_stderr.double().square().sum()
-        profile = None if sigmas is None else profile_of(surface, sigmas, draws, generator)
+        profile = None if grid is None else profile_of(surface, grid, draws, generator)
         return LocalEntropyResult(
             weights=len(surface),
             examples=surface.examples,

@@ -31,7 +31,7 @@ class Row:
     flatter: bool | None = None
 
     def __str__(self) -> str:
-        return plus_minus(self.value, self.error) if math.isfinite(self.value) else "not measured"
+        return plus_minus(self.value, self.error)
 
 
 def _hessian_rows(r: HessianResult) -> list[Row]:

@@ -20,7 +20,7 @@ def diagnostics(**when):
     return [
         HessianSpectrum(dense_limit=0, steps=4, probes=2, top=1, examples=20, **when),
         HessianSpectrum(mode="train", examples=20, data="val", name="train_mode", **when),
-        LocalEntropy(samples=1, warmup=1, chains=2, draws=2, sigmas=(0.01,), examples=20, **when),
+        LocalEntropy(samples=1, warmup=1, chains=2, leaps=1, draws=2, sigmas=(0.01,), examples=20, **when),
         GradientNoise(examples=20, **when),
         Trajectory(snapshots=128, **when),
     ]
@@ -72,7 +72,9 @@ def test_training_does_not_notice(tmp_path, method, precision):
     for with_diagnostics in (False, True):
         trace = Trace()
         extra = [le.EntropySGD(inner_steps=4, gamma=0.1)] if method else []
-        measured = diagnostics(every_n_epochs=1) if with_diagnostics else []
+        # Whether it draws has nothing to do with the precision.
+        drawing = precision == "32-true"
+        measured = diagnostics(every_n_epochs=1, figures=drawing) if with_diagnostics else []
         fit([*extra, *measured, trace], folder=tmp_path, precision=precision)
         traces.append(trace.seen)
     assert len(traces[0]) == len(traces[1]) > 0

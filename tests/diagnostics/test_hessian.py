@@ -86,7 +86,7 @@ def test_trace_and_density_keep_their_error_bars():
     hits_trace, hits_density = 0, []
     for seed in range(200):
         found = hessian_spectrum(
-            module, batches, top=1, bottom=1, probes=8, steps=12, dense_limit=0, tolerance=0.1, seed=seed, sigma=0.1
+            module, batches, top=1, bottom=1, probes=8, steps=8, dense_limit=0, tolerance=0.1, seed=seed, sigma=0.1
         )
         hits_trace += found.trace.covers(dense.sum())
         density = smoothed_density(dense, np.full(39, 1 / 39), found.grid, 0.1)

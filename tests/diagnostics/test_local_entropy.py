@@ -86,7 +86,7 @@ def test_quadratic_closed_form(gamma, temperature):
 @pytest.mark.parametrize(
     ("formula", "anchor", "samples"),
     [
-        (lambda y: (y[:, 0] ** 2 - 1) ** 2 + 0.3 * torch.sin(5 * y[:, 0]), [0.6], 1000),
+        (lambda y: (y[:, 0] ** 2 - 1) ** 2 + 0.3 * torch.sin(5 * y[:, 0]), [0.6], 500),
         (
             lambda y: (y[:, 0] ** 2 - 1) ** 2 / 4 + y[:, 1] ** 2 / 2 + 0.5 * torch.cos(3 * y[:, 0] * y[:, 1]),
             [0.4, -0.3],
@@ -96,9 +96,8 @@ def test_quadratic_closed_form(gamma, temperature):
 )
 def test_non_convex_against_quadrature(formula, anchor, samples):
     anchor = torch.tensor(anchor, dtype=torch.float64)
-    ladder, values, gradients = runs(
-        batched(formula), anchor, gamma=1.0, temperature=0.3, samples=1000
-    )  # Two wells: chains must cross.
+    # Two wells: chains must cross.
+    ladder, values, gradients = runs(batched(formula), anchor, gamma=1.0, temperature=0.3, samples=samples)
     rise, gradient = by_quadrature(formula, anchor, 1.0, 0.3)
     assert covered(values, rise, ladder.quadrature_errors[0]) >= 0.95 * SEEDS
     assert covered(gradients, gradient) >= 0.95 * SEEDS
@@ -138,7 +137,7 @@ def test_public_function_agrees_with_the_closed_form():
         loss=lambda m, b: (m.x.square() * m.x.new_tensor([3.0, 1.0])).sum() / 2,
         gamma=1.0,
         temperature=0.05,
-        samples=100,
+        samples=40,
         chains=6,
         sigmas=[0.1, 0.2],
         draws=64,
@@ -172,7 +171,8 @@ def test_profile_keeps_its_error_bars():
 
 def test_narrow_valley_rises_more():
     def rise(curvature):
-        return local_entropy(tiny.Point(0.0), [torch.zeros(1)], loss=lambda m, b: curvature * m.x.square().sum()).rise
+        point, loss = tiny.Point(0.0), lambda m, b: curvature * m.x.square().sum()
+        return local_entropy(point, [torch.zeros(1)], loss=loss, samples=20, warmup=10).rise
 
     assert rise(50.0) > rise(1.0) > 0
 
@@ -200,7 +200,7 @@ def test_plot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = local_entropy(tiny.net(), tiny.data(), samples=4, warmup=2, sigmas=[0.01, 0.1])
+    found = local_entropy(tiny.net(), tiny.data(), samples=4, warmup=2, chains=2, leaps=1, sigmas=[0.01, 0.1])
     for result in (found, found.profile):
         figure, _ = result.plot()
         figure.canvas.draw()

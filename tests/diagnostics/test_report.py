@@ -1,5 +1,5 @@
 import re
-import subprocess
+import runpy
 import sys
 
 import lightning.pytorch as pl
@@ -12,7 +12,10 @@ from tests.diagnostics import tiny
 
 pytestmark = tiny.LIGHTNING_ADVICE
 CLASSES = ["--module", "tests.diagnostics.tiny.TinyModule", "--data", "tests.diagnostics.tiny.TinyData"]
-QUICK = ["--local_entropy.samples=2", "--local_entropy.warmup=1", "--examples=24", "--data.examples=32"]
+QUICK = [
+    *("--examples=24", "--data.examples=32"),
+    *(f"--local_entropy.{name}" for name in ("samples=2", "warmup=1", "chains=2", "leaps=1", "draws=4")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +82,10 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_it_is_a_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_entropy.diagnostics", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "compare" in done.stdout
+def test_it_is_a_command(monkeypatch, capsys):
+    """What ``python -m`` does, without the seconds of a new process."""
+    monkeypatch.setattr(sys, "argv", ["diagnostics", "--help"])
+    monkeypatch.delitem(sys.modules, "lightning_entropy.diagnostics.__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("lightning_entropy.diagnostics", run_name="__main__")
+    assert "compare" in capsys.readouterr().out
