@@ -92,7 +92,7 @@ class LocalEntropyResult:
             ax.text(0.98, 0.04, note, transform=ax.transAxes, ha="right", fontsize=9, color="tab:red")
         ax.set_xlabel(r"width of the Gaussian around every weight: $\sigma$, or $\sqrt{T/\gamma}$")
         ax.set_title(
-            f"Flatness, {self.weights:,} weights: u rises by {self.rise:.2g} ± {self.rise_error:.1g} at "
+            f"Flatness, {self.weights:,} weights: u - f(x) = {self.rise:.2g} ± {self.rise_error:.1g} at "
             rf"$\gamma$ = {self.gamma:g}",
             fontsize=10,
         )

@@ -148,6 +148,7 @@ td.flat { font-weight: 600; color: #0a6b3d }
 figure { margin: 0; flex: 1 1 24rem; max-width: 48rem } figure.wide { flex-basis: 100%; max-width: none }
 figcaption { color: #5b6575; font-size: .9rem }
 svg { width: 100%; height: auto; display: block }
+@media (max-width: 55rem) { table { display: block; overflow-x: auto; table-layout: auto } }
 """
 
 

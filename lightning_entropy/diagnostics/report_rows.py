@@ -51,7 +51,9 @@ def _hessian_rows(r: HessianResult) -> list[Row]:
 
 def _local_entropy_rows(r: LocalEntropyResult) -> list[Row]:
     width = math.sqrt(r.temperature / r.gamma)
-    smoothed = f"above f(x), smoothed at gamma = {r.gamma:g}, T = {r.temperature:g}: within {width:.2g} of every weight"
+    smoothed = f"above f(x), for gamma = {r.gamma:g}, T = {r.temperature:g}, Gaussian width {width:.2g}"
+    if r.rise + r.rise_error < 0:
+        smoothed += "; negative: the loss falls beside x"
     rows = [
         Row("rise of the smoothed loss", r.rise, r.rise_error, smoothed, flatter=True if r.acceptance >= 0.5 else None),
         Row("norm of its gradient", r.gradient_norm, 0.0, "Entropy-SGD's direction, loss / weight; 0 at the bottom"),
