@@ -1,5 +1,6 @@
-"""How a flat tensor is summed over replicas: whole, in bfloat16, or in int8 with a scale per block."""
+"""How a flat tensor is summed over replicas: whole, or rounded to bfloat16 or int8 with what is left out kept."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,64 +10,60 @@ from torch import Tensor
 Format = Literal["float32", "bfloat16", "int8"]
 FORMATS = ("float32", "bfloat16", "int8")
 
-BLOCK = 1024  # weights that share a scale: 0.4 % on top of the bytes
+BLOCK = 1024  # int8 weights that share a scale: 0.4 % on top of the bytes
 LEVELS = 127
 
 
 class Sum:
     """One sum over a process group, under way.
 
+    ``"float32"`` sends the values as they are, in one all-reduce. The others send bytes in two halves: every rank gets
+    the others' values of its share and sums them in float32, and then hands the rounded sum round.
+
     Args:
-        values: what this rank adds, flat. Kept until :meth:`result`.
+        values: what this rank adds, flat.
         group: over which.
-        format: ``"float32"``: as they are. ``"bfloat16"``: rounded to it, and summed in it. ``"int8"``: every rank
-            sums its share of the int8 values in float32, and hands the sum round in int8.
-        residual: int8's rounding errors of this rank's share of the last sum, added to this one; None: none.
+        format: of what is sent.
+        residual: what rounding left out of this rank's share of the last sum, added to this one; None: nothing.
 
     Attributes:
         sent: what of ``values`` the others receive.
         payload: bytes of ``values`` in this format.
-        residual: to be given to the next sum; None but for int8.
+        residual: to be given to the next sum.
     """
 
     def __init__(self, values: Tensor, group: dist.ProcessGroup, format: Format, residual: Tensor | None) -> None:
-        self._group, self._size = group, dist.get_world_size(group)
-        self._like = values
+        self._group, self._like = group, values
         self.residual = residual
-        self._works: list[Any] = []
+        self._codec = CODECS.get(format)
         self._second: Tensor | None = None
-        if format == "int8":
-            count = values.numel()
-            share = -(-count // (self._size * BLOCK)) * BLOCK
-            padded = torch.nn.functional.pad(values, (0, share * self._size - count)).view(self._size, share)
-            packed, sent = quantize(padded)
-            self.sent = sent.view(-1)[:count]
-            self._buffer = torch.empty_like(packed)
-            self.payload = packed.numel()
-            self._given = packed
-            self._works.append(dist.all_to_all_single(self._buffer, packed, group=group, async_op=True))
-            self._share: int | None = share
-            return
-        self._share = None
-        self._buffer = values.to(torch.bfloat16) if format == "bfloat16" else values.clone()
-        self.sent = self._buffer.to(values.dtype, copy=True) if format == "bfloat16" else values
-        self.payload = self._buffer.numel() * self._buffer.element_size()
-        self._works.append(dist.all_reduce(self._buffer, group=group, async_op=True))
+        if self._codec is None:
+            self.sent, self._given = values, values.clone()
+            self._work: Any = dist.all_reduce(self._given, group=group, async_op=True)
+        else:
+            size = dist.get_world_size(group)
+            self._share = -(-values.numel() // (size * BLOCK)) * BLOCK
+            padded = torch.nn.functional.pad(values, (0, self._share * size - values.numel())).view(size, -1)
+            self._given, sent = self._codec[0](padded)
+            self.sent = sent.view(-1)[: values.numel()]
+            self._first = torch.empty_like(self._given)
+            self._work = dist.all_to_all_single(self._first, self._given, group=group, async_op=True)
+        self.payload = self._given.numel() * self._given.element_size()
 
     @property
     def in_halves(self) -> bool:
         """Whether a second half follows the first."""
-        return self._share is not None
+        return self._codec is not None
 
     @property
     def done(self) -> bool:
         """Whether :meth:`result` would return at once."""
         self.progress()
-        return (self._share is None or self._second is not None) and all(work.is_completed() for work in self._works)
+        return (not self.in_halves or self._second is not None) and self._work.is_completed()
 
     def progress(self) -> None:
-        """Start int8's second half if the first has arrived."""
-        if self._share is not None and self._second is None and self._works[-1].is_completed():
+        """Start the second half if the first has arrived."""
+        if self.in_halves and self._second is None and self._work.is_completed():
             self._start_second()
 
     def result(self) -> Tensor:
@@ -75,41 +72,40 @@ class Sum:
         Raises:
             RuntimeError: a rank of the group is gone.
         """
-        if self._share is not None and self._second is None:
+        if self.in_halves and self._second is None:
             self._start_second()
-        for work in self._works:
-            work.wait()
-        if self._share is None:
-            return self._buffer.to(self._like.dtype)
+        self._work.wait()
+        if self._codec is None:
+            return self._given
         assert self._second is not None
-        return dequantize(self._second, self._share).view(-1)[: self._like.numel()].to(self._like.dtype)
+        return self._codec[1](self._second, self._share).view(-1)[: self._like.numel()].to(self._like.dtype)
 
     def _start_second(self) -> None:
-        assert self._share is not None
-        self._works.pop().wait()
-        total = dequantize(self._buffer, self._share).sum(0, keepdim=True)
+        assert self._codec is not None
+        encode, decode = self._codec
+        self._work.wait()
+        total = decode(self._first, self._share).sum(0, keepdim=True)
         if self.residual is not None:
             total = total + self.residual
-        packed, sent = quantize(total)
+        self._given, sent = encode(total)
         self.residual = total - sent
-        self._given = packed
-        self._second = torch.empty(self._size, packed.shape[1], dtype=torch.uint8, device=packed.device)
+        self._second = torch.empty_like(self._first)
         pieces = [piece.view(1, -1) for piece in self._second.unbind()]
-        self._works.append(dist.all_gather(pieces, packed, group=self._group, async_op=True))
+        self._work = dist.all_gather(pieces, self._given, group=self._group, async_op=True)
 
 
-def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
     """Round every block of 1024 to 127 steps of its largest magnitude, to either side.
 
     Args:
         values: shape (rows, n), n a multiple of the block.
 
     Returns:
-        Bytes of shape (rows, n + 4 n / block): the int8 values and then the float32 scales; and the values they stand
+        Bytes of shape (rows, n + 4 n / block), the int8 values and then the float32 scales; and the values they stand
         for.
 
     Example:
-        >>> packed, values = quantize(torch.linspace(-1, 1, 1024).view(1, -1))
+        >>> packed, values = to_int8(torch.linspace(-1, 1, 1024).view(1, -1))
         >>> packed.shape, bool((values - torch.linspace(-1, 1, 1024)).abs().max() < 0.5 / 127 + 1e-6)
         (torch.Size([1, 1028]), True)
     """
@@ -120,8 +116,27 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     return packed, (steps * scales).view(values.shape).to(values.dtype)
 
 
-def dequantize(packed: Tensor, n: int) -> Tensor:
-    """Give the values, shape (rows, n), that :func:`quantize` packed."""
+def from_int8(packed: Tensor, n: int) -> Tensor:
+    """Give the values, shape (rows, n), that :func:`to_int8` packed."""
     steps = packed[:, :n].contiguous().view(torch.int8).view(packed.shape[0], -1, BLOCK)
     scales = packed[:, n:].contiguous().view(torch.float32)
     return (steps * scales.unsqueeze(-1)).view(packed.shape[0], n)
+
+
+def to_bfloat16(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to bfloat16: bytes of shape (rows, 2 n), and the values they stand for."""
+    rounded = values.to(torch.bfloat16)
+    return rounded.view(torch.uint8), rounded.to(values.dtype)
+
+
+def from_bfloat16(packed: Tensor, n: int) -> Tensor:
+    """Give the values, shape (rows, n), that :func:`to_bfloat16` packed."""
+    return packed.view(torch.bfloat16).to(torch.float32)
+
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Decode = Callable[[Tensor, int], Tensor]
+CODECS: dict[str, tuple[Encode, Decode]] = {
+    "bfloat16": (to_bfloat16, from_bfloat16),
+    "int8": (to_int8, from_int8),
+}

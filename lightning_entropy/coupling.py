@@ -49,7 +49,7 @@ class Memory:
     Attributes:
         mean: the last mean; None before the first.
         residual: what rounding left out of this replica's values.
-        share: what int8's second rounding left out of this rank's share of the sum.
+        share: what the second rounding left out of this rank's share of the sum.
     """
 
     mean: Tensor | None = None

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tests.strategies.runs import Net, data
+from tests.strategies.runs import Net, Samples, data
 
 
 class Stream:
@@ -29,6 +30,33 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+class Resumable(DataLoader[Any]):
+    """A DataLoader that goes on after the batches it has given; its iterator draws a number, as every DataLoader's."""
+
+    position = 0
+
+    def __iter__(self) -> Any:
+        return self._rest(super().__iter__())
+
+    def _rest(self, batches: Iterator[Any]) -> Iterator[Any]:
+        first = self.position % len(self)
+        for i, batch in enumerate(batches):
+            if i >= first:
+                self.position = i + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Loading(Net):
+    def train_dataloader(self) -> Any:
+        return Resumable(Samples(), self.batch)
 
 
 class Streaming(Net):

@@ -17,7 +17,7 @@ import lightning_entropy as le
 from lightning_entropy import replica_files
 from lightning_entropy.replica_files import ReplicaFileError
 from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
-from tests.strategies.streams import Streaming, Two
+from tests.strategies.streams import Loading, Streaming, Two
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 
@@ -33,10 +33,11 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "noise": (le.entropy_sgd(3, "auto", 1e-2), {}, Streaming),
     "not reset": (le.Relaxation(inner_steps=3, gamma=0.3, reset=False, rho=0.3, outer_lr=0.5), {}, Streaming),
     "bfloat16": (PARLE, {"communication_dtype": "bfloat16"}, Streaming),
+    "int8 blocking": (PARLE, {"communication_dtype": "int8", "overlap": False}, Streaming),
     "int8": (PARLE, {"communication_dtype": "int8"}, Streaming),
     "int8 average": (le.parle(3, 0.1, 0.3, elastic_target="average"), {"communication_dtype": "int8"}, Streaming),
     "apart": (PARLE, {"independent_init": True}, Streaming),
-    "dropout": (PARLE, {}, partial(Streaming, dropout=0.3)),
+    "dropout": (PARLE, {}, partial(Loading, dropout=0.3)),
     "two optimizers": (PARLE, {}, Two),
 }
 
@@ -55,9 +56,10 @@ def test_resume_in_the_middle_of_an_inner_loop_and_of_an_epoch(tmp_path: Path, n
     relaxation, kwargs, make = METHODS[name]
     every = 6 if name == "two optimizers" else 5  # global steps: there are three in two batches with two optimizers
     keep = ModelCheckpoint(tmp_path / "whole", "{step}", every_n_train_steps=every, save_top_k=-1)
-    whole = fit(tmp_path / "whole", strategy(relaxation, **kwargs), n, make=make, callbacks=[keep])
+    settings: dict[str, Any] = {"make": make, "use_distributed_sampler": False}
+    whole = fit(tmp_path / "whole", strategy(relaxation, **kwargs), n, callbacks=[keep], **settings)
     file = tmp_path / "whole" / f"step={every}.ckpt"
-    again = fit(tmp_path / "again", strategy(relaxation, **kwargs), n, make=make, ckpt_path=file)
+    again = fit(tmp_path / "again", strategy(relaxation, **kwargs), n, ckpt_path=file, **settings)
     assert_goes_on(whole, again, 12 if name == "two optimizers" else 11)
 
 

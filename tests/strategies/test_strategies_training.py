@@ -154,10 +154,9 @@ def test_what_is_logged(tmp_path: Path, format: Any) -> None:
     assert all(0 < s < 1 for s in spreads[1:])
     weights = sum(p.numel() for p in Net().parameters())
     sent = float(rows[-1]["entropy/bytes_per_step"])
-    if format == "int8":  # a block for each of the two, with its scale
-        assert sent == pytest.approx((2 * (1024 + 4) + 8) / 4)
-    else:  # the weights are float64, which goes as it is
-        assert sent == pytest.approx((weights * {"float32": 8, "bfloat16": 2}[format] + 8) / 4)
+    # The weights are float64, which goes as it is; rounded, there is a block for each of the two.
+    payload = {"float32": 8 * weights, "bfloat16": 2 * 2 * 1024, "int8": 2 * (1024 + 4)}[format]
+    assert sent == pytest.approx((payload + 8) / 4)
 
 
 class Scaler:
