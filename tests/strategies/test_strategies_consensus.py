@@ -1,5 +1,6 @@
 """Whoever looks sees the consensus; a replica's own state stays beside it."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import lightning_entropy as le
-from tests.strategies.runs import FORK_WARNINGS, Net, Record, external, fit, strategy, trainer
+from tests.strategies.runs import FORK_WARNINGS, Net, Record, Samples, external, fit, strategy, trainer
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 
@@ -250,3 +252,54 @@ def test_weights_given_at_the_end_of_an_epoch_are_where_all_replicas_go_on(tmp_p
         for y in rank["iterates"][8]:
             assert (y - 0.25).abs().max() < 0.5
         assert (rank["iterates"][8][1] - 0.25).abs().max() < 0.1
+
+
+class Refreshed(L.Callback):
+    """BatchNorm statistics at the end of validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        record: Any = next(c for c in trainer.callbacks if hasattr(c, "extra"))  # type: ignore[attr-defined]
+        record.extra.setdefault("refreshed", []).append([b.clone() for b in pl_module.buffers()])
+        record.extra.setdefault("held", []).append([p.detach().clone() for p in pl_module.parameters()])
+
+
+def test_batchnorm_is_refreshed_at_the_consensus(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    callbacks: list[L.Callback] = [le.RefreshBatchNorm(8), Refreshed(), keep]
+    make: Any = lambda: Net(bn=True)  # noqa: E731
+    ranks = fit(tmp_path, strategy(PARLE), 2, make=make, callbacks=callbacks, limit_val_batches=2)
+    for epoch in range(2):
+        by_hand = Net(bn=True)
+        with torch.no_grad():
+            for p, x in zip(by_hand.parameters(), ranks[0]["held"][epoch], strict=True):
+                p.copy_(x)
+        layer: Any = by_hand.net[1]
+        layer.momentum = None
+        by_hand(Samples().inputs)  # a plain average over the whole set, in one batch
+        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"]
+        for rank in ranks:
+            refreshed = rank["refreshed"][epoch]
+            torch.testing.assert_close(refreshed[0], layer.running_mean, rtol=0, atol=1e-12)
+            torch.testing.assert_close(refreshed[0], saved["net.1.running_mean"], rtol=0, atol=0)
+
+
+def test_the_trainer_goes_on_with_the_consensus(tmp_path: Path) -> None:
+    """Test, prediction and another fit in the same processes, and strategies for them alone."""
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        run = trainer(tmp_path, strategy(PARLE, start_method="popen"), 2, max_epochs=1)
+        module = Net(bn=True)
+        run.fit(module)
+        after = {k: v.clone() for k, v in module.state_dict().items()}
+        validated = run.validate(module, DataLoader(Samples(16), 8), verbose=False)
+        assert all(torch.equal(v, after[k]) for k, v in module.state_dict().items())
+        run.fit_loop.max_epochs = 2
+        run.fit(module)
+        assert run.global_step == 16
+        torch.save((after, validated), tmp_path / f"{rank}.pt")
+
+    assert external(2, work) == ["", ""]
+    left, right = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert left[1] == right[1]
+    assert all(torch.equal(v, right[0][k]) for k, v in left[0].items())
