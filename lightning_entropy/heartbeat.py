@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 PERIOD = 0.5  # seconds between two beats
 PATIENCE = 5.0  # seconds without a beat after which a rank is gone, once a collective has failed
@@ -43,26 +44,43 @@ class Heartbeat:
     def __init__(self, rank: int, world_size: int, host: str, data_parallel: int = 1) -> None:
         self._rank, self._data_parallel = rank, data_parallel
         self._keys = [f"beat/{r}" for r in range(world_size)]
-        wait = timedelta(seconds=LIMIT)
-        port: list[int] = [0]
-        if rank == 0:
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
-            port = [self._store.port]
-        dist.broadcast_object_list(port, src=0)
-        if rank != 0:
-            self._store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-        # The thread needs a connection of its own: a call that waits holds it.
-        self._thread_store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-        self._thread_store.set(self._keys[rank], "0")
         self._lost: list[int] = []  # ranks that someone found gone; those that end because of it are not counted
-        if rank == 0:
-            self._store.set("lost", "")
-        dist.barrier()
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
-        atexit.register(self.stop)
+        if self._connect(host):
+            atexit.register(self.stop)
+            self._thread.start()
+        else:
+            self._ended.set()
+
+    def _connect(self, host: str) -> bool:
+        """Reach the store, on all ranks or on none."""
+        wait = timedelta(seconds=LIMIT)
+        port, error = [0], None
+        try:
+            if self._rank == 0:
+                self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+                self._store.set("lost", "")
+                port = [self._store.port]
+        except RuntimeError as caught:
+            error = f"rank 0: {caught}"
+        dist.broadcast_object_list(port, src=0)
+        try:
+            if port[0]:
+                if self._rank != 0:
+                    self._store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
+                # The thread needs a connection of its own: a call that waits holds it.
+                self._thread_store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
+                self._thread_store.set(self._keys[self._rank], "0")
+        except RuntimeError as caught:
+            error = f"rank {self._rank}: {caught}"
+        errors: list[str | None] = [None] * len(self._keys)
+        dist.all_gather_object(errors, error)
+        if any(errors):
+            first = next(e for e in errors if e)
+            rank_zero_warn(f"a rank that dies will not be named: the store on {host} cannot be reached ({first})")
+        return not any(errors)
 
     def _run(self) -> None:
         count, moved, spot = 0, time.monotonic(), None
@@ -113,7 +131,8 @@ class Heartbeat:
 
     def named(self, error: RuntimeError) -> RuntimeError:
         """Give, for the error of a collective, one that names the ranks that are gone; the same error where none is."""
-        silent = [] if isinstance(error, ReplicaLost) else self.silent()
+        known = self._ended.is_set() or isinstance(error, ReplicaLost)
+        silent = [] if known else self.silent()
         return ReplicaLost(f"{self._message(silent)}: {error}") if silent else error
 
     def _message(self, silent: list[int]) -> str:
@@ -122,6 +141,8 @@ class Heartbeat:
 
     def stop(self) -> None:
         """End the thread, and say so: a rank that is done is not gone."""
+        if self._ended.is_set():
+            return
         atexit.unregister(self.stop)
         self._ended.set()
         self._thread.join()  # an interpreter that ends under a thread in a C++ call aborts

@@ -68,6 +68,10 @@ class ElasticEntropyStrategy(DDPStrategy):
     ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
     (per training step, for exchanges to arrive; on CUDA, what the host waits).
 
+    Saving is a collective, so it does not belong into a signal handler: on SLURM, give the Trainer
+    ``SLURMEnvironment(auto_requeue=False)``. Lightning itself broadcasts a flag before every batch of every
+    multi-process fit: replicas run batch by batch together, and a link's latency is paid once a batch.
+
     Optimizers are to be stepped through the Trainer, as automatic optimization and ``self.optimizers()`` do: replicas
     count attempted steps, so that they stay together when a gradient scaler skips one.
 
@@ -196,7 +200,7 @@ class ElasticEntropyStrategy(DDPStrategy):
             return
         assert self.lightning_module is not None
         self._own_the_loop()
-        self._left, self._resumed = None, False
+        self._left, self._restored, self._resumed = None, None, False
         self._base_seed = int(self.broadcast(torch.initial_seed() if self.seed is None else self.seed))
         self._files = ReplicaFiles(self.grid, replica_files.new_run(self.broadcast), self.barrier)
         self.lightning_module._device_mesh = dist.init_device_mesh(

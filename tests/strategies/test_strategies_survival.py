@@ -90,6 +90,21 @@ def test_a_rank_that_is_stuck_ends_itself(tmp_path: Path, monkeypatch: pytest.Mo
     assert "rank 1 (replica 1) stopped answering, and rank 0 cannot go on, stuck" in capfd.readouterr().err
 
 
+def test_without_a_store_one_trains_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(torch.distributed.TCPStore):
+        def __init__(self, host: str, port: int, *args: Any, **kwargs: Any) -> None:
+            if os.environ.get("LOCAL_RANK") == "1":
+                raise RuntimeError("no route")
+            super().__init__(host, port, *args, **kwargs)
+
+    monkeypatch.setattr(heartbeat.dist, "TCPStore", Closed)
+    with pytest.raises(Exception, match=r"a rank that dies will not be named: .* \(rank 1: no route\)"):
+        fit(tmp_path, strategy(PARLE), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert len(fit(tmp_path, strategy(PARLE), 2)) == 2
+
+
 class Poisons(L.Callback):
     """A loss that is nan, once, on one rank."""
 
