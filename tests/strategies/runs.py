@@ -171,7 +171,7 @@ def external(
     work: Callable[[int], None],
     *,
     timeout: float = 60.0,
-    until: Callable[[dict[int, str]], bool] = lambda said: False,
+    until: int | None = None,
 ) -> list[str]:
     """Run ``work(rank)`` in n processes that the Trainer takes for a cluster's, as torchrun's are.
 
@@ -179,7 +179,7 @@ def external(
         n: processes.
         work: of each.
         timeout: seconds after which those that have not ended are killed.
-        until: they are killed as soon as this holds of what has been said, by rank.
+        until: they are killed as soon as this rank has ended.
 
     Returns:
         What each said last: "" where it came to its end, the exception's type and message, "exit <code>", or "hung".
@@ -194,7 +194,8 @@ def external(
         process.start()
     said: dict[int, str] = {}
     end = time.monotonic() + timeout
-    while any(p.is_alive() for p in processes) and time.monotonic() < end and not until(said):
+    waited_for = processes if until is None else [processes[until]]
+    while any(p.is_alive() for p in waited_for) and time.monotonic() < end:
         while not answers.empty():
             said.update([answers.get()])
         time.sleep(0.01)

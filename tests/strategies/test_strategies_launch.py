@@ -101,7 +101,6 @@ def test_torchrun_starts_again_where_the_last_checkpoint_is(tmp_path: Path, expe
 
 
 STRATEGIES: dict[str, Any] = {
-    "by name": "elastic_entropy_fork",
     "by class": {
         "class_path": "lightning_entropy.ElasticEntropyStrategy",
         "init_args": {"start_method": "fork", "timeout": "0:05:00"},
