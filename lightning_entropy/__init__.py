@@ -6,7 +6,6 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_entropy.attach import relax
 from lightning_entropy.batchnorm import RefreshBatchNorm
 from lightning_entropy.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
-from lightning_entropy.fabric import ElasticEntropyFabricStrategy
 from lightning_entropy.inner_outer import InnerOuter
 from lightning_entropy.presets import (
     diloco,
@@ -21,7 +20,7 @@ from lightning_entropy.presets import (
 )
 from lightning_entropy.relaxation import Relaxation
 from lightning_entropy.schedules import Scoping, Widening
-from lightning_entropy.strategies import ElasticEntropyStrategy
+from lightning_entropy.strategies import ElasticEntropyFabricStrategy, ElasticEntropyStrategy
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,10 @@
 """What every test starts from and leaves behind."""
 
 import os
+
+# Several workers share the machine; a test that needs threads sets them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import signal
 import threading
 from collections.abc import Iterator

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_entropy.compression import BLOCK, LEVELS, from_int8, to_int8
-from lightning_entropy.coupling import Coupling, Links
+from lightning_entropy.strategies.compression import BLOCK, LEVELS, from_int8, to_int8
+from lightning_entropy.strategies.coupling import Coupling, Links
 from tests.strategies.runs import FORK_WARNINGS, external
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]

@@ -9,7 +9,7 @@ from lightning.fabric import Fabric, seed_everything
 from torch.utils.data import DataLoader
 
 import lightning_entropy as le
-from lightning_entropy.fabric import ElasticEntropyFabricStrategy
+from lightning_entropy.strategies.fabric import ElasticEntropyFabricStrategy
 from tests.strategies.runs import FORK_WARNINGS, Net, Samples, external, fit, strategy
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]

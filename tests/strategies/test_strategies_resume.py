@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import lightning_entropy as le
-from lightning_entropy import replica_files
-from lightning_entropy.replica_files import ReplicaFileError
+from lightning_entropy.strategies import files as replica_files
+from lightning_entropy.strategies.files import ReplicaFileError
 from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
 from tests.strategies.streams import Loading, Streaming, Two
 

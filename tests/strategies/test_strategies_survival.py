@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_entropy as le
-from lightning_entropy import heartbeat
+from lightning_entropy.strategies import heartbeat
 from tests.kill_and_resume import MAIN, RENAME, UPDATE, WRITE, kill_and_resume
 from tests.strategies.runs import FORK_WARNINGS, Net, Samples, data, external, fit, strategy, trainer
 

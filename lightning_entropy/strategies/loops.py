@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_entropy.compression import FORMATS, Format
-from lightning_entropy.consensus import Consensus
-from lightning_entropy.coupling import Coupling, Links, Naming, Round, own_group
 from lightning_entropy.loops import Loops
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
+from lightning_entropy.strategies.compression import FORMATS, Format
+from lightning_entropy.strategies.consensus import Consensus
+from lightning_entropy.strategies.coupling import Coupling, Links, Naming, Round, own_group
 
 SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
 

@@ -20,14 +20,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_entropy import presets, replica_files
-from lightning_entropy.compression import Format
-from lightning_entropy.fabric import register
-from lightning_entropy.heartbeat import Heartbeat
+from lightning_entropy import presets
 from lightning_entropy.loops import claim, release
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
-from lightning_entropy.replica_data import (
+from lightning_entropy.strategies import files as replica_files
+from lightning_entropy.strategies.compression import Format
+from lightning_entropy.strategies.data import (
     GroupSyncBatchNorm,
     even_end,
     initialize_apart,
@@ -36,8 +35,10 @@ from lightning_entropy.replica_data import (
     set_rng_state,
     sync_weights,
 )
-from lightning_entropy.replica_files import ReplicaFiles
-from lightning_entropy.replica_loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
+from lightning_entropy.strategies.fabric import register
+from lightning_entropy.strategies.files import ReplicaFiles
+from lightning_entropy.strategies.heartbeat import Heartbeat
+from lightning_entropy.strategies.loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
 
 # In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")

@@ -16,14 +16,15 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_entropy import presets, replica_files
-from lightning_entropy.compression import Format
-from lightning_entropy.heartbeat import Heartbeat
+from lightning_entropy import presets
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
-from lightning_entropy.replica_data import initialize_apart, seed_all, sync_weights
-from lightning_entropy.replica_files import ReplicaFiles
-from lightning_entropy.replica_loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments, data_parallel_group
+from lightning_entropy.strategies import files as replica_files
+from lightning_entropy.strategies.compression import Format
+from lightning_entropy.strategies.data import initialize_apart, seed_all, sync_weights
+from lightning_entropy.strategies.files import ReplicaFiles
+from lightning_entropy.strategies.heartbeat import Heartbeat
+from lightning_entropy.strategies.loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments, data_parallel_group
 
 
 class ElasticEntropyFabricStrategy(DDPStrategy):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_entropy.compression import Format, Sum
+from lightning_entropy.strategies.compression import Format, Sum
 
 Naming = Callable[[RuntimeError], RuntimeError]
 
