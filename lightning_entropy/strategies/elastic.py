@@ -39,6 +39,7 @@ from lightning_entropy.strategies.fabric import register
 from lightning_entropy.strategies.files import ReplicaFiles
 from lightning_entropy.strategies.heartbeat import Heartbeat
 from lightning_entropy.strategies.loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
+from lightning_entropy.strategies.rendezvous import join_after_restart
 
 # In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
@@ -183,6 +184,13 @@ class ElasticEntropyStrategy(DDPStrategy):
         if self._process_group_backend is None and len(set(devices)) < len(devices) and self.root_device.type == "cuda":
             return "gloo"  # nccl refuses two ranks on one device
         return super()._get_process_group_backend()
+
+    def setup_distributed(self) -> None:
+        """Join the process group, also after torchrun has started the ranks again."""
+        assert self.cluster_environment is not None
+        backend = self._get_process_group_backend()
+        join_after_restart(self.cluster_environment, backend, self.root_device, self._timeout)
+        super().setup_distributed()
 
     def setup_environment(self) -> None:
         """Join the process group, refuse what cannot work, and lay the grid of replicas."""

@@ -25,6 +25,7 @@ from lightning_entropy.strategies.data import initialize_apart, seed_all, sync_w
 from lightning_entropy.strategies.files import ReplicaFiles
 from lightning_entropy.strategies.heartbeat import Heartbeat
 from lightning_entropy.strategies.loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments, data_parallel_group
+from lightning_entropy.strategies.rendezvous import join_after_restart
 
 
 class ElasticEntropyFabricStrategy(DDPStrategy):
@@ -107,6 +108,12 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
     def grid(self) -> Grid:
         """Where this process stands among replicas."""
         return Grid(self.global_rank, self.world_size, self.world_size if self.replicas == "auto" else self.replicas)
+
+    def _setup_distributed(self) -> None:
+        assert self.cluster_environment is not None
+        backend = self._get_process_group_backend()
+        join_after_restart(self.cluster_environment, backend, self.root_device, self._timeout)
+        super()._setup_distributed()
 
     def setup_environment(self) -> None:
         """Join the process group, and let every replica's random numbers go their own way."""

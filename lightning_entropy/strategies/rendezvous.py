@@ -1,0 +1,39 @@
+"""How ranks that torchrun has started again find each other."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+
+
+def join_after_restart(
+    environment: ClusterEnvironment, backend: str, device: torch.device, timeout: timedelta | None
+) -> None:
+    """Make the process group under keys of this restart, where torchrun has restarted the ranks; else do nothing.
+
+    The ranks meet in the agent's store, which outlives them. Without keys of its own a restarted rank may read the
+    address that a dead one has left there, and try to reach it in vain ("Connection refused").
+
+    Args:
+        environment: who is who.
+        backend: of the process group.
+        device: of this rank.
+        timeout: of the process group; None: torch's own.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    wait: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    size = environment.world_size()
+    store = dist.TCPStore(environment.main_address, environment.main_port, size, is_master=False, **wait)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"restart/{restarts}", store),
+        rank=environment.global_rank(),
+        world_size=size,
+        device_id=None if device.type == "cpu" else device,
+        **wait,
+    )
