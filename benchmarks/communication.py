@@ -52,8 +52,11 @@ def make_strategy(name: str) -> Any:
     return le.ElasticEntropyStrategy(relaxation, communication_dtype=dtype or "float32")  # type: ignore[arg-type]
 
 
-def work(net: str, name: str, steps: int, batch: int, interface: str, answer: Path) -> None:
-    """Train on this host, and write what it took."""
+def work(net: str, name: str, steps: int, batch: int, interface: str, answer: Path, blocks: int) -> None:
+    """Train on this host, and write what it took.
+
+    With ``blocks``, every second block of INNER_STEPS steps is at 100 Mbit/s, and the seconds of each are written.
+    """
     import warnings
 
     import lightning as L
@@ -90,6 +93,21 @@ def work(net: str, name: str, steps: int, batch: int, interface: str, answer: Pa
         path = Path(f"/sys/class/net/{interface}/statistics/{what}_bytes")
         return int(path.read_text()) if path.exists() else 0
 
+    class Blocks(L.Callback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx < WARM_UP or (batch_idx - WARM_UP) % INNER_STEPS:
+                return
+            now, block = time.perf_counter(), (batch_idx - WARM_UP) // INNER_STEPS
+            if block:
+                self.seconds.append(now - self.start)
+            if block == blocks:
+                answer.write_text(json.dumps(self.seconds))
+            throttle(interface, LINKS["100 Mbit/s"] if block % 2 else "100gbit", "replace")
+            self.start = time.perf_counter()
+
     class Meter(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == WARM_UP:
@@ -116,18 +134,18 @@ def work(net: str, name: str, steps: int, batch: int, interface: str, answer: Pa
         devices=1,
         num_nodes=1 if one else 2,
         strategy=make_strategy(name),
-        max_steps=WARM_UP + steps,
+        max_steps=WARM_UP + steps if not blocks else WARM_UP + blocks * INNER_STEPS + 1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Meter()],
+        callbacks=[Blocks() if blocks else Meter()],
     )
 
     class Repeat:
         def __len__(self) -> int:
-            return WARM_UP + steps + 1
+            return WARM_UP + steps + blocks * INNER_STEPS + 2
 
         def __iter__(self) -> Iterator[Any]:
             while True:
@@ -155,6 +173,12 @@ def call(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+def throttle(interface: str, rate: str | None, how: str, *inside: str) -> None:
+    """Limit what leaves an interface."""
+    shape = ("root", "tbf", "rate", str(rate), "burst", "64kb", "latency", "50ms")
+    call(*inside, "tc", "qdisc", how, "dev", interface, *shape)
+
+
 @contextmanager
 def hosts(rate: str | None) -> Iterator[list[tuple[str, str]]]:
     """Make two hosts with a link; give their names and interfaces."""
@@ -171,8 +195,7 @@ def hosts(rate: str | None) -> Iterator[list[tuple[str, str]]]:
             call(*inside, "ip", "link", "set", interface, "up")
             call(*inside, "ip", "link", "set", "lo", "up")
             if rate is not None:
-                shape = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "50ms")
-                call(*inside, "tc", "qdisc", "add", "dev", interface, *shape)
+                throttle(interface, rate, "add", *inside)
         yield pairs
     finally:
         for namespace, interface in pairs:
@@ -180,8 +203,8 @@ def hosts(rate: str | None) -> Iterator[list[tuple[str, str]]]:
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
 
 
-def measure(net: str, name: str, rate: str | None, batch: int) -> dict[str, float]:
-    """Train on both hosts; give the mean of what they took."""
+def measure(net: str, name: str, rate: str | None, batch: int, blocks: int = 0) -> Any:
+    """Train on both hosts; give the mean of what they took, or with ``blocks`` the seconds of each block."""
     steps = RUNS[name]["steps"]
     with hosts(rate) as pairs, tempfile.TemporaryDirectory() as folder:
         answers = [Path(folder, str(i)) for i in range(2)]
@@ -197,7 +220,7 @@ def measure(net: str, name: str, rate: str | None, batch: int) -> dict[str, floa
                 "NODE_RANK": str(i),
                 "LOCAL_RANK": "0",
             }
-            task = (net, name, str(steps), str(batch), interface, str(answers[i]))
+            task = (net, name, str(steps), str(batch), interface, str(answers[i]), str(blocks))
             command = [
                 "ip",
                 "netns",
@@ -222,7 +245,21 @@ def measure(net: str, name: str, rate: str | None, batch: int) -> dict[str, floa
         if not all(answer.exists() for answer in answers):
             raise RuntimeError(f"{net}, {name}, {rate}: {said[0][-2000:]}\n{said[1][-2000:]}")
         results = [json.loads(answer.read_text()) for answer in answers]
+    if blocks:
+        return [statistics.mean(pair) for pair in zip(*results, strict=True)]
     return {key: statistics.mean(result[key] for result in results) for key in results[0]}
+
+
+def alternate(net: str, name: str, batch: int, blocks: int) -> None:
+    """Print the throughput at 100 Mbit/s relative to no limit, the limit coming and going within one run."""
+    seconds = measure(net, name, None, batch, blocks)
+    free, limited = seconds[::2], seconds[1::2]
+    # Each limited block against the mean of the free ones before and after it.
+    ratios = [(a + b) / 2 / c for a, b, c in zip(free, free[1:], limited, strict=False)]
+    print(
+        f"{net}, {name}: at 100 Mbit/s {statistics.median(ratios):.1%} of no limit, {min(ratios):.1%} to "
+        f"{max(ratios):.1%} in {len(ratios)} pairs of {INNER_STEPS} steps of one run"
+    )
 
 
 def table(net: str, results: dict[tuple[str, str], list[dict[str, float]]]) -> None:
@@ -274,11 +311,12 @@ def main() -> None:
     parser.add_argument("--links", nargs="*", default=list(LINKS))
     parser.add_argument("--batch", type=int, nargs=2, default=(128, 32), help="of the two nets")
     parser.add_argument("--out", type=Path, help="a JSON file for every single result")
-    parser.add_argument("--work", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--blocks", type=int, default=21, help="of the runs in which the limit comes and goes; 0: none")
+    parser.add_argument("--work", nargs=7, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        net, name, steps, batch, interface, answer = arguments.work
-        work(net, name, int(steps), int(batch), interface, Path(answer))
+        net, name, steps, batch, interface, answer, blocks = arguments.work
+        work(net, name, int(steps), int(batch), interface, Path(answer), int(blocks))
         return
     reason = reason_to_skip()
     if reason is not None:
@@ -300,7 +338,11 @@ def main() -> None:
                         f"{net}, round {i}: {name}, {link}: {results[(link, name)][-1]} in {took:.0f} s",
                         file=sys.stderr,
                     )
-        table(net, results)
+        if results:
+            table(net, results)
+        for name in arguments.runs if arguments.blocks else []:
+            if name.startswith("elastic"):
+                alternate(net, name, batch, arguments.blocks)
         everything[net] = {f"{link}: {name}": values for (link, name), values in results.items()}
         if arguments.out:
             arguments.out.write_text(json.dumps(everything, indent=1))
