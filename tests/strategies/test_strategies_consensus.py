@@ -1,5 +1,6 @@
 """Whoever looks sees the consensus; a replica's own state stays beside it."""
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ class Breaks(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_rank in self.ranks and trainer.global_step == self.step:
+            time.sleep(0.5)  # what is under way arrives
             raise ValueError("as planned")
 
 
