@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20  # weights drawn from one stream of random numbers
-_SLICE = 1 << 15  # weights updated at once while they are in the cache; torch starts no threads below this
+_SLICE = (1 << 15) - 16  # weights updated at once while they are in the cache; torch starts no threads for so few
 
 
 def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], stiffness: Sequence[float | Tensor]) -> None:
@@ -189,14 +189,24 @@ def _shake_rows_(rows: Sequence[Row], seeds: Sequence[Sequence[int]]) -> None:
     threads = torch.get_num_threads()
     total = sum(block.numel() for block, *_ in jobs)
     if threads == 1 or total < BLOCK or jobs[0][0].device.type != "cpu":
-        for job in jobs:
-            _shake_block_(*job)
+        _shake_blocks_(jobs)
         return
-    # Largest first, so that no thread is left alone with a large one at the end.
-    jobs.sort(key=lambda job: -job[0].numel())
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda job: _shake_block_(*job), jobs):
-            pass
+    # Shares of equal size, dealt out largest job first: a task for every job would cost more than a small job does.
+    shares: list[list[Job]] = [[] for _ in range(threads)]
+    sizes = [0] * threads
+    for job in sorted(jobs, key=lambda job: -job[0].numel()):
+        least = sizes.index(min(sizes))
+        shares[least].append(job)
+        sizes[least] += job[0].numel()
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(_shake_blocks_, share) for share in shares[1:]]
+        _shake_blocks_(shares[0])
+        for other in others:
+            other.result()
+
+
+# A block of a parameter, the type of the arithmetic, s and the seed of the block's stream.
+Job = tuple[Tensor, torch.dtype, float | Tensor, int]
 
 
 def _varies(scale: float | Tensor) -> bool:
@@ -220,15 +230,24 @@ def flat(t: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _shake_block_(y: Tensor, dtype: torch.dtype, s: float | Tensor, seed: int) -> None:
-    """Add noise to one block: on the CPU in slices that stay in the cache and start no threads of torch's own."""
-    generator = torch.Generator(device=y.device).manual_seed(seed)
-    if y.dim() != 1 or y.device.type != "cpu" or y.is_complex():
-        shake_(y, _normal(y, dtype, generator), s)
+def _shake_blocks_(jobs: Sequence[Job]) -> None:
+    """Add noise to blocks: on the CPU in slices that stay in the cache and start no threads of torch's own."""
+    if not jobs:
         return
-    buffer = torch.empty(min(_SLICE, y.numel()), dtype=dtype)
-    for part in y.split(_SLICE):
-        shake_(part, buffer[: part.numel()].normal_(generator=generator), s)
+    generator = torch.Generator(device=jobs[0][0].device)
+    buffers: dict[torch.dtype, Tensor] = {}
+    for y, dtype, s, seed in jobs:
+        if generator.device != y.device:
+            generator = torch.Generator(device=y.device)
+        generator.manual_seed(seed)
+        if y.dim() != 1 or y.device.type != "cpu" or y.is_complex():
+            shake_(y, _normal(y, dtype, generator), s)
+            continue
+        buffer = buffers.get(dtype)
+        if buffer is None:
+            buffer = buffers[dtype] = torch.empty(_SLICE, dtype=dtype)
+        for part in y.split(_SLICE) if y.numel() > _SLICE else (y,):
+            shake_(part, buffer[: part.numel()].normal_(generator=generator), s)
 
 
 def _normal(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import lightning_entropy as le
-from lightning_entropy.compiled import LEAST, hashed_normal, inverse_normal
+from lightning_entropy.compiled import LEAST, hashed_normals, log, octant
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -19,12 +19,13 @@ needs_compiler = pytest.mark.skipif(
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def keys(a: int, b: int) -> torch.Tensor:
-    return torch.tensor([a, b], dtype=torch.int32)
+def hashed_normal(n: int, *keys: int) -> torch.Tensor:
+    """The noise of a parameter of n weights: its halves are the two of a pair."""
+    return torch.cat(hashed_normals(n // 2, torch.tensor(keys, dtype=torch.int32)))
 
 
 def test_the_noise_is_normal_and_exact() -> None:
-    n = hashed_normal(1_000_000, keys(12345, -987))
+    n = hashed_normal(1_000_000, 12345, -987)
     assert stats.kstest(n.numpy(), "norm").pvalue > 1e-3
     moments = [n.double().pow(k).mean().item() for k in (1, 2, 3, 4)]
     assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)
@@ -32,23 +33,47 @@ def test_the_noise_is_normal_and_exact() -> None:
     assert beyond == pytest.approx(2e6 * stats.norm.sf(4), abs=5 * (2e6 * stats.norm.sf(4)) ** 0.5)
 
 
-def test_the_inverse_distribution_function() -> None:
-    ends = torch.tensor([-(2.0**23) + 0.5, -0.5, 0.5, 2.0**23 - 0.5]) * 2.0**-23
-    u = torch.cat([ends, torch.linspace(-0.99999, 0.99999, 9999)])
-    expected = stats.norm.ppf((u.double().numpy() + 1) / 2)
-    torch.testing.assert_close(inverse_normal(u).double().numpy(), expected, rtol=2e-6, atol=1e-7)
+def test_the_logarithm() -> None:
+    ends = torch.tensor([2.0**-25, 0.5**0.5, 1 - 2.0**-24, 1.0, 2.0**100])
+    u = torch.cat([ends, torch.linspace(1e-6, 4, 9999), torch.linspace(0.7, 0.72, 999)])
+    torch.testing.assert_close(log(u).double(), u.double().log(), rtol=3e-7, atol=0)
+
+
+def test_no_radius_is_the_root_of_a_negative_number() -> None:
+    u = torch.arange(1 << 24).to(torch.float32) * 2.0**-24 + 2.0**-25  # all there are
+    assert (log(u) <= 0).all()
+
+
+def test_the_angle() -> None:
+    v = torch.linspace(-1, 1, 9999)
+    cosine, sine = octant(v)
+    angle = v.double() * torch.pi / 4
+    torch.testing.assert_close(cosine.double(), angle.cos(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(sine.double(), angle.sin(), rtol=2e-7, atol=0)
+
+
+def test_the_two_of_a_pair_are_independent() -> None:
+    """Box and Muller's angle is uniform, whatever the radius: also of the large ones, and with its signs."""
+    a, b = hashed_normals(1_000_000, torch.tensor([5, -6], dtype=torch.int32))
+    for left, right in ((a, b), (a.abs(), b), (a, b.abs()), (a.square(), b.square())):
+        assert torch.corrcoef(torch.stack([left, right]).double())[0, 1].abs() < 4e-3
+    angle = torch.atan2(b, a).double() / (2 * torch.pi) + 0.5
+    radius = torch.exp(-(a.double().square() + b.double().square()) / 2)
+    assert stats.kstest(angle.numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(radius.numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(angle[radius < 0.05].numpy(), "uniform").pvalue > 1e-3
 
 
 def test_the_noise_is_independent_over_weights_and_steps() -> None:
     size = 1 << 18
-    draws = torch.stack([hashed_normal(size, keys(k, 77 * k + 1)) for k in range(1, 17)]).double()
+    draws = torch.stack([hashed_normal(size, k, 77 * k + 1) for k in range(1, 17)]).double()
     limit = 5 / size**0.5
     steps = torch.corrcoef(draws) - torch.eye(len(draws))
     assert steps.abs().max() < limit
     assert torch.corrcoef(draws.square()).fill_diagonal_(0).abs().max() < limit
     for lag in (1, 2, 16, 1024):
         assert (draws[:, lag:] * draws[:, :-lag]).mean(1).abs().max() < limit
-    assert torch.equal(hashed_normal(100, keys(3, 4)), hashed_normal(100, keys(3, 4)))
+    assert torch.equal(hashed_normal(100, 3, 4), hashed_normal(100, 3, 4))
 
 
 def train(make: Any, relaxation: le.Relaxation, compile: bool, memory_format: Any = None) -> dict[str, Any]:
@@ -105,7 +130,6 @@ def test_the_noise_has_the_size_of_the_other() -> None:
 
 @needs_compiler
 def test_an_update_that_raises_leaves_no_old_gradient() -> None:
-
     params = [torch.nn.Parameter(torch.randn(LEAST)), torch.nn.Parameter(torch.randn(7))]
     optimizer = torch.optim.SGD(params, lr=0.1)
     le.relax(optimizer, le.entropy_sgd(4, 0.5, 0.0, 0.75), compile=True)
@@ -119,3 +143,44 @@ def test_an_update_that_raises_leaves_no_old_gradient() -> None:
     params[0].grad, params[1].grad = torch.full_like(params[0], 2.0), broken
     optimizer.step()
     assert params[0].grad is not None and params[0].grad[0] == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("make", [functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.optim.AdamW])
+def test_a_resumed_loop_draws_what_was_left(make: Any) -> None:
+    def start() -> tuple[torch.nn.Parameter, torch.optim.Optimizer, le.InnerOuter]:
+        w = torch.nn.Parameter(torch.zeros(LEAST + 2))
+        optimizer = make([w])
+        return w, optimizer, le.relax(optimizer, le.entropy_sgd(5, 0.5, 1e-2, 0.75), seed=0, compile=True)
+
+    def go(w: torch.Tensor, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for i in steps:
+            w.grad = torch.full_like(w, float(i))
+            optimizer.step()
+
+    w, optimizer, loop = start()
+    go(w, optimizer, range(8))
+    saved = copy.deepcopy((optimizer.state_dict(), loop.state_dict()))
+    go(w, optimizer, range(8, 17))
+    again, again_optimizer, again_loop = start()
+    again_optimizer.load_state_dict(saved[0])
+    again_loop.load_state_dict(saved[1])
+    go(again, again_optimizer, range(8, 17))
+    assert torch.equal(w, again)
+    assert w.std() > 1e-5
+
+
+@needs_compiler
+def test_heat_perturbs_by_the_kernels_noise() -> None:
+    w = torch.nn.Parameter(torch.ones(LEAST))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    loop = le.relax(optimizer, le.heat(2, 16.0), seed=0, compile=True)
+    loop.begin()
+    draws = []
+    for gradient in (1.0, 3.0):
+        draws.append((w.detach() - 1) / 0.25)
+        w.grad = torch.full_like(w, gradient)
+        optimizer.step()
+    assert all(stats.kstest(n.numpy(), "norm").pvalue > 1e-3 for n in draws)
+    assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 5 / LEAST**0.5
+    assert (loop.anchor[0] == -1).all()  # one step along the mean gradient 2
