@@ -610,6 +610,62 @@ def elastic_sgd(
     return paths
 
 
+def two_timescale(
+    params: Params,
+    grad: Grad,
+    *,
+    batches: Iterable[Any],
+    steps: int,
+    optimizer: SGD,
+    gamma: Number,
+    slow_lr: Number,
+    noise: Number = 0.0,
+    gaussian: Gaussian | None = None,
+) -> Path:
+    r"""Run the homogenised dynamics: y fast and never reset, x slow.
+
+        dy = (-grad f(y) + gamma (x - y)) ds / eps + sqrt(2 / beta / eps) dB;  dx = gamma (y - x) ds
+
+    with a step lr = ds / eps of y, so that x moves by the fraction slow_lr = gamma eps lr of the way, and
+    2 / beta = noise^2. One term of dy after the other (Lie and Trotter's splitting), the spring's exactly implicit:
+
+        y <- y - lr (direction of grad f);  y <- y + lr gamma (x - y_new);  y <- y + sqrt(lr) noise N(0, I);
+        x <- x + slow_lr (y - x)
+
+    Args:
+        params: the initial x and y. Not written to.
+        grad: the mini-batch gradient.
+        batches: one per step.
+        steps: of both.
+        optimizer: y's; its lr is that of the spring and the noise too. Copied, not written to.
+        gamma: stiffness, a number or a callable of the step.
+        slow_lr: of x, in (0, 1].
+        noise: >= 0.
+        gaussian: the draws, ``gaussian(step, 0)``; needed where the noise is not zero.
+
+    Returns:
+        The path, one iterate per anchor.
+
+    References:
+        Chaudhari et al., Deep relaxation, arXiv:1704.04932, homogenisation of SDEs.
+    """
+    stream = iter(batches)
+    path = Path([], [])
+    x = y = _flat(params)
+    optimizer = copy.deepcopy(optimizer)
+    for step in range(steps):
+        y = optimizer.step(y, _flat(grad(_shaped(y, params), next(stream))))
+        k = optimizer.lr * _at(gamma, step)
+        y = (y + k * x) / (1 + k)
+        if _at(noise, step):
+            assert gaussian is not None
+            y = y + math.sqrt(optimizer.lr) * _at(noise, step) * _flat(gaussian(step, 0))
+        x = x + _at(slow_lr, step) * (y - x)
+        path.iterates.append([_shaped(y, params)])
+        path.anchors.append(_shaped(x, params))
+    return path
+
+
 def lookahead(
     params: Params,
     grad: Grad,

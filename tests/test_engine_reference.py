@@ -229,6 +229,17 @@ def test_lookahead() -> None:
     assert_same(ours, theirs.anchors)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-2])
+def test_two_timescale(noise: float) -> None:
+    data = batches(STEPS)
+    ours, _ = train(le.two_timescale(0.5, noise, 0.1), nesterov, data)
+    theirs = reference.two_timescale(
+        start(), grad, batches=data, steps=STEPS, optimizer=reference.SGD(0.1, 0.9, True), gamma=0.5, slow_lr=0.1,
+        noise=noise, gaussian=draws(1),
+    )  # fmt: skip
+    assert_same(ours, theirs.anchors)
+
+
 def test_snoo_is_diloco_on_one_replica() -> None:
     data = batches(STEPS)
     ours, _ = train(le.diloco(20), functools.partial(torch.optim.AdamW, lr=1e-2), data)

@@ -416,7 +416,16 @@ def test_elastic_sgd_without_inner_loop() -> None:
     close(path.anchors, list(problem.train(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True))))
 
 
-# Lookahead, local SGD, DiLoCo
+# Two time scales, Lookahead, local SGD, DiLoCo
+
+
+def test_two_timescale_by_eye() -> None:
+    """3 -> 2, half way back to 3, x half way to that; y goes on from where it is: 2.5 -> 1.5, half way to 2.75."""
+    path = reference.two_timescale(
+        scalar(3), slope, batches=[1] * 2, steps=2, optimizer=SGD(lr=1.0), gamma=1.0, slow_lr=0.5
+    )
+    assert numbers(reference.flatten_iterates(path)) == [2.5, 2.125]
+    assert numbers(path.anchors) == [2.75, 2.4375]
 
 
 def test_lookahead_by_eye() -> None:
