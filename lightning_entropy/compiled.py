@@ -26,9 +26,9 @@ Keys = Tensor | None
 
 
 class CompiledStep:
-    """Do with large float32 parameters what :func:`functional.inner_move_` does, and leave it the others.
+    """Do with large float32 parameters on the CPU what :func:`functional.inner_move_` does, and leave it the others.
 
-    The first steps compile, on the CPU with a C++ compiler; one kernel serves every size. Its noise is N(0, 1) and
+    The first steps compile, with a C++ compiler; one kernel serves every size. Its noise is N(0, 1) and
     a function of (seed, step, weight) as the other's is, but other numbers.
     """
 
@@ -149,7 +149,7 @@ class CompiledStep:
 
     def _split(self, param: Tensor, *others: Tensor | None) -> Halves | None:
         """Halve a parameter and what belongs to it in one common order; None where the kernel is not for it."""
-        if param.numel() < LEAST:
+        if param.numel() < LEAST or param.device.type != "cpu":
             return None
         places = [param.data_ptr(), *(0 if t is None else t.data_ptr() for t in others)]
         known = self._halves.get(param)

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from lightning_entropy.pde import cole_hopf, gibbs, hopf_lax, local_minima, viscous_hj
-from recipes.smoothing import descend, main, numbers, parse, setup, valleys
+from recipes.smoothing.__main__ import main
+from recipes.smoothing.expression import parse
+from recipes.smoothing.talk import descend, numbers, setup, valleys
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_setup_refuses_bad_landscapes():
 
 
 def test_main_draws_the_picture_and_the_film(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("recipes.smoothing.FRAMES", 3)
+    monkeypatch.setattr("recipes.smoothing.__main__.FRAMES", 3)
     picture, film = tmp_path / "own.png", tmp_path / "own.gif"
     main(["--out", str(picture), "--animate", str(film), "--f", "x**2 + sin(6*x)", "--domain", "-2", "2"])
     with Image.open(picture) as image:
