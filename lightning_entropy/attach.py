@@ -32,9 +32,9 @@ def relax(
         replica_mean: mean of a list of tensors over replicas: returns the list, or a callable that waits for it (the
             tensors do not change until it is called). None: one replica.
         seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
-        compile: do an inner step in one compiled pass over memory: large float32 parameters on the CPU, and with plain
-            ``torch.optim.SGD`` its update too. The first steps take some seconds more, and a C++ compiler. Same law
-            of the noise, other numbers.
+        compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU, and with plain
+            ``torch.optim.SGD`` its update too. The first step takes a second or two more, and a C++ compiler (``$CXX``,
+            c++, g++ or clang++), without which it raises ``RuntimeError``. Same law of the noise, other numbers.
 
     Returns:
         The loop.

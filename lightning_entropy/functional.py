@@ -1,5 +1,6 @@
 """The arithmetic of one inner and one outer step, in place on lists of tensors. Nothing here remembers anything."""
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -187,20 +188,16 @@ def _shake_rows_(rows: Sequence[Row], seeds: Sequence[Sequence[int]]) -> None:
         for block, seed in zip([y] if _varies(s) else _blocks(y), param_seeds, strict=False)
     ]
     threads = torch.get_num_threads()
-    total = sum(block.numel() for block, *_ in jobs)
-    if threads == 1 or total < BLOCK or jobs[0][0].device.type != "cpu":
-        _shake_blocks_(jobs)
+    if sum(block.numel() for block, *_ in jobs) < BLOCK or jobs[0][0].device.type != "cpu":
+        threads = 1
+    if threads == 1:
+        _shake_blocks_(deque(jobs))
         return
-    # Shares of equal size, dealt out largest job first: a task for every job would cost more than a small job does.
-    shares: list[list[Job]] = [[] for _ in range(threads)]
-    sizes = [0] * threads
-    for job in sorted(jobs, key=lambda job: -job[0].numel()):
-        least = sizes.index(min(sizes))
-        shares[least].append(job)
-        sizes[least] += job[0].numel()
+    # Largest first, and whoever is free takes the next: shares made beforehand wait for the slowest core.
+    queue = deque(sorted(jobs, key=lambda job: -job[0].numel()))
     with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(_shake_blocks_, share) for share in shares[1:]]
-        _shake_blocks_(shares[0])
+        others = [pool.submit(_shake_blocks_, queue) for _ in range(threads - 1)]
+        _shake_blocks_(queue)
         for other in others:
             other.result()
 
@@ -230,14 +227,16 @@ def flat(t: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _shake_blocks_(jobs: Sequence[Job]) -> None:
-    """Add noise to blocks: on the CPU in slices that stay in the cache and start no threads of torch's own."""
-    if not jobs:
-        return
-    generator = torch.Generator(device=jobs[0][0].device)
+def _shake_blocks_(queue: deque[Job]) -> None:
+    """Add noise to blocks until none is left: on the CPU in slices that stay in the cache and start no torch threads."""
+    generator: torch.Generator | None = None
     buffers: dict[torch.dtype, Tensor] = {}
-    for y, dtype, s, seed in jobs:
-        if generator.device != y.device:
+    while queue:
+        try:
+            y, dtype, s, seed = queue.popleft()
+        except IndexError:  # another thread was faster
+            return
+        if generator is None or generator.device != y.device:
             generator = torch.Generator(device=y.device)
         generator.manual_seed(seed)
         if y.dim() != 1 or y.device.type != "cpu" or y.is_complex():

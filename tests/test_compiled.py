@@ -1,27 +1,49 @@
 """compile=True: the same step in one pass, and the law of its noise."""
 
 import copy
+import ctypes
 import functools
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 import lightning_entropy as le
-from lightning_entropy.compiled import LEAST, hashed_normals, log, octant
+from lightning_entropy import compiled
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None,
-    reason="torch.compile needs a C++ compiler on the CPU",
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compile=True needs a C++ compiler"
 )
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+LARGE = (1 << 17) + 2  # shared by threads, and no whole number of tiles
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call one of the kernel's functions that are there to be tested; the first array says how many numbers."""
+    size = arguments[-1].numel()
+    pointers = [ctypes.c_void_p(a.ctypes.data if isinstance(a, np.ndarray) else a.data_ptr()) for a in arguments]
+    getattr(compiled.kernel(), name)(ctypes.c_int64(size), *pointers)
 
 
 def hashed_normal(n: int, *keys: int) -> torch.Tensor:
-    """The noise of a parameter of n weights: its halves are the two of a pair."""
-    return torch.cat(hashed_normals(n // 2, torch.tensor(keys, dtype=torch.int32)))
+    """The noise of a parameter of n weights."""
+    out = torch.empty(n)
+    call("normals", np.array(keys).astype(np.uint32), out)
+    return out
+
+
+def hashed_pairs(n: int, *keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two numbers of every pair: in each tile of 1,024 the first half and the second."""
+    tiles = hashed_normal(2 * n, *keys).view(-1, 2, 512)
+    return tiles[:, 0].flatten(), tiles[:, 1].flatten()
+
+
+def log(u: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(u)
+    call("logarithms", u, out)
+    return out
 
 
 def test_the_noise_is_normal_and_exact() -> None:
@@ -46,7 +68,8 @@ def test_no_radius_is_the_root_of_a_negative_number() -> None:
 
 def test_the_angle() -> None:
     v = torch.linspace(-1, 1, 9999)
-    cosine, sine = octant(v)
+    cosine, sine = torch.empty_like(v), torch.empty_like(v)
+    call("octants", v, cosine, sine)
     angle = v.double() * torch.pi / 4
     torch.testing.assert_close(cosine.double(), angle.cos(), rtol=2e-7, atol=0)
     torch.testing.assert_close(sine.double(), angle.sin(), rtol=2e-7, atol=0)
@@ -54,7 +77,7 @@ def test_the_angle() -> None:
 
 def test_the_two_of_a_pair_are_independent() -> None:
     """Box and Muller's angle is uniform, whatever the radius: also of the large ones, and with its signs."""
-    a, b = hashed_normals(1_000_000, torch.tensor([5, -6], dtype=torch.int32))
+    a, b = hashed_pairs(512 * 2000, 5, -6)
     for left, right in ((a, b), (a.abs(), b), (a, b.abs()), (a.square(), b.square())):
         assert torch.corrcoef(torch.stack([left, right]).double())[0, 1].abs() < 4e-3
     angle = torch.atan2(b, a).double() / (2 * torch.pi) + 0.5
@@ -78,7 +101,7 @@ def test_the_noise_is_independent_over_weights_and_steps() -> None:
 
 def train(make: Any, relaxation: le.Relaxation, compile: bool, memory_format: Any = None) -> dict[str, Any]:
     torch.manual_seed(0)
-    large, small = torch.randn(64, LEAST // 512, 3, 3), torch.randn(7)
+    large, small = torch.randn(64, 231, 3, 3), torch.randn(7)
     if memory_format is not None:
         large = large.to(memory_format=memory_format)
     params = [torch.nn.Parameter(large), torch.nn.Parameter(small)]
@@ -99,7 +122,7 @@ def train(make: Any, relaxation: le.Relaxation, compile: bool, memory_format: An
     }
 
 
-@needs_compiler
+@pytest.mark.parametrize("average", [0.75, 1.0])
 @pytest.mark.parametrize(
     ("make", "memory_format"),
     [
@@ -109,13 +132,93 @@ def train(make: Any, relaxation: le.Relaxation, compile: bool, memory_format: An
         (functools.partial(torch.optim.AdamW, lr=0.1), None),
     ],
 )
-def test_the_step_is_the_same(make: Any, memory_format: Any) -> None:
-    relaxation = le.entropy_sgd(4, 0.5, 0.0, 0.75)
-    plain, compiled = (train(make, relaxation, compile, memory_format) for compile in (False, True))
-    torch.testing.assert_close(plain, compiled, rtol=1e-5, atol=1e-6)
+def test_the_step_is_the_same(make: Any, memory_format: Any, average: float) -> None:
+    relaxation = le.entropy_sgd(4, 0.5, 0.0, average)
+    ours, theirs = (train(make, relaxation, compile, memory_format) for compile in (False, True))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@needs_compiler
+def small_step(compile: bool, gradients: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+    params = [torch.nn.Parameter(torch.ones_like(g)) for g in gradients]
+    optimizer = torch.optim.SGD(params, momentum=0.9, **options)
+    le.relax(optimizer, le.entropy_sgd(5, 0.5, 0.0, 0.75), compile=compile)
+    for _ in range(3):  # the first is the optimizer's own, as it makes the momentum
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"maximize": True}, {"lr": torch.tensor(0.1)}])
+def test_what_the_kernel_is_not_for_is_left_to_the_others(options: dict[str, Any]) -> None:
+    gradients = [
+        torch.randn(1),
+        torch.randn(3, 5).T.contiguous().T,  # in another order than its parameter, which is made like it
+        torch.randn(1025, dtype=torch.float64),
+        torch.randn(4, 4).to(torch.bfloat16),
+        torch.tensor([torch.inf, -torch.inf, torch.nan, 1e38, 0.0]),
+        torch.empty(0),
+    ]
+    ours, theirs = (small_step(compile, gradients, **{"lr": 0.1} | options) for compile in (False, True))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_a_gradient_in_another_order_is_the_optimizers() -> None:
+    w = torch.nn.Parameter(torch.arange(12.0).view(3, 4))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    le.relax(optimizer, le.hamilton_jacobi(5, 1e-9), compile=True)
+    gradient = torch.arange(12.0).view(3, 4)
+    w.grad = gradient.T.contiguous().T
+    assert w.grad.stride() != w.stride()
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.zeros(3, 4), atol=1e-6, rtol=0)
+
+
+def test_the_noise_does_not_depend_on_the_number_of_threads() -> None:
+    def draw(threads: int) -> torch.Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            w = torch.nn.Parameter(torch.zeros(LARGE))
+            v = torch.nn.Parameter(torch.zeros(5))
+            optimizer = torch.optim.SGD([v, w], lr=1.0)
+            le.relax(optimizer, le.entropy_sgd(5, 0.5, 1.0, 0.75), seed=0, compile=True)
+            v.grad, w.grad = torch.zeros(5), torch.zeros(LARGE)
+            optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        return torch.cat([v.detach(), w.detach()])
+
+    assert torch.equal(draw(1), draw(3))
+
+
+def test_a_backward_pass_through_weights_that_have_changed_is_refused() -> None:
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    le.relax(optimizer, le.hamilton_jacobi(5, 0.5), compile=True)
+    w.grad = torch.ones(3)
+    loss = (w * w).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"), [("no-such-compiler", "got none: no-such-compiler"), ("false", "got from false")]
+)
+def test_without_a_compiler_nothing_moves(monkeypatch: pytest.MonkeyPatch, compiler: str, message: str) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(compiled, "kernel", functools.cache(compiled.kernel.__wrapped__))
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    le.relax(optimizer, le.hamilton_jacobi(5, 0.5), compile=True)
+    w.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=f"compile=True needs a C.. compiler.*, {message}"):
+        optimizer.step()
+    assert w.tolist() == [1, 1, 1]
+    assert w.grad.tolist() == [1, 1, 1]
+
+
 def test_the_noise_has_the_size_of_the_other() -> None:
     make = functools.partial(torch.optim.SGD, lr=0.25, momentum=0.9, nesterov=True)
     quiet = train(make, le.Relaxation(inner_steps=100, gamma=0.5), True)
@@ -128,9 +231,8 @@ def test_the_noise_has_the_size_of_the_other() -> None:
     assert difference == pytest.approx(expected, rel=0.02)
 
 
-@needs_compiler
 def test_an_update_that_raises_leaves_no_old_gradient() -> None:
-    params = [torch.nn.Parameter(torch.randn(LEAST)), torch.nn.Parameter(torch.randn(7))]
+    params = [torch.nn.Parameter(torch.randn(LARGE)), torch.nn.Parameter(torch.randn(7))]
     optimizer = torch.optim.SGD(params, lr=0.1)
     le.relax(optimizer, le.entropy_sgd(4, 0.5, 0.0, 0.75), compile=True)
     for p in params:
@@ -145,11 +247,10 @@ def test_an_update_that_raises_leaves_no_old_gradient() -> None:
     assert params[0].grad is not None and params[0].grad[0] == 2
 
 
-@needs_compiler
 @pytest.mark.parametrize("make", [functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.optim.AdamW])
 def test_a_resumed_loop_draws_what_was_left(make: Any) -> None:
     def start() -> tuple[torch.nn.Parameter, torch.optim.Optimizer, le.InnerOuter]:
-        w = torch.nn.Parameter(torch.zeros(LEAST + 2))
+        w = torch.nn.Parameter(torch.zeros(LARGE))
         optimizer = make([w])
         return w, optimizer, le.relax(optimizer, le.entropy_sgd(5, 0.5, 1e-2, 0.75), seed=0, compile=True)
 
@@ -170,9 +271,8 @@ def test_a_resumed_loop_draws_what_was_left(make: Any) -> None:
     assert w.std() > 1e-5
 
 
-@needs_compiler
 def test_heat_perturbs_by_the_kernels_noise() -> None:
-    w = torch.nn.Parameter(torch.ones(LEAST))
+    w = torch.nn.Parameter(torch.ones(LARGE))
     optimizer = torch.optim.SGD([w], lr=1.0)
     loop = le.relax(optimizer, le.heat(2, 16.0), seed=0, compile=True)
     loop.begin()
@@ -182,5 +282,5 @@ def test_heat_perturbs_by_the_kernels_noise() -> None:
         w.grad = torch.full_like(w, gradient)
         optimizer.step()
     assert all(stats.kstest(n.numpy(), "norm").pvalue > 1e-3 for n in draws)
-    assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 5 / LEAST**0.5
+    assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 5 / LARGE**0.5
     assert (loop.anchor[0] == -1).all()  # one step along the mean gradient 2

@@ -43,22 +43,26 @@ class Judge:
 
     def point(self, module: L.LightningModule) -> dict[str, float]:
         """Measure the error on the held-out images, in per cent."""
-        return self._error("val", module, self.val)
+        return self._errors(module, {"val": self.val})
 
     def final(self, module: L.LightningModule) -> dict[str, float]:
         """Measure errors on held-out, test and training images, and the rise of the training loss under noise."""
-        result = self.point(module) | self._error("test", module, self.data.test_indices)
-        result |= self._error("train", module, self.train)
+        result = self._errors(module, {"val": self.val, "test": self.data.test_indices, "train": self.train})
         with self._precision(), reestimated(module, self._batches(self.refresh)):
             result["loss_rise"] = loss_rise(module, self._batches(self.train[:1000]))
         return result
 
-    def _error(self, name: str, module: L.LightningModule, indices: Tensor) -> dict[str, float]:
+    def _errors(self, module: L.LightningModule, images: dict[str, Tensor]) -> dict[str, float]:
+        """Measure with the statistics that training left and, as that is a second pass, with others made once."""
         with self._precision():
-            running, _ = error_and_loss(module, self._batches(indices))
+            result = {f"{name}_error_running": self._error(module, at)[0] for name, at in images.items()}
             with reestimated(module, self._batches(self.refresh)):
-                error, loss = error_and_loss(module, self._batches(indices))
-        return {f"{name}_error_running": running, f"{name}_error": error, f"{name}_loss": loss}
+                for name, at in images.items():
+                    result[f"{name}_error"], result[f"{name}_loss"] = self._error(module, at)
+        return result
+
+    def _error(self, module: L.LightningModule, indices: Tensor) -> tuple[float, float]:
+        return error_and_loss(module, self._batches(indices))
 
     def _batches(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         plan = EvaluationPlan(indices, batch_size=self.data.eval_batch_size, crop=self.data.crop)

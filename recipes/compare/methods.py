@@ -82,6 +82,13 @@ class Method:
         """How many copies of the net are trained."""
         return self.options.get("replicas", 3) if self.name in REPLICATED else 1
 
+    @property
+    def relaxation(self) -> le.Relaxation | None:
+        """The loop that it runs, with the library's defaults; None where it runs none."""
+        parts = self.parts(lr=1.0, steps=1)
+        owners = [*parts.callbacks, parts.strategy and parts.strategy()]
+        return next((owner.relaxation for owner in owners if hasattr(owner, "relaxation")), None)
+
     def parts(self, lr: float, steps: int) -> Parts:
         """Make the method's parts for a run of ``steps`` steps at learning rate ``lr``."""
         known = {"lr": lr, "steps": steps}

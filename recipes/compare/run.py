@@ -81,8 +81,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A file name; another one for every other run."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        """A file name; another one for every other run, also where a default of the library has become another."""
+        text = json.dumps(asdict(self), sort_keys=True) + repr(Method.parse(self.method).relaxation)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", self.method)
         return f"{label}-{self.budget}-lr{self.lr:g}-seed{self.seed}-{digest}"

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_entropy as le
 from recipes.compare import run as run_module
 from recipes.compare import study as study_module
 from recipes.compare.__main__ import _parse
 from recipes.compare.__main__ import main as compare
 from recipes.compare.budget import Budget
 from recipes.compare.measure import error_and_loss, loss_rise, reestimated
-from recipes.compare.methods import METHODS, Method
+from recipes.compare.methods import METHODS, Method, Parts
 from recipes.compare.run import Run, Task, execute
 from recipes.compare.study import Study
 from recipes.data.cache import write
@@ -91,6 +92,13 @@ def test_options_reach_the_method():
     assert (callback.relaxation.inner_steps, callback.relaxation.gamma) == (7, 0.5)
     strategy = Method.parse("elastic_entropy:replicas=2,inner_steps=9").parts(0.1, 100).strategy()
     assert strategy.relaxation.inner_steps == 9
+
+
+def test_a_run_has_another_name_when_a_default_has_changed(monkeypatch):
+    names = {Run(TASK, method, 0.1, 0).name for method in ("lookahead", "elastic_sgd", "sgd")}
+    changed = Parts([le.InnerOuterCallback(le.lookahead(7))])
+    monkeypatch.setitem(METHODS, "lookahead", lambda **options: changed)
+    assert len({Run(TASK, method, 0.1, 0).name for method in ("lookahead", "elastic_sgd", "sgd")} - names) == 1
 
 
 # The measurements
