@@ -33,8 +33,8 @@ def relax(
             tensors do not change until it is called). None: one replica.
         seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
         compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU, and with plain
-            ``torch.optim.SGD`` its update too. The first step takes a second or two more, and a C++ compiler (``$CXX``,
-            c++, g++ or clang++), without which it raises ``RuntimeError``. Same law of the noise, other numbers.
+            ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes a second or two and
+            a C++ compiler: ``$CXX``, or c++, g++ or clang++. Same law of the noise, other numbers.
 
     Returns:
         The loop.
@@ -42,6 +42,7 @@ def relax(
     Raises:
         TypeError: an argument of another type.
         ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
+        RuntimeError: ``compile`` without a C++ compiler that works.
 
     Example:
         >>> import torch
@@ -72,6 +73,7 @@ def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> I
     Raises:
         TypeError: an argument of another type.
         ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
+        RuntimeError: ``compile`` without a C++ compiler that works.
     """
     _check(optimizer, relaxation)
     if not relaxation.perturb:

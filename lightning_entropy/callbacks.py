@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import initial_seed
 
 from lightning_entropy import presets
-from lightning_entropy.loops import Loops, claim, release
+from lightning_entropy.loops import Loops, claim, log_outer_step, release
 from lightning_entropy.outer import Outer, OuterFactory
 from lightning_entropy.presets import ENTROPY_SCOPING
 from lightning_entropy.relaxation import Gamma, Number, Relaxation, check_integer
@@ -111,13 +111,7 @@ class InnerOuterCallback(Callback):
             return
         if self._outer_steps == [loop.outer_step for loop in self._loops.loops]:
             return
-        metrics = self._loops.metrics()
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if trainer.num_training_batches != float("inf"):
-            metrics["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
-        values = {key: float(value) for key, value in metrics.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=epoch_loop._batches_that_stepped)
+        log_outer_step(trainer, self._loops.metrics())
         self._logged_at = trainer.global_step
 
     def _show(self) -> None:

@@ -33,21 +33,31 @@ from lightning_entropy.slots import Slot
 # inner_step.cpp's Parameter: the addresses of y, x, z, momentum and gradient, 0 where there is none; the size; lr,
 # weight decay, momentum, Nesterov's or not, pull, noise; two keys.
 _PARAMETER = struct.Struct("@5Qq6f2I")
+_SOURCE = Path(__file__).with_name("inner_step.cpp")
+_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC"]
 
 _FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+_TYPES = (Tensor, torch.nn.Parameter)  # a subclass may keep its numbers elsewhere
+_NO_UPDATE = (0.0, 0.0, 0.0, 0.0)
 _LIMIT = 1 << 32  # weights: the kernel counts them in 32 bits
 
 
 class CompiledStep:
     """Do with float32 parameters on the CPU what :func:`functional.inner_move_` does, and leave it the others.
 
-    The first step builds the kernel: a second or two, with a C++ compiler. Its noise is N(0, 1) and a function of
-    (seed, step, weight) as the other's is, but other numbers.
+    Its noise is N(0, 1) and a function of (seed, step, weight) as the other's is, but other numbers.
+
+    Args:
+        params: that may come. If any is on the CPU, the kernel is built now: a second or two, with a C++ compiler.
+
+    Raises:
+        RuntimeError: the kernel cannot be built.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, params: Iterable[Tensor]) -> None:
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        self._alike: dict[Tensor, tuple[list[int], bool]] = {}
+        if any(p.is_cpu for p in params):
+            kernel()
 
     def move_(
         self,
@@ -61,17 +71,16 @@ class CompiledStep:
         seeds: Sequence[Sequence[int]] | None,
     ) -> None:
         """Pull, shake and average, in place; arguments as :func:`functional.inner_move_`."""
-        rows: list[tuple[Any, ...]] = []
-        done, rest = [], []
+        rows = _Rows()
+        rest = []
         for i, (y, x) in enumerate(zip(params, anchors, strict=True)):
             z, k, s = None if averages is None else averages[i], stiffness[i], noise[i]
-            if isinstance(k, Tensor) or isinstance(s, Tensor) or not self._takes(y, x, z):
+            taken = False
+            if not isinstance(k, Tensor) and not isinstance(s, Tensor):
+                taken = rows.take((y, x, z, None, None), *_NO_UPDATE, k / (1 + k), *_noise(s, seeds, i))
+            if not taken:
                 rest.append(i)
-                continue
-            addresses = (y.data_ptr(), x.data_ptr(), 0 if z is None else z.data_ptr(), 0, 0)
-            rows.append((*addresses, y.numel(), 0.0, 0.0, 0.0, 0.0, k / (1 + k), *_noise(s, seeds, i)))
-            done.append(y)
-        _run(rows, done, average)
+        rows.run(average)
         F.inner_move_(
             [params[i] for i in rest],
             [anchors[i] for i in rest],
@@ -95,7 +104,8 @@ class CompiledStep:
     ) -> None:
         """Take the whole inner step where the optimizer is plain SGD; until :meth:`release` it has no gradient there.
 
-        The first step of a parameter, which makes its momentum, is the optimizer's own.
+        The first step of a parameter, which makes its momentum, is the optimizer's own; so are all where other step
+        hooks are to see the gradient.
 
         Args:
             optimizer: the user's.
@@ -108,22 +118,21 @@ class CompiledStep:
         """
         if type(optimizer) is not SGD or getattr(optimizer, "grad_scale", None) is not None:
             return
-        rows: list[tuple[Any, ...]] = []
+        if len(optimizer._optimizer_step_pre_hooks) > 1 or len(optimizer._optimizer_step_post_hooks) > 1:
+            return
+        rows = _Rows()
         options = {p: _sgd_options(group) for group in optimizer.param_groups for p in group["params"]}
         for i, slot in enumerate(slots):
             p, k, s, numbers = slot.param, stiffness[i], noise[i], options[slot.param]
-            if numbers is None or isinstance(k, Tensor) or isinstance(s, Tensor):
+            if p.grad is None or numbers is None or isinstance(k, Tensor) or isinstance(s, Tensor):
                 continue
-            x, z, g = slot.anchor, None if averages is None else averages[i], p.grad
             m = optimizer.state.get(p, {}).get("momentum_buffer") if numbers[2] else None
             if numbers[2] and m is None:
                 continue
-            if g is None or g.dtype != p.dtype or not _same_order(p, g) or not self._takes(p, x, z, m):
-                continue
-            addresses = (p.data_ptr(), x.data_ptr(), *(0 if t is None else t.data_ptr() for t in (z, m)), g.data_ptr())
-            rows.append((*addresses, p.numel(), *numbers, k / (1 + k), *_noise(s, seeds, i)))
-            self._withheld.append((p, g))
-        _run(rows, [p for p, _ in self._withheld], average)
+            tensors = (p, slot.anchor, None if averages is None else averages[i], m, p.grad)
+            if rows.take(tensors, *numbers, k / (1 + k), *_noise(s, seeds, i)):
+                self._withheld.append((p, p.grad))
+        rows.run(average)
         for p, _ in self._withheld:
             p.grad = None
 
@@ -144,23 +153,60 @@ class CompiledStep:
         self._withheld = []
         return taken
 
-    def _takes(self, param: Tensor, *others: Tensor | None) -> bool:
-        """Tell whether the kernel is for a parameter: what belongs to it is float32 and in its order in memory."""
-        places = [param.data_ptr(), *(0 if t is None else t.data_ptr() for t in others)]
-        known = self._alike.get(param)
-        if known is None or known[0] != places:
-            right = param.device.type == "cpu" and param.dtype == torch.float32 and param.numel() < _LIMIT
-            alike = right and all(t is None or (t.dtype == param.dtype and _same_order(param, t)) for t in others)
-            known = self._alike[param] = (places, alike)
-        return known[1]
+
+class _Rows:
+    """What one call of the kernel is told of each parameter."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, bytes] = {}  # by the parameter's address: two at the same one cannot go side by side
+        self._params: list[Tensor] = []
+
+    def take(self, tensors: Sequence[Tensor | None], *numbers: float) -> bool:
+        """Add a parameter, if the kernel is for it: what belongs to it is float32 and in its order in memory.
+
+        Args:
+            tensors: y, x, z, momentum and gradient; None where there is none.
+            numbers: the others of ``_PARAMETER``.
+
+        Returns:
+            Whether it was added.
+        """
+        y = tensors[0]
+        assert y is not None
+        if not _plain(y) or y.numel() >= _LIMIT or not _same_order(y, y):
+            return False
+        size, stride = y.numel(), y.stride()
+        for t in tensors[1:]:
+            if t is None:
+                continue
+            if not _plain(t) or t.numel() != size or (t.stride() != stride and not _same_order(y, t)):
+                return False
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        if addresses[0] in self._rows:
+            return False
+        self._rows[addresses[0]] = _PARAMETER.pack(*addresses, size, *numbers)
+        self._params.append(y)
+        return True
+
+    def run(self, average: float) -> None:
+        """Call the kernel."""
+        if self._params:
+            kernel().inner_step(b"".join(self._rows.values()), len(self._rows), average, torch.get_num_threads())
+            torch.autograd.graph.increment_version(self._params)
+
+
+def _plain(t: Tensor) -> bool:
+    """Tell whether a tensor's numbers are float32 and lie in this process's memory as they are."""
+    if type(t) not in _TYPES or t.layout is not torch.strided or not t.is_cpu or t.dtype is not torch.float32:
+        return False
+    return not t.is_neg() and (t.data_ptr() != 0 or t.numel() == 0)
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors of one shape are dense and lie in memory in the same order."""
-    if a.layout != torch.strided or b.layout != torch.strided:
-        return False
+    """Tell whether two tensors have one shape, are dense and lie in memory in the same order."""
     formats = _FORMATS if a.dim() in (4, 5) else _FORMATS[:1]
-    return any(a.is_contiguous(memory_format=f) and b.is_contiguous(memory_format=f) for f in formats)
+    alike = (a.is_contiguous(memory_format=f) and b.is_contiguous(memory_format=f) for f in formats)
+    return a.shape == b.shape and any(alike)
 
 
 def _sgd_options(group: dict[str, Any]) -> tuple[float, float, float, float] | None:
@@ -178,13 +224,6 @@ def _noise(scale: float, seeds: Sequence[Sequence[int]] | None, i: int) -> tuple
     return scale, first, F.seed_of(first, 1)
 
 
-def _run(rows: Sequence[tuple[Any, ...]], changed: Iterable[Tensor], average: float) -> None:
-    if rows:
-        table = b"".join(_PARAMETER.pack(*row) for row in rows)
-        kernel().inner_step(table, len(rows), average, torch.get_num_threads())
-        torch.autograd.graph.increment_version(changed)
-
-
 @functools.cache
 def kernel() -> ctypes.CDLL:
     """Build ``inner_step.cpp`` for this processor and load it, once a process.
@@ -192,22 +231,33 @@ def kernel() -> ctypes.CDLL:
     The compiler is ``$CXX``, or else c++, g++ or clang++. Nothing is kept on disk.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails.
+        RuntimeError: there is no compiler, or it fails, or what it made cannot be loaded.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next((shlex.split(name) for name in names if shutil.which(shlex.split(name)[0])), None)
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    compiler = next((command for command in candidates if shutil.which(command[0])), None)
     if compiler is None:
-        raise RuntimeError(f"compile=True needs a C++ compiler, got none: {' or '.join(names)} is not to be found")
-    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC"]
-    if sys.platform == "linux":
-        flags.append("-fopenmp")  # whose threads are torch's own
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "inner_step.so"
-        command = [*compiler, *flags, "-o", str(built), str(Path(__file__).with_name("inner_step.cpp"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"compile=True needs a C++ compiler that works, got from {compiler[0]}: {done.stderr}")
-        library = ctypes.CDLL(str(built))
+        names = " or ".join(command[0] for command in candidates)
+        raise RuntimeError(f"compile=True needs a C++ compiler, got none: {names} is not to be found")
+    # Some compilers know no native processor, or come without OpenMP; its threads are torch's own.
+    extras = [["-march=native", "-fopenmp"]] if sys.platform == "linux" else []
+    failures = []
+    try:
+        for extra in (*extras, ["-march=native"], []):
+            with tempfile.TemporaryDirectory() as folder:
+                built = Path(folder) / "inner_step.so"
+                command = [*compiler, *_FLAGS, *extra, "-o", str(built), str(_SOURCE)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if not done.returncode:
+                    return _load(built)
+                failures.append(done.stderr.strip())
+    except OSError as error:
+        failures = [str(error)]  # no folder for temporary files ($TMPDIR), say, or one without programs
+    raise RuntimeError(f"compile=True needs a C++ compiler that works, got from {compiler[0]}: {failures[0]}")
+
+
+def _load(built: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(built))
     library.inner_step.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
     library.inner_step.restype = None
     return library

@@ -68,6 +68,7 @@ class InnerOuter:
         Raises:
             TypeError: a seed that is no int, an outer optimizer that is none, or an optimizer without step hooks.
             ValueError: the optimizer has a loop already, or a negative seed.
+            RuntimeError: no C++ compiler for ``compile``.
         """
         self.optimizer = optimizer
         self.relaxation = relaxation
@@ -80,9 +81,9 @@ class InnerOuter:
         self._noise = NoiseStreams(torch.initial_seed() if seed is None else check_integer("seed", seed, 0))
         self._outer = Outer(outer, relaxation.outer_momentum)
         self._replicas = Replicas(replica_mean, relaxation.elastic_target)
-        self._compiled = CompiledStep() if compile else None
         self._count_attempts = count_attempts
         self._slots = Slots(optimizer, names)
+        self._compiled = CompiledStep(self._slots.params) if compile else None
         self._stepping: tuple[list[Slot], list[Any]] = [], []  # in this step, and their learning rates
         self._measurement = GammaMeasurement()
         self._show_depth = 0

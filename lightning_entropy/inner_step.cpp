@@ -22,6 +22,7 @@ struct Parameter {
     float lr, weight_decay, momentum, nesterov, pull, noise;
     uint32_t key[2];
 };
+static_assert(sizeof(Parameter) == 80, "as compiled.py packs it");
 
 // A hash of 32 bits with a key in each of its first two rounds (Wellons, hash prospector, "lowbias32").
 inline uint32_t hash(uint32_t h, const uint32_t *key) {

@@ -161,6 +161,16 @@ class Loops:
         return values
 
 
+def log_outer_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
+    """Give the loggers what is measured at an outer step, and the passes over the data; devices are waited for."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    values = {key: float(value) for key, value in metrics.items()}
+    if trainer.num_training_batches != float("inf"):
+        values["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=epoch_loop._batches_that_stepped)
+
+
 class ShowAnchor:
     """Put x in the place of y in a module's state dict. A copy of it (of a copied or pickled module) does nothing."""
 

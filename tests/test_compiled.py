@@ -204,19 +204,107 @@ def test_a_backward_pass_through_weights_that_have_changed_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "message"), [("no-such-compiler", "got none: no-such-compiler"), ("false", "got from false")]
+    ("variable", "value", "message"),
+    [
+        ("CXX", "no-such-compiler", "got none: no-such-compiler"),
+        ("CXX", "false --flag", "got from false"),
+        ("PATH", "", r"got none: c\+\+ or g\+\+"),
+        ("TMPDIR", "/dev/null/nowhere", "got from .*"),
+    ],
 )
-def test_without_a_compiler_nothing_moves(monkeypatch: pytest.MonkeyPatch, compiler: str, message: str) -> None:
-    monkeypatch.setenv("CXX", compiler)
+def test_without_a_compiler_nothing_begins(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("tempfile.tempdir", value if variable == "TMPDIR" else None)
     monkeypatch.setattr(compiled, "kernel", functools.cache(compiled.kernel.__wrapped__))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=1.0)
+    with pytest.raises(RuntimeError, match=f"compile=True needs a C.. compiler.*, {message}"):
+        le.relax(optimizer, le.hamilton_jacobi(5, 0.5), compile=True)
+
+
+def test_a_blank_compiler_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", " ")
+    assert compiled.kernel.__wrapped__().inner_step
+
+
+def wrong_momentum(w: torch.nn.Parameter, optimizer: torch.optim.Optimizer, loop: le.InnerOuter) -> None:
+    optimizer.state[w]["momentum_buffer"] = torch.zeros(40)[:3]
+
+
+def wrong_anchor(w: torch.nn.Parameter, optimizer: torch.optim.Optimizer, loop: le.InnerOuter) -> None:
+    w.data = torch.ones(4000)
+
+
+def wrong_gradient(w: torch.nn.Parameter, optimizer: torch.optim.Optimizer, loop: le.InnerOuter) -> None:
+    w.grad = None
+    w.data = torch.ones(4000)
+    w.grad = torch.ones(4000)
+    w.data = torch.ones(40)
+
+
+@pytest.mark.parametrize("spoil", [wrong_momentum, wrong_anchor, wrong_gradient])
+def test_another_shape_is_torchs_error_and_no_write_beyond_the_end(spoil: Any) -> None:
+    w = torch.nn.Parameter(torch.ones(40))
+    optimizer = torch.optim.SGD([w], lr=1.0, momentum=0.9)
+    loop = le.relax(optimizer, le.entropy_sgd(9, 0.5, 0.0, 0.75), compile=True)
+    w.grad = torch.ones(40)
+    optimizer.step()
+    spoil(w, optimizer, loop)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+
+
+class Wrapped(torch.Tensor):
+    """A parameter of a class of its own, which may keep its numbers elsewhere."""
+
+
+def odd_gradients(w: torch.Tensor) -> list[torch.Tensor]:
+    return [torch._efficientzerotensor(w.shape), torch._neg_view(torch.ones_like(w)), torch.ones(1).expand(w.shape)]
+
+
+def test_tensors_without_plain_numbers_are_left_to_torch() -> None:
+    def run(compile: bool) -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(torch.ones(5)) for _ in range(3)]
+        params.append(torch.nn.Parameter(torch.ones(5).as_subclass(Wrapped)))
+        optimizer = torch.optim.SGD(params, lr=0.5, weight_decay=0.1)
+        le.relax(optimizer, le.hamilton_jacobi(9, 0.5), compile=compile)
+        for p, g in zip(params, [*odd_gradients(params[0]), torch.ones(5)], strict=True):
+            p.grad = g
+        optimizer.step()
+        return [p.detach().as_subclass(torch.Tensor) for p in params]
+
+    torch.testing.assert_close(run(True), run(False))
+
+
+def test_a_momentum_in_another_order_at_the_same_place_is_seen() -> None:
+    w = torch.nn.Parameter(torch.randn(8, 6, 3, 3))
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    le.relax(optimizer, le.entropy_sgd(99, 1e-9, 0.0, 0.75), compile=True)
+    for _ in range(2):
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+    momentum = optimizer.state[w]["momentum_buffer"]
+    momentum.as_strided_(w.shape, torch.empty_like(w, memory_format=torch.channels_last).stride())
+    w.grad = torch.randn_like(w)
+    expected = w.detach() - 0.1 * (0.9 * momentum + w.grad)
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def halve(w: torch.nn.Parameter) -> None:
+    assert w.grad is not None
+    w.grad.mul_(0.5)
+
+
+def test_other_step_hooks_see_and_change_the_gradient() -> None:
     w = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([w], lr=1.0)
-    le.relax(optimizer, le.hamilton_jacobi(5, 0.5), compile=True)
+    le.relax(optimizer, le.hamilton_jacobi(9, 1e-9), compile=True)
+    optimizer.register_step_pre_hook(lambda *_: halve(w))
     w.grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match=f"compile=True needs a C.. compiler.*, {message}"):
-        optimizer.step()
-    assert w.tolist() == [1, 1, 1]
-    assert w.grad.tolist() == [1, 1, 1]
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.5))
 
 
 def test_the_noise_has_the_size_of_the_other() -> None:

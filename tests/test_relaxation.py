@@ -32,7 +32,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "local_sgd": {"inner_steps": 10, "elastic_target": "pseudo_gradient"},
     "diloco": {"inner_steps": 500, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.9},
     "parle": {
-        "inner_steps": 25, "gamma": le.Scoping(0.01, 1e-3, limit=1.0), "rho": le.Scoping(0.1, 1e-3, limit=1.0),
+        "inner_steps": 25, "gamma": le.Scoping(0.01, 1e-3, limit=1.0), "rho": 1.0,
         "average": 0.25,
     },
 }  # fmt: skip

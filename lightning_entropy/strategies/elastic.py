@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_entropy import presets
-from lightning_entropy.loops import claim, release
+from lightning_entropy.loops import claim, log_outer_step, release
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.relaxation import Relaxation
 from lightning_entropy.strategies import files as replica_files
@@ -322,12 +322,7 @@ class ElasticEntropyStrategy(DDPStrategy):
         steps, sent, waited = (new - old for new, old in zip(now, self._logged, strict=True))
         metrics["entropy/bytes_per_step"] = sent / max(steps, 1)
         metrics["entropy/seconds_waited"] = waited / max(steps, 1)
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if trainer.num_training_batches != float("inf"):
-            metrics["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
-        values = {key: float(value) for key, value in metrics.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=epoch_loop._batches_that_stepped)
+        log_outer_step(trainer, metrics)
         self._logged = now
 
     # Who sees the consensus

@@ -47,18 +47,18 @@ class Judge:
 
     def final(self, module: L.LightningModule) -> dict[str, float]:
         """Measure errors on held-out, test and training images, and the rise of the training loss under noise."""
-        result = self._errors(module, {"val": self.val, "test": self.data.test_indices, "train": self.train})
-        with self._precision(), reestimated(module, self._batches(self.refresh)):
-            result["loss_rise"] = loss_rise(module, self._batches(self.train[:1000]))
-        return result
+        images = {"val": self.val, "test": self.data.test_indices, "train": self.train}
+        return self._errors(module, images, rise=True)
 
-    def _errors(self, module: L.LightningModule, images: dict[str, Tensor]) -> dict[str, float]:
+    def _errors(self, module: L.LightningModule, images: dict[str, Tensor], rise: bool = False) -> dict[str, float]:
         """Measure with the statistics that training left and, as that is a second pass, with others made once."""
         with self._precision():
             result = {f"{name}_error_running": self._error(module, at)[0] for name, at in images.items()}
             with reestimated(module, self._batches(self.refresh)):
                 for name, at in images.items():
                     result[f"{name}_error"], result[f"{name}_loss"] = self._error(module, at)
+                if rise:
+                    result["loss_rise"] = loss_rise(module, self._batches(self.train[:1000]))
         return result
 
     def _error(self, module: L.LightningModule, indices: Tensor) -> tuple[float, float]:
@@ -70,7 +70,9 @@ class Judge:
             yield self.data.materialise(plan[batch].to(self.device))
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        # Its cache would keep rounded weights through the noise on them.
+        half = self.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
 class Recorder(Callback):

@@ -81,7 +81,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A file name; another one for every other run, also where a default of the library has become another."""
+        """A file name; another one for every other run, also where a default of the method's loop has changed."""
         text = json.dumps(asdict(self), sort_keys=True) + repr(Method.parse(self.method).relaxation)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", self.method)
@@ -93,13 +93,18 @@ class Run:
         return cls(**values | {"task": Task(**values["task"])})
 
 
-def execute(run: Run, folder: Path) -> Path:
-    """Train ``run``, judge it, and write ``folder/<run.name>.json``, which appears whole or not at all.
+def execute(run: Run, folder: Path, name: str | None = None) -> Path:
+    """Train ``run``, judge it, and write ``folder/<name>.json``, which appears whole or not at all.
+
+    Args:
+        run: what to train.
+        folder: where.
+        name: None is the run's.
 
     Returns:
         The file.
     """
-    task, method = run.task, Method.parse(run.method)
+    task, method, name = run.task, Method.parse(run.method), name or run.name
     L.seed_everything(run.seed, verbose=False)
     data = ImageData(**task.data, seed=run.seed)
     data.prepare_data()
@@ -122,7 +127,7 @@ def execute(run: Run, folder: Path) -> Path:
         channels_last=True,
         compile=task.compile,
     )
-    curve = folder / f"{run.name}.curve"
+    curve = folder / f"{name}.curve"
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(task, method, parts, steps, Recorder(judge, curve, data.batch_size))
@@ -150,7 +155,7 @@ def execute(run: Run, folder: Path) -> Path:
         "peak_memory_mib": _peak_memory(),
         "versions": _versions(),
     }
-    path = folder / f"{run.name}.json"
+    path = folder / f"{name}.json"
     write(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
     curve.unlink()
     return path
@@ -202,4 +207,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    execute(Run.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]))
+    execute(Run.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3])

@@ -145,7 +145,7 @@ def _start(run: Run, folder: Path, log: Path, workers: int) -> subprocess.Popen:
     threads = max(1, (os.cpu_count() or 1) // (workers * Method.parse(run.method).replicas))
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "recipes.compare.run", json.dumps(asdict(run)), str(folder)],
+            [sys.executable, "-m", "recipes.compare.run", json.dumps(asdict(run)), str(folder), log.stem],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)},
