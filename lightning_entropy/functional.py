@@ -7,11 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from lightning_entropy.normals import Normals
-
 BLOCK = 1 << 20  # weights drawn from one stream of random numbers
 _SLICE = (1 << 15) - 16  # weights updated at once while they are in the cache; torch starts no threads for so few
-_FEW = 1 << 13  # weights below which torch's own generator is the cheaper one
 
 
 def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], stiffness: Sequence[float | Tensor]) -> None:
@@ -233,25 +230,23 @@ def flat(t: Tensor) -> Tensor | None:
 def _shake_blocks_(queue: deque[Job]) -> None:
     """Add noise to blocks until none is left: on the CPU in slices that stay in the cache and start no more threads."""
     generator: torch.Generator | None = None
-    normals: Normals | None = None
+    buffers: dict[torch.dtype, Tensor] = {}
     while queue:
         try:
             y, dtype, s, seed = queue.popleft()
         except IndexError:  # another thread was faster
             return
-        sliced = y.dim() == 1 and y.device.type == "cpu" and not y.is_complex()
-        parts = y.split(_SLICE) if sliced and y.numel() > _SLICE else [y]
-        if sliced and dtype == torch.float32 and y.numel() >= _FEW:
-            normals = normals or Normals(_SLICE)
-            normals.seed(seed)
-            for part in parts:
-                shake_(part, normals.draw(part.numel()), s)
-            continue
         if generator is None or generator.device != y.device:
             generator = torch.Generator(device=y.device)
         generator.manual_seed(seed)
-        for part in parts:
-            shake_(part, _normal(part, dtype, generator), s)
+        if y.dim() != 1 or y.device.type != "cpu" or y.is_complex():
+            shake_(y, _normal(y, dtype, generator), s)
+            continue
+        buffer = buffers.get(dtype)
+        if buffer is None:
+            buffer = buffers[dtype] = torch.empty(_SLICE, dtype=dtype)
+        for part in y.split(_SLICE) if y.numel() > _SLICE else (y,):
+            shake_(part, buffer[: part.numel()].normal_(generator=generator), s)
 
 
 def _normal(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -231,9 +231,10 @@ def parle(
     Args:
         inner_steps: L, int >= 1.
         gamma: stiffness of the spring, >= 0 or ``"auto"``.
-        rho: elasticity, >= 0.
+        rho: elasticity, >= 0; stable below 2.
         average: weight of the newest y, in (0, 1].
-        elastic_target: ``"anchor"`` (the paper) or ``"average"`` (the research code).
+        elastic_target: ``"anchor"`` (the paper) or ``"average"`` (the research code), with which the mean of the
+            replicas itself takes 1 + rho times the step.
         coupled: the spring inside the inner optimizer, as in the research code.
         outer_lr: eta, > 0.
         outer_momentum: Nesterov momentum of the outer step, in [0, 1).

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_entropy"
 
-VALUES = {"relaxation", "schedules", "presets", "functional", "normals", "checks", "pde"}
+VALUES = {"relaxation", "schedules", "presets", "functional", "checks", "pde"}
 ENGINE = {
     "slots", "outer", "step_hooks", "noise", "auto_gamma", "replicas", "compiled", "inner_outer", "perturbed", "attach",
 }  # fmt: skip
