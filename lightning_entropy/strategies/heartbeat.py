@@ -124,10 +124,21 @@ class Heartbeat:
                 silent = {rank for rank in silent if now[rank] == first[rank] != DONE.encode()}
             if silent:
                 self._store.set("lost", ",".join(map(str, sorted(silent))))
-                time.sleep(3 * PERIOD if self._rank == 0 else 0)  # until all have read it: the store ends with rank 0
+                if self._rank == 0:  # and the store ends with it
+                    self._wait_until_heard(silent)
         except RuntimeError:
             return self._lost or [0]
         return sorted(silent)
+
+    def _wait_until_heard(self, silent: set[int]) -> None:
+        """Wait until the threads of the others have read who is lost, for a while: two beats on, they have."""
+        others = set(range(len(self._keys))) - {self._rank} - silent
+        first = self._store.multi_get(self._keys)
+        end = time.monotonic() + PATIENCE
+        while others and time.monotonic() < end:
+            time.sleep(PERIOD / 5)
+            now = self._store.multi_get(self._keys)
+            others = {r for r in others if now[r] != DONE.encode() and int(now[r]) < int(first[r]) + 2}
 
     def named(self, error: RuntimeError) -> RuntimeError:
         """Give, for the error of a collective, one that names the ranks that are gone; the same error where none is."""
