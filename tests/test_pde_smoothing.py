@@ -221,11 +221,12 @@ def test_hopf_lax_is_the_minimum_over_all_pairs(f, t, dx):
 
 @few
 @given(lines, times, spacings)
+@example(np.array([0.5, 0.5, 0.0]), 0.01, 0.1)  # two parabolas touch, and one of them is rounded up
 def test_hopf_lax_is_semiconcave_and_its_prox_increases(f, t, dx):
     u, (prox,) = hopf_lax(f, t, dx)
     assert (np.diff(u, 2) / dx**2 <= 1 / t + 1e-9 * (1 + np.abs(f).max()) / dx**2).all()
     assert (np.diff(prox) >= 0).all()
-    assert (u <= f + 1e-12 * (1 + np.abs(f))).all()  # equal to the last bit where two parabolas touch
+    assert (u <= f).all()
     assert u.min() == f.min()
     assert u.argmin() == f.argmin()
 

@@ -58,7 +58,8 @@ def hopf_lax(f: ArrayLike, t: float, dx: float) -> tuple[Array, tuple[NDArray[np
             best[line] = _lowest_parabola(lines[line], cells)
         best = np.moveaxis(best, -1, axis)
         here = np.arange(u.shape[axis]).reshape([-1 if a == axis else 1 for a in range(u.ndim)])
-        u = np.take_along_axis(u, best, axis) + (here - best) ** 2 / (2 * cells)
+        # At most what is there already, also in the last bit, which rounding may add where the two are equal.
+        u = np.minimum(u, np.take_along_axis(u, best, axis) + (here - best) ** 2 / (2 * cells))
         # The later axis was minimised for every value of this one: read its answer at the point now chosen.
         chosen = [best] + [np.take_along_axis(later, best, axis) for later in chosen]
     return u, tuple(chosen)
