@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -105,6 +106,8 @@ class Heartbeat:
             silent = self._lost or [rank for rank, at in enumerate(changed) if now - at > LIMIT]
             if silent and now - moved > LIMIT:
                 print(f"{self._message(silent)}, stuck for {now - moved:.0f} s", file=sys.stderr, flush=True)
+                with suppress(RuntimeError):
+                    self._tell(self._thread_store, silent)
                 os._exit(1)
 
     def silent(self, patience: float | None = None) -> list[int]:
@@ -113,31 +116,34 @@ class Heartbeat:
         Returns as soon as all do.
         """
         try:
-            if lost := _ranks(self._store.get("lost")):
-                return lost
-            first = self._store.multi_get(self._keys)
-            silent = set(range(len(self._keys))) - {self._rank}
-            end = time.monotonic() + (PATIENCE if patience is None else patience)
-            while silent and time.monotonic() < end:
-                time.sleep(PERIOD / 5)
-                now = self._store.multi_get(self._keys)
-                silent = {rank for rank in silent if now[rank] == first[rank] != DONE.encode()}
-            if silent:
-                self._store.set("lost", ",".join(map(str, sorted(silent))))
-                if self._rank == 0:  # and the store ends with it
-                    self._wait_until_heard(silent)
+            lost = _ranks(self._store.get("lost")) or self._watch(PATIENCE if patience is None else patience)
+            if lost:
+                self._tell(self._store, lost)
         except RuntimeError:
             return self._lost or [0]
+        return lost
+
+    def _watch(self, patience: float) -> list[int]:
+        first = self._store.multi_get(self._keys)
+        silent = set(range(len(self._keys))) - {self._rank}
+        end = time.monotonic() + patience
+        while silent and time.monotonic() < end:
+            time.sleep(PERIOD / 5)
+            now = self._store.multi_get(self._keys)
+            silent = {rank for rank in silent if now[rank] == first[rank] != DONE.encode()}
         return sorted(silent)
 
-    def _wait_until_heard(self, silent: set[int]) -> None:
-        """Wait until the threads of the others have read who is lost, for a while: two beats on, they have."""
-        others = set(range(len(self._keys))) - {self._rank} - silent
-        first = self._store.multi_get(self._keys)
+    def _tell(self, store: dist.TCPStore, lost: list[int]) -> None:
+        """Tell the others who is gone; on rank 0, with which the store ends, wait until their threads have read it."""
+        store.set("lost", ",".join(map(str, lost)))
+        if self._rank != 0:
+            return
+        others = set(range(len(self._keys))) - {self._rank, *lost}
+        first = store.multi_get(self._keys)
         end = time.monotonic() + PATIENCE
         while others and time.monotonic() < end:
             time.sleep(PERIOD / 5)
-            now = self._store.multi_get(self._keys)
+            now = store.multi_get(self._keys)  # two beats on, a thread has read what was there before them
             others = {r for r in others if now[r] != DONE.encode() and int(now[r]) < int(first[r]) + 2}
 
     def named(self, error: RuntimeError) -> RuntimeError:

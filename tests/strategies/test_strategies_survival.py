@@ -74,6 +74,46 @@ def test_all_survivors_name_the_dead(
         assert name in said[rank] or (said[rank] == "exit 1" and name in written and stuck in written)
 
 
+class FakeStore:
+    """One store for all ranks of a process; rank 0 can take it away."""
+
+    values: dict[str, bytes] = {}
+    there = True
+    port = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def set(self, key: str, value: str) -> None:
+        self.multi_get([])
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        if not FakeStore.there:
+            raise RuntimeError("connection closed")
+        return [self.values[key] for key in keys]
+
+
+def test_rank_0_keeps_the_store_until_the_others_have_read_who_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another rank found it."""
+    monkeypatch.setattr(FakeStore, "values", {})
+    monkeypatch.setattr(FakeStore, "there", True)
+    monkeypatch.setattr(heartbeat.dist, "TCPStore", FakeStore)
+    monkeypatch.setattr(heartbeat.dist, "broadcast_object_list", lambda port, src: port.__setitem__(0, 1))
+    monkeypatch.setattr(heartbeat.dist, "all_gather_object", lambda errors, error: None)
+    beats = [heartbeat.Heartbeat(rank, 4, "host") for rank in range(4)]
+    try:
+        FakeStore().set("lost", "2")  # as rank 3 would
+        assert beats[0].silent() == [2]
+        FakeStore.there = False
+        assert beats[1].silent() == [2]
+    finally:
+        for beat in beats:
+            beat.stop()
+
+
 class Waits(L.Callback):
     """Wait in a collective of Lightning's own for a rank that has died: nothing fails before the timeout."""
 
