@@ -6,7 +6,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -77,7 +77,7 @@ def test_all_survivors_name_the_dead(
 class FakeStore:
     """One store for all ranks of a process; rank 0 can take it away."""
 
-    values: dict[str, bytes] = {}
+    values: ClassVar[dict[str, bytes]] = {}
     there = True
     port = 1
 
