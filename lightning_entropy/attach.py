@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_entropy.inner_outer import InnerOuter
 from lightning_entropy.outer import OuterFactory
@@ -92,6 +92,11 @@ def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
     uses_lr = not relaxation.perturb and (relaxation.gamma != 0 or relaxation.noise != 0)
     if uses_lr and any("lr" not in group for group in optimizer.param_groups):
         raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
+    if isinstance(optimizer, SparseAdam) and relaxation.perturb and relaxation.inner_steps > 1:
+        raise ValueError(
+            f"inner_steps must be 1 for the heat variant with SparseAdam, which takes no mean of gradients, "
+            f"got {relaxation.inner_steps}"
+        )
     if isinstance(optimizer, LBFGS):
         for name in ("coupled", "explicit"):
             if getattr(relaxation, name):

@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from lightning_entropy.relaxation import check_integer
+from lightning_entropy.checks import check_integer
 
 
 class RefreshBatchNorm(Callback):
@@ -27,7 +27,8 @@ class RefreshBatchNorm(Callback):
     becomes the plain average over ``n_batches`` training batches at x (as ``torch.optim.swa_utils.update_bn``), with
     dropout off, as the authors of Entropy-SGD do it, and averaged over ranks. Checkpoints that follow have
     the new statistics. Training is not touched: its forward pass does not read them, and the state of every random
-    generator, loader and worker is what it was. Layers in evaluation mode during training, and those that the forward
+    generator, loader and worker is what it was; only a sampler or an iterable dataset that counts its own passes counts
+    one more. Layers in evaluation mode during training, and those that the forward
     pass does not reach, keep theirs. Useful with any callback that evaluates other weights than
     it trains, such as weight averaging. One batch is worse than none; ten cost about ten forward passes per validation.
 
@@ -39,7 +40,7 @@ class RefreshBatchNorm(Callback):
 
     Raises:
         ValueError: ``n_batches`` below 1.
-        TypeError: ``n_batches`` is not an int.
+        TypeError: ``n_batches`` is not an int, or ``forward`` no callable.
         MisconfigurationException: in validation or test: no training data, or no batch in it.
 
     References:
@@ -54,6 +55,8 @@ class RefreshBatchNorm(Callback):
         forward: Callable[[LightningModule, Any], Any] | None = None,
     ) -> None:
         self.n_batches = check_integer("n_batches", n_batches, 1)
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward must be a callable of (module, batch), got {forward!r}")
         self.dataloader = dataloader
         self.forward = forward
         self._frozen: set[str] | None = None
@@ -157,6 +160,7 @@ def _batches(loader: Any) -> Iterator[Any]:
     """Iterate over a loader, or a collection of some, without disturbing an iteration that is under way."""
     combined = CombinedLoader(loader, "min_size")
     states = [(g, g.get_state()) for g in {g for each in combined.flattened for g in _generators(each)}]
+    places = [(each, copy.deepcopy(each.state_dict())) for each in combined.flattened if _keeps_its_place(each)]
     combined.flattened = [_apart(each) for each in combined.flattened]
     try:
         for batch, _, _ in combined:
@@ -165,6 +169,8 @@ def _batches(loader: Any) -> Iterator[Any]:
         combined.reset()
         for g, state in states:
             g.set_state(state)
+        for each, place in places:
+            each.load_state_dict(place)
 
 
 def _generators(loader: Any) -> Iterator[torch.Generator]:
@@ -174,6 +180,11 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             yield generator
+
+
+def _keeps_its_place(loader: Any) -> bool:
+    """Tell whether an iteration under way goes on where the loader says, which another iteration would move."""
+    return not isinstance(loader, DataLoader) and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def _apart(loader: Any) -> Any:

@@ -3,15 +3,18 @@
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import initial_seed
 
 from lightning_entropy import presets
+from lightning_entropy.checks import check_bool, check_integer
 from lightning_entropy.loops import Loops, claim, log_outer_step, release
 from lightning_entropy.outer import Outer, OuterFactory
 from lightning_entropy.presets import ENTROPY_SCOPING
-from lightning_entropy.relaxation import Gamma, Number, Relaxation, check_integer
+from lightning_entropy.relaxation import Gamma, Number, Relaxation
 
 
 class InnerOuterCallback(Callback):
@@ -20,7 +23,8 @@ class InnerOuterCallback(Callback):
     Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, and
     DDP. The weights one keeps are the anchor x: validation, test, ``state_dict()`` and with it every kind of
     checkpoint, and the module after fit or after an exception hold x. Only code that reads the parameters directly
-    between two training batches of an epoch may find y. A checkpoint loads without the callback, and one made
+    between two training batches of an epoch may find y (with :class:`HeatSmoothing`: in a batch; between two it is x).
+    What ``load_state_dict()`` puts into the module, at any moment, or anyone while x is shown, is the new x. A checkpoint loads without the callback, and one made
     without it loads with it. A second fit without ``ckpt_path`` starts at t = 0, as it makes new optimizers.
 
     Beside it, ``StochasticWeightAveraging`` averages x, since it reads the weights between epochs;
@@ -58,11 +62,13 @@ class InnerOuterCallback(Callback):
         self.relaxation = relaxation
         self.outer = outer
         self.seed = None if seed is None else check_integer("seed", seed, 0)
-        self.compile = compile
+        self.compile = check_bool("compile", compile)
         self._loops: Loops | None = None
         self._state: dict[str, Any] = {}  # loaded for the next fit, or left by the last one
         self._logged_at = 0  # global step
         self._outer_steps: list[int] = []  # before this batch
+        self._validated_at: list[int] = []  # outer steps at the last validation
+        self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is trained."""
@@ -74,6 +80,7 @@ class InnerOuterCallback(Callback):
                 f"got {type(trainer.strategy).__name__}"
             )
         claim(trainer, self)
+        self._validated_at, self._warned = [], False
         # First in line, so that no other callback's hook looks before x is shown.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [self, *(other for other in callbacks if other is not self)]  # type: ignore[attr-defined]
@@ -106,8 +113,11 @@ class InnerOuterCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, if an outer step was taken and it is time to."""
-        if self._loops is None or not self._loops.loops[0].measure:
+        """Put x back where weights are perturbed, and log, if an outer step was taken and it is time to."""
+        if self._loops is None:
+            return
+        self._loops.rest()
+        if not any(loop.measure for loop in self._loops.loops):
             return
         if self._outer_steps == [loop.outer_step for loop in self._loops.loops]:
             return
@@ -121,6 +131,25 @@ class InnerOuterCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show x until the next training batch."""
         self._show()
+        if self._loops is not None and not self.relaxation.perturb:
+            at = [loop.outer_step for loop in self._loops.loops]
+            if at == self._validated_at and not self._warned:
+                self._warn_of_watchers(trainer)
+            self._validated_at = at
+
+    def _warn_of_watchers(self, trainer: Trainer) -> None:
+        """Warn once, where somebody counts validations without improvement, that two are of the same weights."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        watchers = {type(c).__name__ for c in callbacks if isinstance(c, EarlyStopping)}
+        watchers |= {"ReduceLROnPlateau" for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+        if watchers:
+            self._warned = True
+            rank_zero_warn(
+                f"two validations had the same weights, as no outer step of {self.relaxation.inner_steps} training "
+                f"steps came between, which {' and '.join(sorted(watchers))} will take for no improvement: validate "
+                "less often, or raise the patience",
+                stacklevel=2,
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show x until the next training batch."""
@@ -142,10 +171,12 @@ class InnerOuterCallback(Callback):
         """Leave x in the module and no hook behind; the state stays, for a checkpoint that is saved afterwards."""
         release(trainer, self)
         if self._loops is not None:
-            self._loops.show()
-            self._state = self.state_dict()
-            self._loops.detach()
-            self._loops = None
+            try:
+                self._loops.show()
+                self._state = self.state_dict()
+            finally:  # also where y, which show() keeps beside x, finds no memory
+                self._loops.detach()
+                self._loops = None
 
     def state_dict(self) -> dict[str, Any]:
         """Give y, z, the counters and the outer optimizer of every loop."""

@@ -31,6 +31,21 @@ def check_number(name: str, value: Any, rule: Rule) -> float:
     return float(value)
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False.
+
+    Args:
+        name: of the argument.
+        value: to be checked.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_integer(name: str, value: Any, least: int) -> int:
     """Return ``value`` if it is an int >= ``least``.
 

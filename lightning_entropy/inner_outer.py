@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_entropy import functional as F
 from lightning_entropy.auto_gamma import GammaMeasurement
-from lightning_entropy.checks import check_integer
+from lightning_entropy.checks import check_bool, check_integer
 from lightning_entropy.compiled import CompiledStep
 from lightning_entropy.noise import NoiseStreams
 from lightning_entropy.outer import Outer, OuterFactory
@@ -66,7 +66,8 @@ class InnerOuter:
                 that replicas stay in step when a gradient scaler skips an update on one of them.
 
         Raises:
-            TypeError: a seed that is no int, an outer optimizer that is none, or an optimizer without step hooks.
+            TypeError: a seed that is no int, a ``compile`` that is no bool, an outer optimizer that is none, or an
+                optimizer without step hooks.
             ValueError: the optimizer has a loop already, or a negative seed.
             RuntimeError: no C++ compiler for ``compile``.
         """
@@ -83,7 +84,7 @@ class InnerOuter:
         self._replicas = Replicas(replica_mean, relaxation.elastic_target)
         self._count_attempts = count_attempts
         self._slots = Slots(optimizer, names)
-        self._compiled = CompiledStep(self._slots.params) if compile else None
+        self._compiled = CompiledStep(self._slots.params) if check_bool("compile", compile) else None
         self._stepping: tuple[list[Slot], list[Any]] = [], []  # in this step, and their learning rates
         self._measurement = GammaMeasurement()
         self._show_depth = 0
@@ -138,11 +139,17 @@ class InnerOuter:
             self.hide()
 
     @torch.no_grad()
-    def show(self) -> None:
-        """Enter :meth:`at_anchor`; calls nest."""
+    def show(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Enter :meth:`at_anchor`; calls nest.
+
+        Args:
+            instead: by parameter, what the outermost call shows in the place of x.
+        """
+        if self._show_depth == 0:
+            if not self._at_rest:
+                self._slots.show()
+            self._slots.give(instead or {})
         self._show_depth += 1
-        if self._show_depth == 1 and not self._at_rest:
-            self._slots.show()
 
     @torch.no_grad()
     def hide(self) -> None:
@@ -151,12 +158,21 @@ class InnerOuter:
         if self._show_depth == 0:
             self._slots.hide()
 
+    @torch.no_grad()
     def detach(self) -> None:
         """Leave x in the parameters and no hook behind. May be called twice."""
-        self.show()  # for good: whoever is in at_anchor() leaves x, too
+        if self._show_depth == 0:
+            self._leave_anchor()
+        self._show_depth += 1  # for good: whoever is in at_anchor() leaves x, too
         for slot in self._slots:
-            slot.hidden = None
+            slot.hidden = slot.given = None
         self._hooks.remove()
+
+    def _leave_anchor(self) -> None:
+        """Put x into the parameters and forget y, for which there may be no memory."""
+        if not self._at_rest:
+            for slot in self._slots:
+                slot.param.copy_(slot.anchor)
 
     # One inner step
 
@@ -264,6 +280,8 @@ class InnerOuter:
     def _move_numbers(self, slots: list[Slot], lrs: list[Any]) -> dict[str, Any]:
         """Give the numbers of this step's move, as :func:`functional.inner_move_` takes them."""
         now, spring = self.settings, self._spring
+        # torch steps with a rate that a schedule has taken below 0; a spring and noise have none.
+        lrs = [lr.clamp(min=0) if isinstance(lr, Tensor) else max(lr, 0.0) for lr in lrs]
         return {
             "stiffness": [lr * spring if spring else 0.0 for lr in lrs],
             "noise": [lr**0.5 * now.noise if now.noise else 0.0 for lr in lrs],
@@ -287,7 +305,7 @@ class InnerOuter:
         for slot, x in zip(self._slots, weights, strict=False):
             slot.anchor.copy_(x)
             slot.param.copy_(x)
-            slot.average = slot.hidden = None
+            slot.average = slot.hidden = slot.given = None
             self.optimizer.state.pop(slot.param, None)
         self._outer.load_state_dict(None)
 
@@ -345,12 +363,15 @@ class InnerOuter:
 
     # State
 
+    @torch.no_grad()
     def state_dict(self, *, anchor: bool = True) -> dict[str, Any]:
         """Give what a later :meth:`load_state_dict` needs to go on exactly; tensors are references, as in torch.
 
         Args:
             anchor: with x; without it, whoever loads has put x into the parameters.
         """
+        if self._show_depth:
+            self._slots.adopt()
         slots = {}
         for name, slot in self._slots.named():
             entry = {"anchor": slot.anchor} if anchor or slot.anchor.dtype != slot.param.dtype else {}
@@ -388,4 +409,5 @@ class InnerOuter:
         self._noise = NoiseStreams(state["seed"])
         self.gamma_start, self._measurement.count = state["gamma_start"], state["measured"]
         self._replicas.forget()
-        self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
+        if self.inner_step:  # or else they are read when the loop begins, if it does: a schedule may have ended
+            self.settings = self.relaxation.at(self.outer_step, self.gamma_start)

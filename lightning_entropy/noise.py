@@ -34,7 +34,7 @@ class NoiseStreams:
         Returns:
             For each of ``params``, as many seeds as it has streams.
         """
-        if len(self._first) != len(every):
+        if len(self._first) != len(every) or not all(p in self._first for p in every):
             self._first, self._per_step = {}, 0
             for p in every:
                 self._first[p] = self._per_step

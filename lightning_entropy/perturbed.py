@@ -1,9 +1,11 @@
 """The heat variant of the loop: perturb, evaluate, restore."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_entropy import functional as F
 from lightning_entropy.inner_outer import InnerOuter
@@ -17,11 +19,19 @@ class PerturbedLoop(InnerOuter):
     the gradients are final they get x back, and all but the L-th update are withheld by taking the gradients away. In
     plain PyTorch without a closure, call :meth:`begin` before the first forward pass, or the first gradient is at x.
     An optimizer that evaluates its closure several times a step sees the same noise in all of them.
+
+    Weights that are written while they hold y would lose what was written: the next step is a ``RuntimeError``. Write
+    them in :meth:`at_anchor`.
+
+    Attributes:
+        resumes: whether a step ends with the next perturbation; False: whoever drives the loop calls :meth:`begin`.
     """
 
+    resumes = True
     _begun = False  # whether the parameters are to hold y outside at_anchor()
     _perturbed = False  # whether they do
     _counted = False
+    _versions: tuple[int, ...] = ()  # of the parameters, as the perturbation left them
 
     @property
     def anchor(self) -> list[Tensor]:
@@ -36,10 +46,11 @@ class PerturbedLoop(InnerOuter):
     def begin(self) -> None:
         """Perturb the parameters, if they are not perturbed already."""
         self._begun = True
-        if self._perturbed or self._show_depth:
-            return
+        if self._perturbed or self._show_depth or any(is_lazy(p) for p in self.params):
+            return  # a lazy module's first gradient is at x: its parameters have no values yet
+        self._read_settings()
         slots = [self._slots[p] for p in self.params if p.requires_grad]
-        for slot in slots:
+        for slot in self._slots:  # frozen ones, too, which may have been given other values
             slot.anchor.copy_(slot.param)
         self._perturbed = True
         width = self.settings.gamma**-0.5
@@ -54,12 +65,23 @@ class PerturbedLoop(InnerOuter):
             average=1.0,
             seeds=self.noise_seeds(params),
         )
+        self._versions = self._versions_now()
 
     @torch.no_grad()
-    def show(self) -> None:
+    def rest(self) -> None:
+        """Put x into the parameters until :meth:`begin`.
+
+        Raises:
+            RuntimeError: they were written while they held y; they have x nevertheless.
+        """
+        self._restore(check=True)
+        self._begun = False
+
+    @torch.no_grad()
+    def show(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
         """Enter :meth:`at_anchor`; calls nest."""
-        self._show_depth += 1
         self._restore()
+        self._show_depth += 1
 
     def hide(self) -> None:
         """Leave :meth:`at_anchor`: the same noise is drawn again."""
@@ -67,18 +89,38 @@ class PerturbedLoop(InnerOuter):
         if self._begun:
             self.begin()
 
-    def _restore(self) -> None:
-        if self._perturbed:
-            for slot in self._slots:
-                slot.param.copy_(slot.anchor)
+    def _restore(self, *, check: bool = False) -> None:
+        if not self._perturbed:
+            return
+        versions = self._versions_now()
+        held = [slot.param.detach().clone() for slot in self._slots] if check and self._versions != versions else None
+        for slot in self._slots:
+            slot.param.copy_(slot.anchor)
         self._perturbed = False
+        if held is None:
+            return
+        self.begin()  # the same y
+        lost = any(not torch.equal(slot.param, y) for slot, y in zip(self._slots, held, strict=True))
+        self._restore()
+        if lost:
+            raise RuntimeError(
+                "weights must not be written while they are perturbed, as it would be lost: write them when the "
+                "training batch has ended, or in at_anchor(), or read and write them with state_dict() and "
+                "load_state_dict() of the LightningModule"
+            )
+
+    def _versions_now(self) -> tuple[int, ...]:
+        return tuple(slot.param._version for slot in self._slots)
+
+    def _leave_anchor(self) -> None:
+        self._restore()
 
     def _before_step(self) -> None:
         super()._before_step()
         self._counted = False
 
     def _on_gradients(self, first: bool) -> None:
-        self._restore()
+        self._restore(check=True)
         slots, _ = self._slots.stepping()
         self._counted = bool(slots)
         if self.relaxation.inner_steps == 1 or not slots:
@@ -94,6 +136,8 @@ class PerturbedLoop(InnerOuter):
             return None
         mean, scale = slot.gradient / self.relaxation.inner_steps, self._hooks.grad_scale
         slot.gradient = None
+        if not slot.param.requires_grad:  # frozen since
+            return None
         return (mean if scale is None else mean * scale).to(slot.param.dtype)
 
     def _after_step(self) -> None:
@@ -102,9 +146,10 @@ class PerturbedLoop(InnerOuter):
             if self.inner_step >= self.relaxation.inner_steps:
                 self.inner_step = 0
                 self.outer_step += 1
-        self._read_settings()
-        self.begin()
+        if self.resumes:
+            self.begin()
 
+    @torch.no_grad()
     def state_dict(self, *, anchor: bool = True) -> dict[str, Any]:
         """Give what a later :meth:`load_state_dict` needs to go on exactly; y follows from x and the step."""
         if not self._perturbed:

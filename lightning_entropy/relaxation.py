@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_entropy.checks import NON_NEGATIVE, POSITIVE, Rule, check_integer, check_number
+from lightning_entropy.checks import NON_NEGATIVE, POSITIVE, Rule, check_bool, check_integer, check_number
 from lightning_entropy.schedules import AUTO, Scoping, Widening
 
 # Our schedules are named before Callable, or LightningCLI takes a default of theirs for a dict that it cannot read.
@@ -121,15 +121,15 @@ class Relaxation:
     def __post_init__(self) -> None:
         check_integer("inner_steps", self.inner_steps, 1)
         for name in ("reset", "reset_momentum", "coupled", "explicit", "perturb"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
         for name, choices in (
             ("elastic_target", ("anchor", "average", "pseudo_gradient")),
             ("scale", ("absolute", "filter")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        check_number("outer_momentum", self.outer_momentum, ("in [0, 1)", lambda v: 0 <= v < 1))
+        momentum = check_number("outer_momentum", self.outer_momentum, ("in [0, 1)", lambda v: 0 <= v < 1))
+        object.__setattr__(self, "outer_momentum", momentum)  # a float, which any checkpoint can hold
         self.at(0)
         self._check_combinations()
 

@@ -18,6 +18,7 @@ class Slot:
     average: Tensor | None = None
     gradient: Tensor | None = None  # sum over a loop: the heat variant's, and that which gamma="auto" measures
     hidden: Tensor | None = None  # y, while the parameter shows x
+    given: Tensor | None = None  # what it shows instead of x (the consensus of replicas)
     moved: bool = False  # since the last outer step
 
     @property
@@ -92,22 +93,39 @@ class Slots:
 
     def show(self) -> None:
         """Put x into the parameters, keeping y beside."""
+        # All copies before the first write: there may be no memory for them, and parameters may share theirs.
+        inner = [slot.param.detach().clone() for slot in self]
+        for slot, y in zip(self, inner, strict=True):
+            slot.hidden = y
         for slot in self:
-            slot.hidden = slot.param.detach().clone()
             slot.param.copy_(slot.anchor)
 
-    def hide(self) -> None:
-        """Put y back; a parameter that no longer holds x was given a new one, and y and z restart there."""
+    def give(self, values: Mapping[Tensor, Tensor]) -> None:
+        """Put other values than x into some parameters, after :meth:`show` or where y is x."""
+        for slot in self:
+            if slot.param in values:
+                slot.given = values[slot.param]
+                slot.param.copy_(slot.given)
+
+    def adopt(self) -> None:
+        """Take as the new x what was put into a parameter since it shows x; y and z restart there."""
         slots = list(self)
+        shown = [slot.anchor if slot.given is None else slot.given for slot in slots]
         # The values are compared on the device and waited for once.
-        changed = [(slot.param != slot.anchor.to(slot.param.dtype)).any() for slot in slots]
+        changed = [(slot.param != value.to(slot.param.dtype)).any() for slot, value in zip(slots, shown, strict=True)]
         for slot, new in zip(slots, [flag.item() for flag in changed], strict=True):
             if new:
                 slot.anchor.copy_(slot.param)
-                slot.average = None
-            elif slot.hidden is not None:
-                slot.param.copy_(slot.hidden)
-            slot.hidden = None
+                slot.average = slot.hidden = slot.given = None
+                slot.moved = False
+
+    def hide(self) -> None:
+        """Put y back, but where a new x was put into the parameter."""
+        self.adopt()
+        for slot in self:
+            if slot.hidden is not None or slot.given is not None:
+                slot.param.copy_(slot.anchor if slot.hidden is None else slot.hidden)
+            slot.hidden = slot.given = None
 
     def named(self) -> Iterator[tuple[str, Slot]]:
         """Give every slot with its key in the state."""

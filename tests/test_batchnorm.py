@@ -21,6 +21,7 @@ from tests.lightning_modules import (
     CALLBACKS,
     LIGHTNING_WARNINGS,
     Automatic,
+    Stream,
     batchnorm_net,
     data,
     loader,
@@ -94,6 +95,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "persistent": lambda: loader(
         shuffle=True, num_workers=1, persistent_workers=True, generator=torch.Generator().manual_seed(1)
     ),
+    "position": lambda: Stream(),
     "several": lambda: {
         "a": loader(shuffle=True, generator=torch.Generator().manual_seed(1)),
         "b": loader(shuffle=True, generator=torch.Generator().manual_seed(2), num_workers=1, persistent_workers=True),

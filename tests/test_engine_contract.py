@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -1006,3 +1007,68 @@ def test_an_outer_optimizer_that_needs_a_closure_is_refused() -> None:
     optimizer = torch.optim.SGD(Net().parameters(), lr=0.1)
     with pytest.raises(TypeError, match="outer must"):
         le.relax(optimizer, le.lookahead(2), outer=torch.optim.LBFGS)
+
+
+@pytest.mark.parametrize("method", ["entropy_sgd", "hamilton_jacobi", "heat"])
+def test_weights_loaded_and_saved_while_x_is_shown_are_the_new_x(method: str) -> None:
+    relaxation = RELAXATIONS[method]
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], relaxation)
+    for i in range(3):
+        step(net, optimizer, i)
+    with loop.at_anchor():
+        net.load_state_dict({name: torch.full_like(value, 0.5) for name, value in net.state_dict().items()})
+        saved = through_a_file({"model": net.state_dict(), "loop": loop.state_dict(), "sgd": optimizer.state_dict()})
+    new = Net(5)
+    new_optimizer = OPTIMIZERS["sgd"](new.parameters())
+    new_loop = le.relax(new_optimizer, relaxation, seed=8)
+    new_optimizer.load_state_dict(saved["sgd"])
+    new.load_state_dict(saved["model"])
+    new_loop.load_state_dict(saved["loop"])
+    for i in range(3, 12):
+        step(net, optimizer, i)
+        step(new, new_optimizer, i)
+    assert_equal([*new.parameters(), *new_loop.anchor], [*net.parameters(), *loop.anchor])
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_a_write_into_perturbed_weights_is_an_error_that_leaves_x(inner_steps: int) -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], le.heat(inner_steps, 100.0))
+    step(net, optimizer, 0)
+    x = values(loop.anchor)
+    with torch.no_grad():
+        net.b.clamp_(-1e-3, 1e-3)
+    loss_of(net, 1).backward()
+    with pytest.raises(RuntimeError, match="weights must not be written while they are perturbed"):
+        optimizer.step()
+    assert_equal(net.parameters(), x)
+    step(net, optimizer, 1)
+    with loop.at_anchor(), torch.no_grad():
+        net.b.zero_()
+    assert loop.anchor[1].abs().max() == 0
+
+
+def test_a_rate_below_zero_has_no_spring_and_no_noise() -> None:
+    """As a schedule of the user's may give by a hair at its end."""
+    for lr in (-0.1, torch.tensor(-0.1)):
+        net, optimizer, _ = start(part(torch.optim.SGD, lr=0.1), le.Relaxation(inner_steps=5, gamma=2.0, noise=0.1))
+        plain = Net()
+        reference = torch.optim.SGD(plain.parameters(), lr=0.1)
+        for each in (optimizer, reference):
+            each.param_groups[0]["lr"] = lr
+        step(net, optimizer, 0)
+        step(plain, reference, 0)
+        assert_equal(net.parameters(), plain.parameters())
+
+
+def test_sparse_adam_takes_no_mean_of_gradients() -> None:
+    optimizer = torch.optim.SparseAdam(torch.nn.Embedding(5, 2, sparse=True).parameters())
+    with pytest.raises(ValueError, match="inner_steps must be 1 for the heat variant with SparseAdam"):
+        le.relax(optimizer, le.heat(3))
+    le.relax(optimizer, le.heat(1))
+
+
+def test_an_outer_momentum_of_another_library_is_a_float_in_the_state() -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], le.hamilton_jacobi(2, outer_momentum=np.float64(0.9)))
+    for i in range(3):
+        step(net, optimizer, i)
+    assert through_a_file(loop.state_dict())["outer"]["options"][0]["momentum"] == 0.9

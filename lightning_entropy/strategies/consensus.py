@@ -32,7 +32,8 @@ class Consensus:
         every: bool,
     ) -> None:
         self._module, self._loops, self._mean, self._streams, self._every = module, loops, mean, streams, every
-        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, what it was given, its own value
+        # What the loops do not hold: tensor, what it was given, its own value.
+        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
         self._good_buffers = [b.detach().clone() for b in self._buffers()]
 
     @torch.no_grad()
@@ -44,12 +45,13 @@ class Consensus:
         """
         if self._loops.shown:
             return
-        pairs = self._means(alone=alone)
+        means = dict(self._means(alone=alone))
         anchors = self._anchors()
-        self._loops.show()
-        for tensor, mean in pairs:
-            own = anchors.get(tensor)
-            self._shown.append((tensor, mean, tensor.detach().clone() if own is None else own))
+        self._loops.show(means)
+        self._shown = [
+            (tensor, mean, tensor.detach().clone()) for tensor, mean in means.items() if tensor not in anchors
+        ]
+        for tensor, mean, _ in self._shown:
             tensor.copy_(mean)
 
     @torch.no_grad()
@@ -88,7 +90,7 @@ class Consensus:
 
     def own(self) -> dict[str, Tensor]:
         """Give this replica's own buffers and those parameters that no loop has moved, by name."""
-        values = {tensor: own for tensor, _, own in self._shown}
+        values = {t: own for t, given, own in self._shown if torch.equal(t, given.to(t.dtype))}
         slots = self._anchors()
         tensors = dict(self._module.named_buffers())
         if self._every:

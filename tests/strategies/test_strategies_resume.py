@@ -76,6 +76,26 @@ def test_resume_at_the_end_of_an_epoch(tmp_path: Path, at: str) -> None:
     assert_goes_on(whole, again, 16)
 
 
+class Doubles(L.Callback):
+    """Change a weight and a buffer while the consensus is shown."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            with torch.no_grad():
+                pl_module.net[0].weight.mul_(2)
+                pl_module.net[1].running_mean.add_(1)
+
+
+def test_what_is_changed_while_the_consensus_is_shown_is_in_the_checkpoint(tmp_path: Path) -> None:
+    """Weights too, where no mean of the old ones is under way."""
+    relaxation = le.diloco(3)
+    keep = ModelCheckpoint(tmp_path / "whole", "{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    kwargs: dict[str, Any] = {"make": partial(Net, bn=True), "max_epochs": 3, "limit_val_batches": 2}
+    whole = fit(tmp_path / "whole", strategy(relaxation), 2, callbacks=[Doubles(), keep], **kwargs)
+    file = tmp_path / "whole" / "epoch=0.ckpt"
+    assert_goes_on(whole, fit(tmp_path / "again", strategy(relaxation), 2, ckpt_path=file, **kwargs), 16)
+
+
 def test_resume_of_groups(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1)
     whole = fit(tmp_path, strategy(PARLE, replicas=2), 4, make=Streaming, callbacks=[keep], **SHORT)
