@@ -23,13 +23,14 @@ class InnerOuterCallback(Callback):
     Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, and
     DDP. The weights one keeps are the anchor x: validation, test, ``state_dict()`` and with it every kind of
     checkpoint, and the module after fit or after an exception hold x. Only code that reads the parameters directly
-    between two training batches of an epoch may find y (with :class:`HeatSmoothing`: in a batch; between two it is x).
-    What ``load_state_dict()`` puts into the module, at any moment, or anyone while x is shown, is the new x. A checkpoint loads without the callback, and one made
-    without it loads with it. A second fit without ``ckpt_path`` starts at t = 0, as it makes new optimizers.
+    between two training batches of an epoch may find y (with :class:`HeatSmoothing` it finds x there). What
+    ``load_state_dict()`` puts into the module, at any moment, or anyone while x is shown, is the new x. A checkpoint
+    loads without the callback, and one made without it loads with it. A second fit without ``ckpt_path`` starts at
+    t = 0, as it makes new optimizers.
 
     Beside it, ``StochasticWeightAveraging`` averages x, since it reads the weights between epochs;
-    ``WeightAveraging`` and ``EMAWeightAveraging`` read them after a batch and average y. The learning-rate and
-    batch-size finders try the plain optimizer.
+    ``WeightAveraging`` and ``EMAWeightAveraging`` read them after a batch and average y (with :class:`HeatSmoothing`,
+    x). The learning-rate and batch-size finders try the plain optimizer.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs ``entropy/gamma``,
     ``entropy/rho``, ``entropy/inner_distance`` and ``entropy/mean_distance`` (rms per weight of y - x and z - x
