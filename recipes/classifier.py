@@ -171,11 +171,15 @@ class Classifier(L.LightningModule):
         """Check the data against the net, and compile.
 
         Raises:
-            ValueError: if the data has another number of classes.
+            ValueError: if the data has another number of classes, or the net takes images of other channels.
         """
         classes = getattr(self.trainer.datamodule, "classes", None)
         if classes is not None and len(classes) != self.num_classes:
             raise ValueError(f"num_classes must be that of the data, {len(classes)}, got {self.num_classes}")
+        shape = getattr(self.trainer.datamodule, "shape", None)
+        first = next((m for m in self.net.modules() if isinstance(m, nn.Conv2d)), None)
+        if shape is not None and first is not None and first.in_channels != shape[0]:
+            raise ValueError(f"net must take images of the data's {shape[0]} channels, got one for {first.in_channels}")
         if self.compile_net:
             # In place: the names in the state_dict stay.
             self.net.compile()

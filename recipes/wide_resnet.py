@@ -1,4 +1,4 @@
-"""Wide residual nets: ``python -m recipes.wide_resnet fit --config recipes/configs/wrn_28_10_cifar10/sgd.yaml``."""
+"""Wide residual nets: ``python -m recipes.wide_resnet fit --config recipes/configs/wrn_28_10/cifar10/sgd.yaml``."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from lightning_entropy.strategies.compression import Format, Sum
 
 Naming = Callable[[RuntimeError], RuntimeError]
 
+DIVERGED = "the weights of every replica are nan or inf"  # begins the error that says so
+
 
 class Links:
     """The process groups of one stream of exchanges, this rank's row and column of the replicas x data-parallel grid.
@@ -214,7 +216,7 @@ class Round:
         self._header_work.wait()
         counted, squares = self._header.tolist()
         if counted == 0:
-            raise RuntimeError("the weights of every replica are nan or inf: lower the learning rate, or gamma and rho")
+            raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")
         mean = mean / counted if self._reference is None else self._reference + mean / counted
         if self._compressed:
             coupling.memory = Memory(mean if coupling.differences else None, self._residual, self._sum.residual)

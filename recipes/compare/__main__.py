@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from recipes.compare.methods import METHODS
 from recipes.compare.report import report
 from recipes.compare.run import Task
 from recipes.compare.study import Study
+from recipes.data import ImageData
 
 # What each net is trained on unless the command line says otherwise: the papers' data and weight decay.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -54,6 +57,10 @@ def main(args: Sequence[str] | None = None) -> Study:
         out=options.out or Path("runs/compare") / options.net,
         workers=options.workers,
     )
+    # Once, before anything is trained: downloads, decodes, and finds what is wrong with the data.
+    data = ImageData(**task.data)
+    data.prepare_data()
+    data.setup()
     search = study.train(study.search_runs())
     final = study.train(study.final_runs(search))
     report(study, search, final)
@@ -103,11 +110,17 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--accelerator", default="auto")
     add("--workers", type=int, default=1, help="trainings at a time; 0: in this process")
     add("--out", type=Path, help="folder for results (runs/compare/<net>)")
-    known, _ = parser.parse_known_args(args)
+    # Not by this parser, which would print its help with the wrong defaults.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("net", nargs="?", choices=list(DEFAULTS), default="allcnn")
+    first.add_argument("--small", action="store_true")
+    known, _ = first.parse_known_args(args)
     parser.set_defaults(**DEFAULTS[known.net] | (SMALL[known.net] | {"workers": 2} if known.small else {}))
     options = parser.parse_args(args)
-    if options.n_val < 1:
-        parser.error(f"n_val must be >= 1, got {options.n_val}")
+    for name in ("n_val", "points", "epochs", "workers"):
+        least = 0 if name == "workers" else 1
+        if getattr(options, name) < least:
+            parser.error(f"{name} must be >= {least}, got {getattr(options, name)}")
     return options
 
 
@@ -116,9 +129,19 @@ def _net_args(options: argparse.Namespace) -> dict[str, Any]:
         return {"dropout": options.dropout}
     if options.net == "allcnn":
         # The papers drop a fifth of the input with the net's dropout, and nothing without it.
-        return {"width": options.width or 96, "dropout": options.dropout, "input_dropout": 0.4 * options.dropout}
-    return {"depth": options.depth or 16, "width": options.width or 4, "dropout": options.dropout}
+        return {"width": _or(options.width, 96), "dropout": options.dropout, "input_dropout": 0.4 * options.dropout}
+    return {"depth": _or(options.depth, 16), "width": _or(options.width, 4), "dropout": options.dropout}
+
+
+def _or(given: int | None, default: int) -> int:
+    return default if given is None else given
+
+
+def _end(*_: Any) -> None:
+    """End as on Ctrl-C, and the trainings with it."""
+    sys.exit(143)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     main()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,12 @@ class Judge:
         images = {"val": self.val, "test": self.data.test_indices, "train": self.train}
         return self._errors(module, images, rise=True)
 
+    @staticmethod
+    def diverged() -> dict[str, float]:
+        """Give what :meth:`final` does, nan each, of weights that are not there."""
+        names = [f"{name}_{what}" for name in ("val", "test", "train") for what in ("error_running", "error", "loss")]
+        return dict.fromkeys([*names, "loss_rise"], math.nan)
+
     def _errors(self, module: L.LightningModule, images: dict[str, Tensor], rise: bool = False) -> dict[str, float]:
         """Measure with the statistics that training left and, as that is a second pass, with others made once."""
         with self._precision():
@@ -81,6 +89,8 @@ class Recorder(Callback):
     A Trainer's validation is when every callback and strategy shows the weights it would keep. Replicas have the
     same weights then, and rank 0 measures.
 
+    The first batch is not timed: a compiled net is compiled there.
+
     Args:
         judge: measures.
         path: where rank 0 writes the curve when training ends.
@@ -95,11 +105,20 @@ class Recorder(Callback):
         self.curve: dict[int, dict[str, float]] = {}
         self._seconds = 0.0
         self._since = 0.0
+        self._untimed: int | None = None  # gradients before the clock
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and count every gradient of the first weight."""
+        """Count every gradient of the first weight."""
         next(p for p in pl_module.parameters() if p.requires_grad).register_hook(self._count)
         self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        if self._untimed is None:
+            self._stop()
+            self._untimed, self._seconds, self._since = self.gradients, 0.0, time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -128,15 +147,17 @@ class Recorder(Callback):
         self._since = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add up the gradients of all replicas and write the curve."""
+        """Add up the gradients and the memory of all replicas and write the curve."""
         self._stop()
-        total = int(trainer.strategy.reduce(torch.tensor(float(self.gradients)), reduce_op="sum"))
+        own = [self.gradients, self.gradients - (self._untimed or 0), peak_memory()]
+        total, timed, memory = trainer.strategy.reduce(torch.tensor(own, dtype=torch.float64), reduce_op="sum").tolist()
         if trainer.is_global_zero:
             record = {
                 "curve": list(self.curve.values()),
-                "gradient_evaluations": total,
+                "gradient_evaluations": int(total),
                 "seconds": self._seconds,
-                "images_per_second": total * self.batch_size / self._seconds,
+                "images_per_second": timed * self.batch_size / self._seconds if self._seconds else math.nan,
+                "peak_memory_mib": memory,
             }
             write(self.path, lambda file: file.write(json.dumps(record).encode()))
 
@@ -147,3 +168,10 @@ class Recorder(Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds += time.perf_counter() - self._since
+
+
+def peak_memory() -> float:
+    """Give the most mebibytes that this process has had: of its GPU, or else of main memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # from kibibytes

@@ -6,9 +6,12 @@ import ast
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
 
@@ -23,13 +26,13 @@ class Parts:
 
     Attributes:
         callbacks: for the Trainer.
-        strategy: makes the Trainer's strategy; None is one process without.
+        strategy: makes the Trainer's strategy, told whether it is for CUDA devices; None is one process without.
         sharpness: SAM's rho.
         by_epochs: the method wants a number of epochs rather than of steps, and may add one without gradients.
     """
 
     callbacks: list[Callback] = field(default_factory=list)
-    strategy: Callable[[], Any] | None = None
+    strategy: Callable[[bool], Any] | None = None
     sharpness: float = 0.0
     by_epochs: bool = False
 
@@ -53,7 +56,7 @@ class Method:
         """Read ``name:option=value,...``.
 
         Raises:
-            ValueError: if the name or an option is not known.
+            ValueError: if the name, or an option or its value, is not known.
 
         Example:
             >>> Method.parse("sam:rho=0.1").options, Method.parse("sam:rho=0.1").evaluations
@@ -70,7 +73,15 @@ class Method:
                 if key not in accepted or key in RUN:
                     own = ", ".join(p for p in accepted if p not in RUN) or "of which there is none"
                     raise ValueError(f"option must be one of {name}'s, {own}, got {key}")
-        return cls(text, name, options)
+        replicas = options.get("replicas", 1)
+        if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
+            raise ValueError(f"replicas must be an int >= 1, got {replicas!r} in {text}")
+        method = cls(text, name, options)
+        try:
+            _ = method.relaxation  # makes all parts
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ValueError(f"{text}: {error}") from error
+        return method
 
     @property
     def evaluations(self) -> int:
@@ -86,8 +97,13 @@ class Method:
     def relaxation(self) -> le.Relaxation | None:
         """The loop that it runs, with the library's defaults; None where it runs none."""
         parts = self.parts(lr=1.0, steps=1)
-        owners = [*parts.callbacks, parts.strategy and parts.strategy()]
+        owners = [*parts.callbacks, parts.strategy and parts.strategy(False)]
         return next((owner.relaxation for owner in owners if hasattr(owner, "relaxation")), None)
+
+    @property
+    def defaults(self) -> str:
+        """What its maker takes unless told otherwise."""
+        return str(inspect.signature(METHODS[self.name]))
 
     def parts(self, lr: float, steps: int) -> Parts:
         """Make the method's parts for a run of ``steps`` steps at learning rate ``lr``."""
@@ -106,13 +122,22 @@ def ema(lr: float, steps: int, memory: float = 0.05) -> Parts:
     return Parts([EMAWeightAveraging(decay=1 - 1 / max(memory * steps, 1))])
 
 
-def swa(lr: float, start: float = SWA_START, lr_scale: float = 0.5) -> Parts:
-    """Stochastic weight averaging, Lightning's callback: from ``start`` on its own constant rate, ``lr_scale`` * lr."""
-    return Parts([StochasticWeightAveraging(swa_lrs=lr_scale * lr, swa_epoch_start=start)], by_epochs=True)
+def swa(lr: float, start: float = SWA_START, lr_scale: float = 0.5, annealing_epochs: int = 0) -> Parts:
+    """Stochastic weight averaging, Lightning's callback: from ``start`` on its own constant rate, ``lr_scale`` * lr.
+
+    It averages the weights that each of its epochs begins with, so not those that the last one ends with.
+    """
+    # Lightning takes 10 epochs to come to the rate unless told otherwise.
+    callback = StochasticWeightAveraging(
+        swa_lrs=lr_scale * lr, swa_epoch_start=start, annealing_epochs=annealing_epochs
+    )
+    return Parts([callback], by_epochs=True)
 
 
 def sam(rho: float = 0.05) -> Parts:
-    """Sharpness-aware minimisation with radius ``rho``: two gradient evaluations a step."""
+    """Sharpness-aware minimisation with radius ``rho`` > 0: two gradient evaluations a step."""
+    if rho <= 0:
+        raise ValueError(f"rho must be > 0, got {rho}")
     return Parts(sharpness=rho)
 
 
@@ -143,12 +168,20 @@ def heat_filter(gamma: float = 2.5e5, **options: Any) -> Parts:
 
 def elastic_sgd(replicas: int = 3, **options: Any) -> Parts:
     """Elastic averaging SGD; options of ``lightning_entropy.elastic_sgd``."""
-    return Parts(strategy=lambda: le.ElasticEntropyStrategy(le.elastic_sgd(**options), start_method="fork"))
+    return Parts(strategy=partial(_strategy, le.elastic_sgd(**options), replicas))
 
 
 def elastic_entropy(replicas: int = 3, **options: Any) -> Parts:
     """Parle; options of ``lightning_entropy.parle``."""
-    return Parts(strategy=lambda: le.ElasticEntropyStrategy(le.parle(**options), start_method="fork"))
+    return Parts(strategy=partial(_strategy, le.parle(**options), replicas))
+
+
+def _strategy(relaxation: le.Relaxation, replicas: int, cuda: bool) -> Any:
+    """Make the strategy, with a device for every replica: several may share a GPU."""
+    if not cuda:
+        return le.ElasticEntropyStrategy(relaxation, start_method="fork")
+    devices = [torch.device("cuda", i % torch.cuda.device_count()) for i in range(replicas)]
+    return le.ElasticEntropyStrategy(relaxation, start_method="spawn", parallel_devices=devices)
 
 
 METHODS: dict[str, Callable[..., Parts]] = {

@@ -33,7 +33,7 @@ COLUMNS = (
     ("gradient evaluations", "gradient_evaluations", ".0f"),
     ("images/s", "images_per_second", ".0f"),
     ("training (s)", "seconds", ".0f"),
-    ("peak memory (MiB)", "peak_memory_mib", ".0f"),
+    ("peak memory of all processes (MiB)", "peak_memory_mib", ".0f"),
 )
 
 
@@ -111,7 +111,7 @@ def curves(final: Sequence[Record]) -> Figure:
     arms = list(dict.fromkeys((record["run"]["method"], record["run"]["budget"]) for record in final))
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharey=True, sharex="col")
-    ends = [record["curve"][-1]["val_error"] for record in final]
+    ends = [e for e in (record["curve"][-1]["val_error"] for record in final) if e == e] or [100.0]
     rows = (("val_error_running", "running statistics"), ("val_error", "re-estimated statistics"))
     columns = (("epochs", "effective epochs"), ("seconds", "training (s)"))
     for row, (key, title) in zip(axes, rows, strict=True):
@@ -150,7 +150,7 @@ def _search_table(study: Study, search: Sequence[Record]) -> str:
     lines = ["| method | " + " | ".join(f"lr {lr:g}" for lr in study.lrs) + " |", "|---|" + "---|" * len(study.lrs)]
     for label, kind in study.arms():
         errors = {record["run"]["lr"]: record["final"]["val_error"] for record in _of(search, label, kind)}
-        lines.append(f"| {_title(label, kind)} | " + " | ".join(f"{errors[lr]:.2f}" for lr in study.lrs) + " |")
+        lines.append(f"| {_title(label, kind)} | " + " | ".join(_cell([errors[lr]], ".2f") for lr in study.lrs) + " |")
     return "### The search: held-out error (%), re-estimated statistics, one seed\n\n" + "\n".join(lines)
 
 
@@ -165,6 +165,9 @@ def _get(record: Record, key: str) -> float:
 
 
 def _cell(values: Sequence[float], form: str) -> str:
+    lost = int(np.isnan(values).sum())
+    if lost:
+        return f"diverged ({lost} of {len(values)})" if len(values) > 1 else "diverged"
     mean = f"{np.mean(values):{form}}"
     deviation = f"{np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
     return f"{mean} +- {deviation}" if deviation.strip("0.") else mean

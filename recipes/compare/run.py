@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import platform
 import re
-import resource
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from lightning_entropy.strategies.coupling import DIVERGED
 from recipes.classifier import Classifier, Cosine
 from recipes.compare.budget import Budget, Kind
 from recipes.compare.judge import Judge, Recorder
@@ -81,8 +82,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A file name; another one for every other run, also where a default of the method's loop has changed."""
-        text = json.dumps(asdict(self), sort_keys=True) + repr(Method.parse(self.method).relaxation)
+        """A file name; another one for every other run, also where a default of the method has changed."""
+        method = Method.parse(self.method)
+        text = json.dumps(asdict(self), sort_keys=True) + repr(method.relaxation) + method.defaults
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", self.method)
         return f"{label}-{self.budget}-lr{self.lr:g}-seed{self.seed}-{digest}"
@@ -128,13 +130,20 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
         compile=task.compile,
     )
     curve = folder / f"{name}.curve"
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(task, method, parts, steps, Recorder(judge, curve, data.batch_size))
-    trainer.fit(module, datamodule=data)
-    # Through a file, as replicas train in processes of their own.
-    record = json.loads(curve.read_text())
-    final = judge.final(module.to(judge.device))
+    try:
+        trainer.fit(module, datamodule=data)
+        # Through a file, as replicas train in processes of their own.
+        record = json.loads(curve.read_text())
+        final = judge.final(module.to(judge.device))
+    except Exception as error:
+        if DIVERGED not in str(error):
+            raise
+        # A result, as the error of a net that has diverged alone is; the replicas' strategy ends the training.
+        costs = ("seconds", "images_per_second", "peak_memory_mib")
+        spent = steps * method.evaluations * method.replicas
+        record = {"curve": [], "gradient_evaluations": spent} | dict.fromkeys(costs, math.nan)
+        final = judge.diverged()
     # The curve ends with the weights that are kept, which some methods form when training is over.
     evaluations = record["gradient_evaluations"]
     record["curve"] = [point for point in record["curve"] if point["evaluations"] < evaluations]
@@ -152,12 +161,11 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
         "replicas": method.replicas,
         "parameters": sum(p.numel() for p in module.net.parameters()),
         "final": final,
-        "peak_memory_mib": _peak_memory(),
         "versions": _versions(),
     }
     path = folder / f"{name}.json"
     write(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
-    curve.unlink()
+    curve.unlink(missing_ok=True)
     return path
 
 
@@ -169,12 +177,13 @@ def make_net(task: Task, data: ImageData) -> nn.Module:
 
 def make_trainer(task: Task, method: Method, parts: Parts, steps: int, recorder: Recorder) -> L.Trainer:
     """Make a Trainer that takes ``steps`` steps and shows the weights to the recorder ``task.points`` times."""
+    cuda = task.accelerator != "cpu" and torch.cuda.is_available()
     length = {"max_epochs": task.epochs} if parts.by_epochs else {"max_steps": steps, "max_epochs": -1}
     return L.Trainer(
         **length,
         accelerator=task.accelerator,
-        devices=method.replicas,
-        strategy=parts.strategy() if parts.strategy else "auto",
+        devices="auto" if cuda and parts.strategy else method.replicas,
+        strategy=parts.strategy(cuda) if parts.strategy else "auto",
         precision=task.precision,
         callbacks=[*parts.callbacks, recorder],
         val_check_interval=max(1, round(steps / task.points)),
@@ -186,14 +195,6 @@ def make_trainer(task: Task, method: Method, parts: Parts, steps: int, recorder:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _peak_memory() -> float:
-    """Mebibytes of the GPU, or without one of the largest process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return kibibytes / 2**10
 
 
 def _versions() -> dict[str, str]:

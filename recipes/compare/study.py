@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +48,14 @@ class Study:
             raise ValueError("lrs must hold a learning rate, got none")
         if self.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {self.seeds}")
+        for name in ("methods", "lrs", "budgets"):
+            values = list(getattr(self, name))
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must be different ones, got {values}")
         for label in self.methods:
             Method.parse(label)
+        if not self.arms():
+            raise ValueError(f"budgets must hold compute where no method has replicas, got {list(self.budgets)}")
 
     def arms(self) -> list[tuple[str, Kind]]:
         """List what is compared: every method in every budget in which it differs from the others."""
@@ -101,7 +110,8 @@ class Study:
         else:
             failed = _in_processes(pending, folder, self.workers)
             if failed:
-                raise RuntimeError("every training must finish, got errors in " + ", ".join(map(str, failed)))
+                said = "".join(f"\n{log}: {_last_line(log)}" for log in failed)
+                raise RuntimeError(f"every training must finish, got {len(failed)} that did not:{said}")
         return [json.loads((folder / f"{run.name}.json").read_text()) for run in runs]
 
 
@@ -115,18 +125,25 @@ def _held_out(record: dict[str, Any]) -> float:
     return error if error == error else float("inf")
 
 
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "said nothing"
+
+
 def _in_processes(runs: Sequence[Run], folder: Path, workers: int) -> list[Path]:
     """Train each run in a process of its own, so that memory is its own, and return the logs of those that failed."""
     waiting, going, failed, done = list(runs), {}, [], 0
+    free = _shares(workers)
     try:
         while waiting or going:
             while waiting and len(going) < workers:
-                run = waiting.pop(0)
+                run, cores = waiting.pop(0), free.pop(0)
                 log = folder / f"{run.name}.log"
-                going[_start(run, folder, log, workers)] = (run, log, time.monotonic())
+                going[_start(run, folder, log, cores)] = (run, log, time.monotonic(), cores)
             time.sleep(0.2)
             for process in [process for process in going if process.poll() is not None]:
-                run, log, since = going.pop(process)
+                run, log, since, cores = going.pop(process)
+                free.append(cores)
                 done += 1
                 if process.returncode:
                     failed.append(log)
@@ -141,12 +158,27 @@ def _in_processes(runs: Sequence[Run], folder: Path, workers: int) -> list[Path]
     return failed
 
 
-def _start(run: Run, folder: Path, log: Path, workers: int) -> subprocess.Popen:
-    threads = max(1, (os.cpu_count() or 1) // (workers * Method.parse(run.method).replicas))
+def _shares(workers: int) -> list[list[int]]:
+    """Deal the cores to the workers; with more workers than cores, some share one."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return [cores[worker::workers] or [cores[worker % len(cores)]] for worker in range(workers)]
+
+
+def _settle(parent: int, cores: list[int]) -> None:
+    """Keep a training to its cores, however many processes it has, and end it with its parent, on Linux."""
+    os.sched_setaffinity(0, cores)
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _start(run: Run, folder: Path, log: Path, cores: list[int]) -> subprocess.Popen:
+    threads = max(1, len(cores) // Method.parse(run.method).replicas)
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "recipes.compare.run", json.dumps(asdict(run)), str(folder), log.stem],
             stdout=file,
             stderr=subprocess.STDOUT,
+            preexec_fn=partial(_settle, os.getpid(), cores) if sys.platform == "linux" else None,
             env=KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)},
         )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+DAY = 86400.0  # seconds
 
 
 def cached(path: Path, build: Callable[[], Any]) -> Any:
@@ -34,7 +39,8 @@ def cached(path: Path, build: Callable[[], Any]) -> Any:
     try:
         write(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        raise OSError(f"cache must be writable, got {path} ({error}); no part of it was kept") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"cache must be writable, got {path} ({cause}); no part of it was kept") from error
     return content
 
 
@@ -45,13 +51,30 @@ def write(path: Path, save: Callable[[Any], None]) -> None:
         BaseException: whatever ``save`` raises, after the temporary file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a process that was killed long ago has left of ``path``."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > DAY:
+                old.unlink()
+
+
+def _umask() -> int:
+    """Give the permissions that this process withholds; reading them takes setting them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

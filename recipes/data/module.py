@@ -117,7 +117,9 @@ class ImageData(L.LightningDataModule):
         data, self._fingerprint = self._load()
         n_train = data.n_train - self.n_val if self.n_train is None else self.n_train
         if n_train < 1 or n_train + self.n_val > data.n_train:
-            raise ValueError(f"n_train + n_val must be at most {data.n_train}, got {n_train} + {self.n_val}")
+            asked = f"{'' if self.n_train is None else f'{n_train} + '}{self.n_val}"
+            rule = "n_val must be below" if self.n_train is None else "n_train + n_val must be at most"
+            raise ValueError(f"{rule} the {data.n_train} training images of {self.source}, got {asked}")
         # Not named by the seed: seeds are to differ in what they draw, not in what they draw from.
         order = torch.from_numpy(np.random.default_rng(0).permutation(data.n_train))
         train, val = order[:n_train], order[data.n_train - self.n_val :]

@@ -91,11 +91,20 @@ def read_torchvision(source: str, root: str, download: bool) -> Images:
 
     Raises:
         FileNotFoundError: if it is neither under ``root`` nor to be had.
+        ValueError: if its files are damaged; names their folder.
     """
     kind, needed = TORCHVISION[source]
     try:
         train, test = _torchvision_splits(kind, root, download)
-    except (RuntimeError, OSError) as error:  # torchvision: RuntimeError; the network: URLError, an OSError
+    except Exception as error:  # RuntimeError; from the network URLError, an OSError; from a damaged file, anything
+        if _is_there(kind, root):
+            folder = Path(root).resolve() / needed.partition("/")[0]
+            raise ValueError(
+                f"the files of {source} in {folder} must be whole, got {type(error).__name__} from reading them "
+                f"({error}): delete the folder, and they are unpacked or downloaded again"
+            ) from error
+        if not isinstance(error, RuntimeError | OSError):
+            raise
         tried = "its download failed" if download else "download is off"
         raise FileNotFoundError(
             f"root must hold {source}, got {root}: it is not there and {tried} ({error}). "
@@ -162,11 +171,23 @@ def _torchvision_splits(kind: type, root: str, download: bool) -> list:
     return [kind(root=root, train=train, download=True) for train in (True, False)]
 
 
+def _is_there(kind: type, root: str) -> bool:
+    """Tell whether torchvision would find all files, whatever is in them."""
+    empty = kind.__new__(kind)
+    empty.root = str(root)
+    if hasattr(empty, "_check_exists"):  # of the MNIST family
+        return bool(empty._check_exists())
+    folder = Path(root) / empty.base_folder
+    return all((folder / name).is_file() for name, _ in [*empty.train_list, *empty.test_list])
+
+
 def _decode(path: Path, mode: str | None) -> np.ndarray:
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow would cut off what is above 255
+                raise ValueError(f"its numbers have more than 8 bits, mode {image.mode}")
             return np.asarray(image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB")))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a damaged file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
         raise ValueError(f"every image must be readable, got {path} ({error})") from error
 
 

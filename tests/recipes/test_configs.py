@@ -1,5 +1,6 @@
 """Every shipped config parses and takes a step on made-up data; the command line's subcommands work."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -101,7 +102,49 @@ def test_fit_then_resume_validate_test_and_predict_from_the_checkpoint(tmp_path,
     for command in ("validate", "test"):
         cli = main("recipes.lenet.LeNet", [command, *arguments, *quiet, *last])
         assert cli.trainer.callback_metrics[f"{command.replace('idate', '')}_accuracy"] > 0.5
-    assert main("recipes.lenet.LeNet", ["predict", *arguments, *quiet, *last]).trainer.state.finished
+    said = main("recipes.lenet.LeNet", ["predict", *arguments, *quiet, *last])
+    rows = list(csv.DictReader((Path(said.trainer.log_dir) / "predictions.csv").open()))
+    data = said.datamodule
+    assert [int(row["image"]) for row in rows] == list(range(len(data.test_indices)))
+    images, _ = data.materialise(next(iter(data.predict_dataloader())))
+    with torch.no_grad():
+        shares = said.model.eval()(images).softmax(1)
+    for row, share in zip(rows, shares, strict=False):
+        assert [float(row[name]) for name in data.classes] == pytest.approx(share.tolist(), abs=1e-4)
+        assert row["predicted"] == data.classes[share.argmax()]
+
+
+def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, epochs in (("lenet/sgd.yaml", 4), ("lenet/swa.yaml", 8)):
+        arguments = [*on_made_up_data(name), "--trainer.enable_model_summary", "false"]
+        arguments += ["--model.optimizer.init_args.lr", "0.001"]
+        early = ["--checkpoint.mode", "min"]  # the accuracy grows, and the best epoch is an early one
+        cli = main("recipes.lenet.LeNet", ["fit", *arguments, *early, "--trainer.max_epochs", str(epochs)])
+        folder = Path(cli.trainer.checkpoint_callback.dirpath)
+        best, last = sorted(folder.iterdir())
+        assert best.name.startswith("best-epoch=")
+        assert last.name == "last.ckpt"
+        assert int(best.name.split("=")[1].split("-")[0]) < epochs - 1
+        saved = torch.load(last, weights_only=False)
+        assert saved["global_step"] == cli.trainer.global_step
+        # SWA's average too, which is put in place for an epoch without gradients that BatchNorm needs.
+        assert all(torch.equal(value, saved["state_dict"][key]) for key, value in cli.model.state_dict().items()
+                   if "running" not in key and "tracked" not in key)  # fmt: skip
+
+
+@pytest.mark.parametrize("without", [["--trainer.enable_progress_bar", "false"], ["--trainer.logger", "false"]])
+def test_without_progress_bar_or_logger(without, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*on_made_up_data("lenet/entropy_sgd.yaml"), "--trainer.enable_model_summary", "false", *without]
+    assert main("recipes.lenet.LeNet", ["fit", *arguments, "--trainer.max_epochs", "1"]).trainer.state.finished
+
+
+def test_a_net_for_other_images_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*on_made_up_data("lenet/sgd.yaml"), "--data.source", "random", "--trainer.fast_dev_run", "true"]
+    with pytest.raises(ValueError, match="net must take images of the data's 3 channels, got one for 1"):
+        main("recipes.lenet.LeNet", ["fit", *arguments])
 
 
 README = (FOLDER.parent / "README.md").read_text()

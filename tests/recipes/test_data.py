@@ -1,7 +1,10 @@
 """The data module: what a batch holds, who draws it, and what happens when files are not as they should be."""
 
 import copy
+import errno
+import os
 import resource
+import stat
 from types import SimpleNamespace
 
 import lightning as L
@@ -262,7 +265,9 @@ def test_without_held_out_images_validation_is_the_test_set():
 
 
 def test_more_images_than_there_are_is_refused():
-    with pytest.raises(ValueError, match=r"n_train \+ n_val must be at most 512, got 500 \+ 50"):
+    with pytest.raises(
+        ValueError, match=r"n_train \+ n_val must be at most the 512 training images of random, got 500 \+ 50"
+    ):
         ImageData("random", n_train=500, n_val=50).setup()
 
 
@@ -359,6 +364,60 @@ def test_an_interruption_while_writing_leaves_no_cache(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path / "images.pt", lambda: torch.zeros(1))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    def full(content, file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 960 vs 854")  # noqa: B904  as torch's writer does
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"images\.pt .*No space left on device"):
+        cached(tmp_path / "images.pt", lambda: torch.zeros(1))
+
+
+def test_what_a_killed_process_left_is_swept_away_and_others_may_read(tmp_path):
+    left, other, fresh = tmp_path / ".images.pt.x1", tmp_path / ".other.pt.x1", tmp_path / ".images.pt.x2"
+    for path in (left, other, fresh):
+        path.write_bytes(b"half")
+    for path in (left, other):
+        os.utime(path, (0, 0))
+    mask = os.umask(0o022)
+    try:
+        cached(tmp_path / "images.pt", lambda: torch.zeros(1))
+    finally:
+        os.umask(mask)
+    assert {path.name for path in tmp_path.iterdir()} == {"images.pt", other.name, fresh.name}
+    assert stat.S_IMODE((tmp_path / "images.pt").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize("source", ["fashion_mnist", "cifar10"])
+def test_damaged_files_of_torchvision_are_named(tmp_path, source, size, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    if source == "cifar10":
+        folder = tmp_path / "cifar-10-batches-py"
+        names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+    else:
+        folder = tmp_path / "FashionMNIST"
+        names = [f"raw/{s}-{k}" for s in ("train", "t10k") for k in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\0\x08\x01\0\0\0\x09"[:size])
+    with pytest.raises(ValueError, match=f"the files of {source} in {folder} must be whole"):
+        ImageData(source, str(tmp_path), cache=str(tmp_path / "cache")).prepare_data()
+
+
+def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
+    data = tree_data(tmp_path)
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "tree/train/dog/2.png")
+    with pytest.raises(ValueError, match=r"train/dog/2\.png \(its numbers have more than 8 bits, mode I"):
+        data.prepare_data()
 
 
 def test_a_damaged_cache_is_named(tmp_path):
