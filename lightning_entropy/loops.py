@@ -4,17 +4,15 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakSet
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.jit import ScriptModule
-from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_entropy.attach import make_loop
 from lightning_entropy.inner_outer import InnerOuter, ReplicaMean
+from lightning_entropy.module_hooks import ModuleHooks
 from lightning_entropy.outer import OuterFactory
 from lightning_entropy.perturbed import PerturbedLoop
 from lightning_entropy.relaxation import Relaxation
@@ -103,7 +101,7 @@ class Loops:
             for loop in self.loops:
                 loop.detach()
             raise
-        self._hooks = ModuleHooks(module, self)
+        self._hooks = ModuleHooks(module, self, set(counts))
 
     def begin(self) -> None:
         """Put y into the parameters, and start what a loop starts before its first step."""
@@ -188,105 +186,3 @@ def log_outer_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
         values["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
     for logger in trainer.loggers:
         logger.log_metrics(values, step=epoch_loop._batches_that_stepped)
-
-
-class ModuleHooks:
-    """Make a module's ``state_dict()`` give x, and what is loaded into it the new x; its submodules' too.
-
-    A copy of a hook (of a copied or pickled module) does nothing.
-
-    Args:
-        module: the whole one: before its state dict is made, submodules that have come since get their hooks.
-        loops: who know x.
-    """
-
-    def __init__(self, module: LightningModule, loops: Loops) -> None:
-        self._show, self._module = ShowAnchor(loops), weakref.ref(module)
-        self._having = WeakSet[Module]()
-        params = {p for loop in loops.loops for p in loop.params}
-        self._handles = [Module.register_state_dict_pre_hook(module, InstallHooks(self))]
-        self.install()
-        for submodule in module.modules():
-            # A scripted module takes no such hook.
-            if not isinstance(submodule, ScriptModule) and any(p in params for p in submodule.parameters()):
-                load = LoadAnchor(loops)
-                self._handles += [
-                    submodule.register_load_state_dict_pre_hook(load.before),
-                    submodule.register_load_state_dict_post_hook(load.after),
-                ]
-
-    def install(self) -> None:
-        """Give every submodule that has parameters the hook that shows x."""
-        module = self._module()
-        for submodule in () if module is None else module.modules():
-            if submodule not in self._having and next(submodule.parameters(recurse=False), None) is not None:
-                # The method of Module: a scripted module refuses its own.
-                self._handles.append(Module.register_state_dict_post_hook(submodule, self._show))
-                self._having.add(submodule)
-
-    def remove(self) -> None:
-        """Leave no hook behind."""
-        for handle in self._handles:
-            handle.remove()
-
-
-class InstallHooks:
-    """Before a state dict is made, look for new submodules."""
-
-    def __init__(self, hooks: ModuleHooks | None = None) -> None:
-        self._hooks = None if hooks is None else weakref.ref(hooks)
-
-    def __call__(self, module: Module, prefix: str, keep_vars: bool) -> None:
-        """Do so."""
-        hooks = None if self._hooks is None else self._hooks()
-        if hooks is not None:
-            hooks.install()
-
-    def __reduce__(self) -> tuple[type["InstallHooks"], tuple[()]]:
-        return InstallHooks, ()
-
-
-class ShowAnchor:
-    """Put x in the place of y in a module's state dict."""
-
-    def __init__(self, loops: Loops | None = None) -> None:
-        self._loops = None if loops is None else weakref.ref(loops)
-
-    def __call__(self, module: Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        """Replace the module's own parameters; submodules have this hook themselves."""
-        loops = None if self._loops is None else self._loops()
-        if loops is None or loops.shown:
-            return
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            anchor, key = loops.anchor_of(p), prefix + name
-            # Whoever asks for the parameters themselves (keep_vars=True) gets them.
-            if anchor is not None and key in state_dict and state_dict[key] is not p:
-                state_dict[key] = anchor.detach().to(p.dtype)
-
-    def __reduce__(self) -> tuple[type["ShowAnchor"], tuple[()]]:
-        return ShowAnchor, ()
-
-
-class LoadAnchor:
-    """Show x while a module's weights are loaded, so that they are the new x."""
-
-    def __init__(self, loops: Loops | None = None) -> None:
-        self._loops = None if loops is None else weakref.ref(loops)
-        self._shows = False
-
-    def before(self, *_: Any) -> None:
-        """Show x, unless it is shown: by the hook of the module around this one, say."""
-        loops = None if self._loops is None else self._loops()
-        self._shows = loops is not None and not loops.shown
-        if loops is not None and self._shows:
-            loops.show()
-
-    def after(self, *_: Any) -> None:
-        """Put y back where nothing was loaded."""
-        loops = None if self._loops is None else self._loops()
-        if loops is not None and self._shows:
-            loops.hide()
-        self._shows = False
-
-    def __reduce__(self) -> tuple[type["LoadAnchor"], tuple[()]]:
-        return LoadAnchor, ()

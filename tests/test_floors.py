@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_entropy"
 VALUES = {"relaxation", "schedules", "presets", "functional", "checks", "pde"}
 ENGINE = {
     "slots", "outer", "step_hooks", "noise", "auto_gamma", "replicas", "compiled", "inner_outer", "perturbed", "attach",
+    "module_hooks",
 }  # fmt: skip
 DRIVER = {"loops"}
 MATHS = {"torch", "numpy", "scipy"}
