@@ -147,7 +147,7 @@ class InnerOuterCallback(Callback):
             self._warned = True
             rank_zero_warn(
                 f"two validations had the same weights, as no outer step of {self.relaxation.inner_steps} training "
-                f"steps came between, which {' and '.join(sorted(watchers))} will take for no improvement: validate "
+                f"steps came between, which {' and '.join(sorted(watchers))} may take for no improvement: validate "
                 "less often, or raise the patience",
                 stacklevel=2,
             )
@@ -173,6 +173,7 @@ class InnerOuterCallback(Callback):
         release(trainer, self)
         if self._loops is not None:
             try:
+                self._loops.rest(check=False)  # an error is on its way, or all is over
                 self._loops.show()
                 self._state = self.state_dict()
             finally:  # also where y, which show() keeps beside x, finds no memory

@@ -113,6 +113,14 @@ class InnerOuter:
         """Give x of one parameter where something else is in it now, else None."""
         return None if self.shows_anchor or p not in self._slots else self._slots[p].anchor
 
+    def holds(self, p: Tensor) -> bool:
+        """Tell whether p has an x of its own here."""
+        return p in self._slots
+
+    def replaced(self, p: Tensor) -> bool:
+        """Tell whether x of p was replaced since the mean over replicas was started."""
+        return p in self._slots and self._slots[p].replaced
+
     @property
     def average(self) -> list[Tensor]:
         """z, a tensor per parameter in the optimizer's order; y where the mean is the last iterate."""

@@ -97,11 +97,13 @@ class Loops:
                 if isinstance(loop, PerturbedLoop):
                     # Only there may a batch have several steps.
                     loop.resumes = not module.automatic_optimization
+                    normed = [m for m in module.modules() if getattr(m, "max_norm", None) is not None]
+                    loop.unchecked = {p for m in normed for p in m.parameters(recurse=False)}
         except BaseException:
             for loop in self.loops:
                 loop.detach()
             raise
-        self._hooks = ModuleHooks(module, self, set(counts))
+        self._hooks = ModuleHooks(module, self)
 
     def begin(self) -> None:
         """Put y into the parameters, and start what a loop starts before its first step."""
@@ -109,15 +111,18 @@ class Loops:
         for loop in self.loops:
             loop.begin()
 
-    def rest(self) -> None:
+    def rest(self, *, check: bool = True) -> None:
         """End a training batch: perturbed parameters get x back.
+
+        Args:
+            check: look for writes.
 
         Raises:
             RuntimeError: they were written while they were perturbed.
         """
         for loop in self.loops:
             if isinstance(loop, PerturbedLoop) and not self.shown:
-                loop.rest()
+                loop.rest(check=check)
 
     def show(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
         """Put x into the parameters. May be called twice.
@@ -142,6 +147,10 @@ class Loops:
         for loop in self.loops:
             loop.detach()
         self._hooks.remove()
+
+    def holds(self, p: Tensor) -> bool:
+        """Tell whether a loop keeps an x of p."""
+        return any(loop.holds(p) for loop in self.loops)
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
         """Give x of one parameter where something else is in it now, else None."""

@@ -22,6 +22,9 @@ class Shower(Protocol):
     def hide(self) -> None:
         """Put y back."""
 
+    def holds(self, p: Tensor) -> bool:
+        """Tell whether p has an x of its own."""
+
     def anchor_of(self, p: Tensor) -> Tensor | None:
         """Give x of one parameter where something else is in it now, else None."""
 
@@ -32,31 +35,31 @@ class ModuleHooks:
     Args:
         module: the whole one: before its state dict is made, submodules that have come since get their hooks.
         shower: who knows x.
-        params: that have one.
     """
 
-    def __init__(self, module: Module, shower: Shower, params: set[Tensor]) -> None:
-        self._show, self._module = ShowAnchor(shower), weakref.ref(module)
+    def __init__(self, module: Module, shower: Shower) -> None:
+        self._shower, self._module = weakref.ref(shower), weakref.ref(module)
         self._having = WeakSet[Module]()
         self._handles = [Module.register_state_dict_pre_hook(module, Install(self))]
         self.install()
+
+    def install(self) -> None:
+        """Give every submodule that has parameters its hooks."""
+        module, shower = self._module(), self._shower()
+        if module is None or shower is None:
+            return
         for submodule in module.modules():
-            # A scripted module takes no such hook.
-            if not isinstance(submodule, ScriptModule) and any(p in params for p in submodule.parameters()):
+            if submodule in self._having or next(submodule.parameters(), None) is None:
+                continue
+            self._having.add(submodule)
+            # The method of Module: a scripted module refuses its own, and takes no hook of loading.
+            self._handles.append(Module.register_state_dict_post_hook(submodule, ShowAnchor(shower)))
+            if not isinstance(submodule, ScriptModule):
                 load = LoadAnchor(shower)
                 self._handles += [
                     submodule.register_load_state_dict_pre_hook(load.before),
                     submodule.register_load_state_dict_post_hook(load.after),
                 ]
-
-    def install(self) -> None:
-        """Give every submodule that has parameters the hook that shows x."""
-        module = self._module()
-        for submodule in () if module is None else module.modules():
-            if submodule not in self._having and next(submodule.parameters(recurse=False), None) is not None:
-                # The method of Module: a scripted module refuses its own.
-                self._handles.append(Module.register_state_dict_post_hook(submodule, self._show))
-                self._having.add(submodule)
 
     def remove(self) -> None:
         """Leave no hook behind."""
@@ -108,10 +111,10 @@ class LoadAnchor(Hook[Shower]):
 
     _shows = False
 
-    def before(self, *_: Any) -> None:
-        """Show x, unless it is shown: by the hook of the module around this one, say."""
+    def before(self, module: Module, *_: Any) -> None:
+        """Show x, unless it is shown: by the hook of the module around this one, say; or there is none in here."""
         shower = self.owner
-        self._shows = shower is not None and not shower.shown
+        self._shows = shower is not None and not shower.shown and any(shower.holds(p) for p in module.parameters())
         if shower is not None and self._shows:
             shower.show()
 

@@ -1,6 +1,6 @@
 """The heat variant of the loop: perturb, evaluate, restore."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ class PerturbedLoop(InnerOuter):
     plain PyTorch without a closure, call :meth:`begin` before the first forward pass, or the first gradient is at x.
     An optimizer that evaluates its closure several times a step sees the same noise in all of them.
 
-    Weights that are written while they hold y would lose what was written: the next step is a ``RuntimeError``. Write
-    them in :meth:`at_anchor`.
+    Weights that are written while they hold y would lose what was written: that is a ``RuntimeError`` when they get x
+    back (a write through ``.data``, which torch does not count, is lost). Write them in :meth:`at_anchor`.
 
     Attributes:
+        unchecked: parameters that their module's forward pass writes into (an embedding with ``max_norm``).
         resumes: whether a step ends with the next perturbation; False: whoever drives the loop calls :meth:`begin`.
     """
 
@@ -31,7 +32,9 @@ class PerturbedLoop(InnerOuter):
     _begun = False  # whether the parameters are to hold y outside at_anchor()
     _perturbed = False  # whether they do
     _counted = False
+    _noisy: Sequence[Slot] = ()  # what is perturbed
     _versions: tuple[int, ...] = ()  # of the parameters, as the perturbation left them
+    unchecked: Collection[Tensor] = ()
 
     @property
     def anchor(self) -> list[Tensor]:
@@ -49,10 +52,15 @@ class PerturbedLoop(InnerOuter):
         if self._perturbed or self._show_depth or any(is_lazy(p) for p in self.params):
             return  # a lazy module's first gradient is at x: its parameters have no values yet
         self._read_settings()
-        slots = [self._slots[p] for p in self.params if p.requires_grad]
+        self._noisy = [self._slots[p] for p in self.params if p.requires_grad]
         for slot in self._slots:  # frozen ones, too, which may have been given other values
             slot.anchor.copy_(slot.param)
+        self._perturb()
+        self._versions = self._versions_now()
+
+    def _perturb(self) -> None:
         self._perturbed = True
+        slots = self._noisy
         width = self.settings.gamma**-0.5
         scales = [width * F.filter_norms(s.anchor) if self.relaxation.scale == "filter" else width for s in slots]
         params = [slot.param for slot in slots]
@@ -65,22 +73,24 @@ class PerturbedLoop(InnerOuter):
             average=1.0,
             seeds=self.noise_seeds(params),
         )
-        self._versions = self._versions_now()
 
     @torch.no_grad()
-    def rest(self) -> None:
+    def rest(self, *, check: bool = True) -> None:
         """Put x into the parameters until :meth:`begin`.
+
+        Args:
+            check: look for writes.
 
         Raises:
             RuntimeError: they were written while they held y; they have x nevertheless.
         """
-        self._restore(check=True)
         self._begun = False
+        self._restore(check=check)
 
     @torch.no_grad()
     def show(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
         """Enter :meth:`at_anchor`; calls nest."""
-        self._restore()
+        self._restore(check=True)
         self._show_depth += 1
 
     def hide(self) -> None:
@@ -93,14 +103,16 @@ class PerturbedLoop(InnerOuter):
         if not self._perturbed:
             return
         versions = self._versions_now()
-        held = [slot.param.detach().clone() for slot in self._slots] if check and self._versions != versions else None
+        written = check and self._versions != versions
+        checked = [slot for slot in self._slots if slot.param not in self.unchecked]
+        held = [slot.param.detach().clone() for slot in checked] if written else None
         for slot in self._slots:
             slot.param.copy_(slot.anchor)
         self._perturbed = False
         if held is None:
             return
-        self.begin()  # the same y
-        lost = any(not torch.equal(slot.param, y) for slot, y in zip(self._slots, held, strict=True))
+        self._perturb()  # the same y
+        lost = any(not torch.equal(slot.param, y) for slot, y in zip(checked, held, strict=True))
         self._restore()
         if lost:
             raise RuntimeError(
@@ -110,7 +122,7 @@ class PerturbedLoop(InnerOuter):
             )
 
     def _versions_now(self) -> tuple[int, ...]:
-        return tuple(slot.param._version for slot in self._slots)
+        return tuple(slot.param._version for slot in self._slots if slot.param not in self.unchecked)
 
     def _leave_anchor(self) -> None:
         self._restore()

@@ -1,6 +1,6 @@
 """What an outer step gets from the other replicas, through one callable that takes the mean of a list of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 from torch import Tensor
@@ -34,6 +34,8 @@ class Replicas:
         """Start the mean of x, if that is the target and it is not under way."""
         if self._mean is not None and self._target == "anchor" and self._under_way is None:
             self._under_way = self._mean([slot.anchor for slot in slots])
+            for slot in slots:
+                slot.replaced = False
 
     def forget(self) -> None:
         """Drop the mean under way: of anchors that are no longer what they were."""
@@ -54,8 +56,15 @@ class Replicas:
         targets: list[Tensor] = []
         if self._under_way is not None:
             targets, self._under_way = _wait(self._under_way), None
-        elif self._target == "average" and rho:
+            # An x that a user has replaced since is not pulled to the mean of the old ones.
+            tied = [None if slot.replaced else target for slot, target in zip(slots, targets, strict=False)]
+            return self._pulls(slots, tied, rho)
+        if self._target == "average" and rho:
             targets = means if self._mean is None else _wait(self._mean(means))
+        return self._pulls(slots, targets, rho)
+
+    @staticmethod
+    def _pulls(slots: list[Slot], targets: Sequence[Tensor | None], rho: float) -> list[Tensor | None]:
         # A parameter that was unfrozen since the mean was started has no target yet.
         pairs = zip_longest(slots, targets if rho else [])
         return [None if target is None else (slot.anchor - target).mul_(rho) for slot, target in pairs]

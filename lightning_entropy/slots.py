@@ -20,6 +20,7 @@ class Slot:
     hidden: Tensor | None = None  # y, while the parameter shows x
     given: Tensor | None = None  # what it shows instead of x (the consensus of replicas)
     moved: bool = False  # since the last outer step
+    replaced: bool = False  # x was, since the mean over replicas was started
 
     @property
     def inner(self) -> Tensor:
@@ -117,7 +118,7 @@ class Slots:
             if new:
                 slot.anchor.copy_(slot.param)
                 slot.average = slot.hidden = slot.given = None
-                slot.moved = False
+                slot.moved, slot.replaced = False, True
 
     def hide(self) -> None:
         """Put y back, but where a new x was put into the parameter."""

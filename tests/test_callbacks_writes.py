@@ -288,7 +288,7 @@ def test_two_validations_of_one_x_are_said_where_somebody_counts_them() -> None:
     ) as said:
         fit(CALLBACKS["jacobi"]())
     assert sum("two validations" in str(w.message) for w in said) == 1
-    with pytest.warns(UserWarning, match="which ReduceLROnPlateau will take for no improvement"):
+    with pytest.warns(UserWarning, match="which ReduceLROnPlateau may take for no improvement"):
         fit(CALLBACKS["jacobi"](), plateau=True, stopping=False)
     fit(CALLBACKS["jacobi"](), stopping=False)
     fit(le.HamiltonJacobi(3))
@@ -331,3 +331,48 @@ def test_arguments_of_another_type() -> None:
             le.relax(torch.optim.SGD([nn.Parameter(torch.ones(1))]), le.lookahead(), compile=value)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"forward must be a callable of \(module, batch\), got 3"):
         le.RefreshBatchNorm(forward=3)  # type: ignore[arg-type]
+
+
+class Words(L.LightningModule):
+    """An embedding that its forward pass writes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(5, 4, max_norm=0.5), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        words = batch[1] % 5
+        return nn.functional.cross_entropy(self.head(self.table(words)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_an_embedding_that_keeps_a_norm() -> None:
+    for method in CALLBACKS.values():
+        module = Words()
+        trainer(callbacks=[method()]).fit(module, loader())
+        assert all(w.isfinite().all() for w in weights(module))
+
+
+@pytest.mark.parametrize("method", ["entropy", "jacobi", "heat"])
+def test_a_part_that_joins_the_optimizer_later_is_loaded(method: str) -> None:
+    """As BackboneFinetuning has it."""
+
+    class Later(Automatic):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net[2].parameters(), lr=0.1, momentum=0.9)
+
+    def join(module: Any) -> None:
+        module.optimizers().add_param_group({"params": list(module.net[0].parameters())})
+
+    def load(module: Any) -> None:
+        module.net[0].load_state_dict(sevens(module.net[0]))
+        assert all((value == 7).all() for value in module.net[0].state_dict().values())
+
+    module, loads = Later(), At("on_train_batch_end", 4, load)
+    t = trainer(callbacks=[CALLBACKS[method](), At("on_train_batch_end", 1, join), loads], max_steps=4)
+    t.fit(module, loader())
+    assert loads.done
+    assert all((w == 7).all() for w in weights(module.net[0]))

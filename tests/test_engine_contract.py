@@ -1072,3 +1072,41 @@ def test_an_outer_momentum_of_another_library_is_a_float_in_the_state() -> None:
     for i in range(3):
         step(net, optimizer, i)
     assert through_a_file(loop.state_dict())["outer"]["options"][0]["momentum"] == 0.9
+
+
+def test_weights_loaded_with_replicas_are_not_pulled_to_the_mean_of_the_old_ones() -> None:
+    w = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([w], lr=0.0)
+    loop = le.relax(optimizer, le.parle(2), replica_mean=lambda tensors: [t.clone() for t in tensors])
+    for _ in range(3):
+        w.grad = torch.ones(2)
+        optimizer.step()
+    with loop.at_anchor(), torch.no_grad():
+        w.fill_(100.0)
+    for _ in range(5):
+        optimizer.step()
+    assert torch.equal(loop.anchor[0], torch.full((2,), 100.0))
+
+
+def test_looking_at_perturbed_weights_that_were_written_is_the_error_too() -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], le.heat(1, 100.0))
+    step(net, optimizer, 0)
+    x = values(loop.anchor)
+    with torch.no_grad():
+        net.b.zero_()
+    with pytest.raises(RuntimeError, match="weights must not be written while they are perturbed"), loop.at_anchor():
+        pass
+    assert_equal(net.parameters(), x)
+    step(net, optimizer, 1)
+
+
+def test_a_parameter_frozen_while_it_is_perturbed_is_no_write() -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], le.heat(1, 100.0))
+    step(net, optimizer, 0)
+    with torch.no_grad():
+        net.b.add_(0)
+    net.b.requires_grad_(False)
+    loss_of(net, 1).backward()
+    optimizer.step()
+    with loop.at_anchor():
+        assert torch.equal(net.b, loop.anchor[1])

@@ -150,5 +150,9 @@ class Consensus:
                 return []
             given = zip(coupling.round.tensors, coupling.round.wait(), strict=True)
             means = {id(x): mean for x, mean in given}
-            pairs += [(p, means[id(x)]) for p, x in zip(loop.params, loop.anchor, strict=True) if id(x) in means]
+            pairs += [
+                (p, means[id(x)])
+                for p, x in zip(loop.params, loop.anchor, strict=True)
+                if id(x) in means and not loop.replaced(p)
+            ]
         return pairs

@@ -134,6 +134,9 @@ def curves(final: Sequence[Record]) -> Figure:
 
 
 def _line(axis: Axes, curves: Sequence[Curve], x: str, key: str, label: str, style: dict[str, str]) -> None:
+    curves = [curve for curve in curves if curve[-1]["val_error"] == curve[-1]["val_error"]]  # has not diverged
+    if not curves:
+        return
     points = min(map(len, curves))
     across = np.mean([[point[x] for point in curve[:points]] for curve in curves], 0)
     errors = np.array([[point[key] for point in curve[:points]] for curve in curves])

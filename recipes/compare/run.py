@@ -130,12 +130,16 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
         compile=task.compile,
     )
     curve = folder / f"{name}.curve"
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(task, method, parts, steps, Recorder(judge, curve, data.batch_size))
     try:
         trainer.fit(module, datamodule=data)
         # Through a file, as replicas train in processes of their own.
         record = json.loads(curve.read_text())
         final = judge.final(module.to(judge.device))
+        if not math.isfinite(final["train_loss"]):  # nan is always of class 0, an error of 90 % that says nothing
+            final = judge.diverged()
     except Exception as error:
         if DIVERGED not in str(error):
             raise

@@ -136,7 +136,7 @@ def _in_processes(runs: Sequence[Run], folder: Path, workers: int) -> list[Path]
     free = _shares(workers)
     try:
         while waiting or going:
-            while waiting and len(going) < workers:
+            while waiting and free:
                 run, cores = waiting.pop(0), free.pop(0)
                 log = folder / f"{run.name}.log"
                 going[_start(run, folder, log, cores)] = (run, log, time.monotonic(), cores)
@@ -159,9 +159,10 @@ def _in_processes(runs: Sequence[Run], folder: Path, workers: int) -> list[Path]
 
 
 def _shares(workers: int) -> list[list[int]]:
-    """Deal the cores to the workers; with more workers than cores, some share one."""
+    """Deal the cores to the workers, to each as many: what is left over is idle. No more workers than cores."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    return [cores[worker::workers] or [cores[worker % len(cores)]] for worker in range(workers)]
+    each = max(1, len(cores) // workers)
+    return [cores[first : first + each] for first in range(0, len(cores) - each + 1, each)][:workers]
 
 
 def _settle(parent: int, cores: list[int]) -> None:

@@ -346,6 +346,18 @@ def test_replicas_that_diverge_are_a_result_that_no_rate_is_chosen_by(tmp_path):
     report.report(comparison, search, [*final, search[1]])
 
 
+def test_a_net_alone_that_diverges_is_the_same_result(tmp_path):
+    record = record_of("sgd", tmp_path, lr=1e20)
+    assert all(math.isnan(value) for value in record["final"].values())
+    assert math.isnan(record["curve"][-1]["val_error"])
+
+
+def test_every_training_has_as_many_cores(monkeypatch):
+    for cores, workers, shares in ((3, 2, [[0], [1]]), (8, 3, [[0, 1], [2, 3], [4, 5]]), (2, 3, [[0], [1]])):
+        monkeypatch.setattr(study_module.os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
+        assert study_module._shares(workers) == shares
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a child with its parent")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_trainings_end_with_the_comparison(sent, tmp_path):
