@@ -33,12 +33,12 @@ linux = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(),
 
 
 class Report(L.Callback):
-    """Save what every rank holds: at a step in the middle of a loop, its state dict, and at the end."""
+    """Save what every rank holds: y in a batch in the middle of a loop, its state dict, and at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fit_loop.epoch_loop.total_batch_idx == 6:
             torch.save([weights(pl_module), pl_module.state_dict()], self.folder / f"middle-{trainer.global_rank}.pt")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import json
 import math
+import os
 import platform
 import re
+import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -211,5 +214,16 @@ def _versions() -> dict[str, str]:
     }
 
 
+def settle(parent: int, cores: list[int]) -> None:
+    """Keep to these cores, with however many processes, and end with the parent; on Linux."""
+    if sys.platform != "linux":
+        return
+    os.sched_setaffinity(0, cores)
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended already
+        sys.exit(143)
+
+
 if __name__ == "__main__":
+    settle(int(sys.argv[4]), json.loads(sys.argv[5]))
     execute(Run.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,21 +162,13 @@ def _shares(workers: int) -> list[list[int]]:
     return [cores[first : first + each] for first in range(0, len(cores) - each + 1, each)][:workers]
 
 
-def _settle(parent: int, cores: list[int]) -> None:
-    """Keep a training to its cores, however many processes it has, and end it with its parent, on Linux."""
-    os.sched_setaffinity(0, cores)
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _start(run: Run, folder: Path, log: Path, cores: list[int]) -> subprocess.Popen:
     threads = max(1, len(cores) // Method.parse(run.method).replicas)
+    place = [str(os.getpid()), json.dumps(cores)]
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "recipes.compare.run", json.dumps(asdict(run)), str(folder), log.stem],
+            [sys.executable, "-m", "recipes.compare.run", json.dumps(asdict(run)), str(folder), log.stem, *place],
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=partial(_settle, os.getpid(), cores) if sys.platform == "linux" else None,
             env=KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
