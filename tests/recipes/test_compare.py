@@ -366,10 +366,13 @@ def test_trainings_end_with_the_comparison(sent, tmp_path):
     command = [sys.executable, "-m", "recipes.compare", *arguments, "--methods", "sgd", "--out", str(tmp_path)]
     parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    child = _wait_for(lambda: children.read_text().split()[:1])[0]
-    _wait_for(lambda: list(tmp_path.glob("runs/*.log")))
-    parent.send_signal(sent)
-    parent.wait(30)
+    try:
+        child = _wait_for(lambda: children.read_text().split()[:1])[0]
+        _wait_for(lambda: list(tmp_path.glob("runs/*.log")))
+        parent.send_signal(sent)
+        parent.wait(60)
+    finally:
+        parent.kill()
     _wait_for(lambda: not Path(f"/proc/{child}").exists() or "(zombie)" in Path(f"/proc/{child}/status").read_text())
 
 
