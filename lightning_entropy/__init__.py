@@ -3,11 +3,9 @@
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_entropy.attach import relax
-from lightning_entropy.batchnorm import RefreshBatchNorm
-from lightning_entropy.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
-from lightning_entropy.inner_outer import InnerOuter
-from lightning_entropy.presets import (
+from lightning_entropy.engine.loop import InnerOuter
+from lightning_entropy.engine.relax import relax
+from lightning_entropy.methods.presets import (
     diloco,
     elastic_sgd,
     entropy_sgd,
@@ -18,9 +16,11 @@ from lightning_entropy.presets import (
     parle,
     two_timescale,
 )
-from lightning_entropy.relaxation import Relaxation
-from lightning_entropy.schedules import Scoping, Widening
+from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.methods.schedules import Scoping, Widening
 from lightning_entropy.strategies import ElasticEntropyFabricStrategy, ElasticEntropyStrategy
+from lightning_entropy.trainer.batchnorm import RefreshBatchNorm
+from lightning_entropy.trainer.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
 
 __version__ = "0.1.0"
 

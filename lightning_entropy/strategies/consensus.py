@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_entropy.loops import Loops
-from lightning_entropy.strategies.coupling import Coupling
+from lightning_entropy.engine.module_loops import Loops
+from lightning_entropy.strategies.exchange import Coupling
 
 
 class Consensus:

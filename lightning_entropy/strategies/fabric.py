@@ -16,16 +16,16 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_entropy import presets
-from lightning_entropy.outer import OuterFactory
-from lightning_entropy.relaxation import Relaxation
-from lightning_entropy.strategies import files as replica_files
+from lightning_entropy.engine.outer_rules import OuterFactory
+from lightning_entropy.methods import presets
+from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.strategies import checkpoint as replica_files
+from lightning_entropy.strategies.checkpoint import ReplicaFiles
 from lightning_entropy.strategies.compression import Format
-from lightning_entropy.strategies.data import initialize_apart, seed_all, sync_weights
-from lightning_entropy.strategies.files import ReplicaFiles
-from lightning_entropy.strategies.heartbeat import Heartbeat
-from lightning_entropy.strategies.loops import SEED_STRIDE, Grid, ReplicaLoops, check_arguments, data_parallel_group
+from lightning_entropy.strategies.liveness import Heartbeat
+from lightning_entropy.strategies.loaders import initialize_apart, seed_all, sync_weights
 from lightning_entropy.strategies.rendezvous import join_after_restart
+from lightning_entropy.strategies.replica import SEED_STRIDE, Grid, ReplicaLoops, check_arguments, data_parallel_group
 
 
 class ElasticEntropyFabricStrategy(DDPStrategy):

@@ -21,7 +21,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_entropy.strategies.coupling import DIVERGED
+from lightning_entropy.strategies.exchange import DIVERGED
 from recipes.classifier import Classifier, Cosine
 from recipes.compare.budget import Budget, Kind
 from recipes.compare.judge import Judge, Recorder

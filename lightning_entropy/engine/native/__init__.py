@@ -1,0 +1,1 @@
+"""An inner step in one pass over memory, by a small C++ kernel."""

@@ -1,0 +1,105 @@
+"""The way in for plain PyTorch."""
+
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from lightning_entropy.engine.loop import InnerOuter
+from lightning_entropy.engine.outer_rules import OuterFactory
+from lightning_entropy.engine.perturbation import PerturbedLoop
+from lightning_entropy.engine.replicas import ReplicaMean
+from lightning_entropy.methods.relaxation import Relaxation
+
+
+def relax(
+    optimizer: Optimizer,
+    relaxation: Relaxation,
+    *,
+    outer: OuterFactory | None = None,
+    replica_mean: ReplicaMean | None = None,
+    seed: int | None = None,
+    compile: bool = False,
+) -> InnerOuter:
+    """Attach a relaxation to an optimizer: from now on ``optimizer.step()`` is one inner step.
+
+    Attach when the weights are loaded and on their device; weights loaded later are to be loaded in ``at_anchor()``.
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer, or a third party's that runs torch's step hooks.
+        relaxation: the method.
+        outer: makes the outer optimizer from the list of anchors; None: SGD with the relaxation's ``outer_lr``
+            and Nesterov ``outer_momentum``. One given here replaces both.
+        replica_mean: mean of a list of tensors over replicas: returns the list, or a callable that waits for it (the
+            tensors do not change until it is called). None: one replica.
+        seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
+        compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU, and with plain
+            ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes a second or two and
+            a C++ compiler: ``$CXX``, or c++, g++ or clang++. Same law of the noise, other numbers.
+
+    Returns:
+        The loop.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
+        RuntimeError: ``compile`` without a C++ compiler that works.
+
+    Example:
+        >>> import torch
+        >>> from lightning_entropy import lookahead
+        >>> w = torch.nn.Parameter(torch.tensor([3.0]))
+        >>> optimizer = torch.optim.SGD([w], lr=1.0)
+        >>> loop = relax(optimizer, lookahead(inner_steps=2, outer_lr=0.5))
+        >>> for _ in range(2):
+        ...     w.grad = torch.ones(1)
+        ...     optimizer.step()
+        >>> w.data  # 3 -> 2 -> 1, then half way back
+        tensor([2.])
+    """
+    return make_loop(optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed, compile=compile)
+
+
+def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> InnerOuter:
+    """Make the loop that a relaxation needs.
+
+    Args:
+        optimizer: the user's.
+        relaxation: the method.
+        options: the other arguments of :class:`InnerOuter`.
+
+    Returns:
+        The loop, attached.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
+        RuntimeError: ``compile`` without a C++ compiler that works.
+    """
+    _check(optimizer, relaxation)
+    if not relaxation.perturb:
+        return InnerOuter(optimizer, relaxation, **options)
+    for name in ("outer", "replica_mean"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} has no meaning with perturb=True: there is no outer step, got {options[name]!r}")
+    return PerturbedLoop(optimizer, relaxation, **options)
+
+
+def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(relaxation, Relaxation):
+        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+    uses_lr = not relaxation.perturb and (relaxation.gamma != 0 or relaxation.noise != 0)
+    if uses_lr and any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
+    if isinstance(optimizer, SparseAdam) and relaxation.perturb and relaxation.inner_steps > 1:
+        raise ValueError(
+            f"inner_steps must be 1 for the heat variant with SparseAdam, which takes no mean of gradients, "
+            f"got {relaxation.inner_steps}"
+        )
+    if isinstance(optimizer, LBFGS):
+        for name in ("coupled", "explicit"):
+            if getattr(relaxation, name):
+                raise ValueError(f"{name} must be False with LBFGS: its line search needs the loss of its gradient")
+        if relaxation.perturb and relaxation.inner_steps > 1:
+            raise ValueError(f"inner_steps must be 1 for the heat variant with LBFGS, got {relaxation.inner_steps}")

@@ -1,0 +1,255 @@
+"""The methods of the family: each preset returns a :class:`Relaxation`, documented where it comes from."""
+
+from typing import Literal
+
+from lightning_entropy.methods.relaxation import Gamma, Number, Relaxation
+from lightning_entropy.methods.schedules import Scoping
+
+ENTROPY_SCOPING = Scoping(0.03, 1e-3)
+PARLE_GAMMA = Scoping(0.01, 1e-3, limit=1.0)
+
+
+def lookahead(inner_steps: int = 5, outer_lr: Number = 0.5) -> Relaxation:
+    """Step toward where k steps of the optimizer lead: x <- x + outer_lr (y_k - x).
+
+    Defaults: k = 5 of the authors' code and outer_lr = 0.5, the paper's other recommended value (the code has 0.8).
+    Also known as: Reptile with one task; with momentum in the outer step it is SNOO (``outer_momentum`` of
+    :func:`diloco` on one replica).
+
+    Args:
+        inner_steps: k, int >= 1.
+        outer_lr: alpha of the paper, > 0.
+
+    References:
+        Zhang, Lucas, Hinton and Ba, Lookahead optimizer, NeurIPS 2019, arXiv:1907.08610.
+    """
+    return Relaxation(inner_steps=inner_steps, outer_lr=outer_lr)
+
+
+def entropy_sgd(
+    inner_steps: int = 20,
+    gamma: Gamma = ENTROPY_SCOPING,
+    noise: Number = 1e-4,
+    average: Number = 0.75,
+    *,
+    coupled: bool = False,
+    reset_momentum: bool = False,
+    outer_lr: Number = 1.0,
+    outer_momentum: float = 0.0,
+) -> Relaxation:
+    r"""Follow the gradient of local entropy, gamma (x - <y>), estimated by L Langevin steps.
+
+    <.> is the mean over exp(-f(y) - gamma/2 |y - x|^2); minus the log of that integral solves the viscous
+    Hamilton-Jacobi equation. Algorithm 1: y descends f with a spring to x and noise, z averages y,
+    x <- x - outer_lr (x - z). The factor gamma of the gradient is dropped (section 4.3).
+
+    Defaults: the paper's All-CNN-BN on CIFAR-10 (table 1): L = 20, gamma from 0.03 growing by 1e-3 per outer step,
+    noise 1e-4, alpha = 0.75. For MNIST it has gamma from 1e-4 and noise 1e-3.
+
+    Args:
+        inner_steps: L, int >= 1; the paper advises 5 to 20.
+        gamma: scope of the paper, loss / weight^2, >= 0 or ``"auto"``.
+        noise: epsilon of the paper, >= 0.
+        average: alpha of the paper, in (0, 1].
+        coupled: the spring inside the inner optimizer, as the paper writes it.
+        reset_momentum: zero the inner momentum at outer steps, as the released code does.
+        outer_lr: eta of the paper, > 0.
+        outer_momentum: Nesterov momentum of the outer step, in [0, 1).
+
+    References:
+        Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun and Zecchina, Entropy-SGD: biasing
+        gradient descent into wide valleys, ICLR 2017, arXiv:1611.01838.
+    """
+    return Relaxation(
+        inner_steps=inner_steps,
+        gamma=gamma,
+        noise=noise,
+        average=average,
+        coupled=coupled,
+        reset_momentum=reset_momentum,
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+    )
+
+
+def hamilton_jacobi(
+    inner_steps: int = 20,
+    gamma: Gamma = ENTROPY_SCOPING,
+    *,
+    coupled: bool = False,
+    reset_momentum: bool = False,
+    outer_lr: Number = 1.0,
+    outer_momentum: float = 0.0,
+) -> Relaxation:
+    r"""Step to the proximal point: y -> argmin_y f(y) + gamma/2 |y - x|^2, x <- x - outer_lr (x - y).
+
+    The non-viscous Hamilton-Jacobi equation at time t = 1/gamma (Hopf-Lax formula, Moreau envelope); the spring's
+    force gamma (x - y) tends to p* = grad f(x - t p*). Entropy-SGD without noise and without average. With
+    ``coupled=True`` and inner SGD of step lr, the loop is the damped fixed point p <- (1 - d) p + d grad f(x - t p),
+    p = gamma (x - y), d = lr gamma.
+
+    Defaults: those of :func:`entropy_sgd`; the authors' code calls this H-ESGD.
+
+    Args:
+        inner_steps: L, int >= 1.
+        gamma: 1/t, loss / weight^2, >= 0 or ``"auto"``.
+        coupled: the spring inside the inner optimizer.
+        reset_momentum: zero the inner momentum at outer steps.
+        outer_lr: 1 steps to the proximal point, less relaxes toward it, > 0.
+        outer_momentum: Nesterov momentum of the outer step, in [0, 1).
+
+    References:
+        Chaudhari, Oberman, Osher, Soatto and Carlier, Deep relaxation, 2018, arXiv:1704.04932.
+    """
+    return Relaxation(
+        inner_steps=inner_steps,
+        gamma=gamma,
+        coupled=coupled,
+        reset_momentum=reset_momentum,
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+    )
+
+
+def heat(inner_steps: int = 1, gamma: Number = 1e4, *, scale: Literal["absolute", "filter"] = "absolute") -> Relaxation:
+    r"""Descend the Gaussian-smoothed loss (G * f)(x): the mean of grad f(x + n), n ~ N(0, I / gamma).
+
+    The heat equation at time 1/gamma. Every one of the L gradients has its own n and its own mini-batch; the user's
+    optimizer steps once along their mean.
+
+    Defaults: one gradient a step, width gamma^(-1/2) = 0.01 per weight. For ``scale="filter"`` LPF-SGD's CIFAR
+    setting is a relative width of 0.002, gamma = 2.5e5; its growth over training is :class:`Widening`.
+    Also known as: SmoothOut, random weight perturbation, randomized smoothing, LPF-SGD (``"filter"``).
+
+    Args:
+        inner_steps: L, gradients averaged per step, int >= 1.
+        gamma: 1 / variance, > 0; relative to the squared filter norm with ``scale="filter"``.
+        scale: ``"absolute"`` or ``"filter"``.
+
+    References:
+        Chaudhari et al., Deep relaxation, arXiv:1704.04932, section on the heat equation; Bisla, Wang and
+        Choromanska, Low-pass filtering SGD, AISTATS 2022, arXiv:2201.08025.
+    """
+    return Relaxation(inner_steps=inner_steps, gamma=gamma, perturb=True, scale=scale)
+
+
+def two_timescale(gamma: Gamma = 1.0, noise: Number = 0.0, outer_lr: Number = 0.1) -> Relaxation:
+    """Let x follow y slowly while y keeps moving: dx = gamma (y - x) ds, y fast and never reset.
+
+    The homogenised dynamics of the talk: as outer_lr -> 0, x follows the gradient of local entropy. With noise it
+    has the shape of Entropy-MCMC, where x and y are sampled together.
+
+    Defaults: a stiff spring and a time scale ten times slower; untuned.
+
+    Args:
+        gamma: stiffness, loss / weight^2, >= 0 or ``"auto"``.
+        noise: thermal noise of y, >= 0.
+        outer_lr: x <- x + outer_lr (y - x) per step, > 0, << 1.
+
+    References:
+        Chaudhari et al., Deep relaxation, arXiv:1704.04932; Li and Zhang, Entropy-MCMC, ICLR 2024, arXiv:2310.05401.
+    """
+    return Relaxation(inner_steps=1, gamma=gamma, noise=noise, reset=False, outer_lr=outer_lr)
+
+
+def elastic_sgd(inner_steps: int = 10, rho: Number = 0.5) -> Relaxation:
+    """Train replicas apart and pull each to their mean: x <- y - rho (x - mean x) every L steps.
+
+    Elastic averaging SGD with the centre at the mean of the replicas. rho = eta rho' of the paper with its
+    rho'; rho = 1 forgets all but the last loop's differences.
+
+    Defaults: tau = 10 of the published code, rho = 0.5; untuned.
+    Also known as: EASGD.
+
+    Args:
+        inner_steps: tau, communication period, int >= 1.
+        rho: elasticity, >= 0; stable below 2.
+
+    References:
+        Zhang, Choromanska and LeCun, Deep learning with elastic averaging SGD, NeurIPS 2015, arXiv:1412.6651.
+    """
+    return Relaxation(inner_steps=inner_steps, rho=rho)
+
+
+def local_sgd(inner_steps: int = 10) -> Relaxation:
+    """Average the replicas' weights every H steps: x <- mean of y over replicas.
+
+    Args:
+        inner_steps: H, int >= 1.
+
+    References:
+        Stich, Local SGD converges fast and communicates little, ICLR 2019, arXiv:1805.09767.
+    """
+    return Relaxation(inner_steps=inner_steps, elastic_target="pseudo_gradient")
+
+
+def diloco(inner_steps: int = 500, outer_lr: Number = 0.7, outer_momentum: float = 0.9) -> Relaxation:
+    """Feed the replicas' mean pseudo-gradient x - y_H to Nesterov SGD.
+
+    Defaults: the paper's (H = 500 inner AdamW steps, outer lr 0.7, Nesterov 0.9).
+    Also known as: FedOpt / SlowMo with Nesterov; on one replica SNOO (there with H = 25 to 500).
+
+    Args:
+        inner_steps: H, int >= 1.
+        outer_lr: > 0.
+        outer_momentum: Nesterov momentum, in [0, 1).
+
+    References:
+        Douillard et al., DiLoCo, 2023, arXiv:2311.08105; SNOO, 2025, arXiv:2510.15830.
+    """
+    return Relaxation(
+        inner_steps=inner_steps,
+        elastic_target="pseudo_gradient",
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+    )
+
+
+def parle(
+    inner_steps: int = 25,
+    gamma: Gamma = PARLE_GAMMA,
+    rho: Number = 1.0,
+    average: Number = 0.25,
+    *,
+    elastic_target: Literal["anchor", "average"] = "anchor",
+    coupled: bool = False,
+    outer_lr: Number = 1.0,
+    outer_momentum: float = 0.0,
+) -> Relaxation:
+    r"""Entropy-SGD on every replica, the anchors pulled together: x <- x - outer_lr ((x - z) + rho (x - mean x)).
+
+    Equation 8. Here gamma and rho are stiffnesses: 1/gamma and 1/rho of the paper.
+
+    Defaults: L = 25 and alpha of the paper (0.75 on the old z); gamma's scoping of the research code (from 0.01 to 1,
+    growing by 1/(2 nb) per outer step for nb batches an epoch; 1e-3 here). It feeds an outer Nesterov SGD of lr
+    0.1, momentum 0.9, with its 1/rho from 1 to 10; the default here is that outer step without momentum, so its
+    effective size lr / (1 - momentum) = 1 is ``outer_lr``, and lr / rho, 0.1 to 1, reaches ``rho`` = 1 after two
+    thousand outer steps. Here rho is 1 from the start: every outer step leaves of the replicas' differences those of
+    the last loop. In a training of a few hundred steps, replicas that were tied less had not come together at its end
+    (recipes/README.md).
+
+    Args:
+        inner_steps: L, int >= 1.
+        gamma: stiffness of the spring, >= 0 or ``"auto"``.
+        rho: elasticity, >= 0; stable below 2.
+        average: weight of the newest y, in (0, 1].
+        elastic_target: ``"anchor"`` (the paper) or ``"average"`` (the research code), with which the mean of the
+            replicas itself takes 1 + rho times the step.
+        coupled: the spring inside the inner optimizer, as in the research code.
+        outer_lr: eta, > 0.
+        outer_momentum: Nesterov momentum of the outer step, in [0, 1).
+
+    References:
+        Chaudhari, Baldassi, Zecchina, Soatto, Talwalkar and Oberman, Parle: parallelizing stochastic gradient
+        descent, 2017, arXiv:1707.00424.
+    """
+    return Relaxation(
+        inner_steps=inner_steps,
+        gamma=gamma,
+        average=average,
+        rho=rho,
+        elastic_target=elastic_target,
+        coupled=coupled,
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+    )

@@ -1,0 +1,183 @@
+"""A method of this family is a value: what happens in the inner loop, and what the outer step does with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_entropy.methods.schedules import AUTO, Scoping, Widening
+from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, check_bool, check_integer, check_number
+
+# Our schedules are named before Callable, or LightningCLI takes a default of theirs for a dict that it cannot read.
+Number = float | Scoping | Widening | Callable[[int], float]
+Gamma = float | Literal["auto"] | Scoping | Widening | Callable[[int], float]
+
+# The numbers that may vary with the outer step t, and their ranges.
+_VARYING: dict[str, Rule] = {
+    "gamma": NON_NEGATIVE,
+    "noise": NON_NEGATIVE,
+    "average": ("in (0, 1]", lambda v: 0 < v <= 1),
+    "rho": NON_NEGATIVE,
+    "outer_lr": POSITIVE,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The numbers of a :class:`Relaxation` at one outer step t. Same names, units and ranges."""
+
+    gamma: float
+    noise: float
+    average: float
+    rho: float
+    outer_lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaxation:
+    r"""L inner steps on y by the user's own optimizer, then one outer step on the anchor x.
+
+    ::
+
+        y, z <- x                                         every outer step starts at the anchor
+        repeat L:   y <- inner(y, grad f(y; new batch))    the user's torch optimizer
+                    y <- (y + k x) / (1 + k), k = lr gamma  spring to the anchor
+                    y <- y + sqrt(lr) noise N(0, I)        Langevin noise
+                    z <- z + average (y - z)               running mean of y
+        x <- outer(x, x - z  +  rho (x - mean over replicas of x))
+
+    A number may be a callable of the outer step t = 0, 1, 2, ... (:class:`Scoping` is one); it is read and
+    checked when the loop of step t begins.
+
+    Attributes:
+        inner_steps: L, int >= 1.
+        gamma: stiffness of the spring y -> x, loss / weight^2, >= 0; larger is narrower. It is 1/gamma in
+            *Deep Relaxation* and in the *Parle* paper, where gamma is a time (the variance of the smoothing kernel).
+            ``"auto"`` is ``Scoping("auto", 1e-3)``: measured in a first loop without a spring, then grown.
+        noise: thermal noise, loss^(1/2), >= 0; the temperature is noise^2 / 2.
+        average: weight of the newest y in the running mean z, in (0, 1]; 1: z is the last iterate.
+        rho: elasticity of x toward the mean of the replicas, dimensionless, >= 0. One replica is its own mean.
+        reset: y restarts at x after every outer step; False leaves y where it is (two time scales).
+        reset_momentum: the inner optimizer's first moments (``momentum_buffer``, ``exp_avg``) are zeroed there too.
+        coupled: the spring's force gamma (y - x) is added to the gradient, so it goes through the inner
+            optimizer's momentum and scaling: the papers' literal form, stable for lr (curvature + gamma) < 2.
+            The default spring is decoupled, as AdamW's decay is, and stable for every lr and gamma.
+        explicit: a decoupled spring taken before the optimizer's update, y <- y - k (y - x), stable for
+            k < 2: the released code's form.
+        elastic_target: what ``rho`` pulls to. ``"anchor"``: the mean of the anchors as the last outer step left
+            them, which can be communicated while the inner steps run. ``"average"``: the mean of z (the
+            research code of Parle). ``"pseudo_gradient"``: every replica steps along the mean of x - z
+            (local SGD, DiLoCo), and rho is not used.
+        perturb: instead of a chain, the gradient at x + N(0, 1/gamma), averaged over the L inner steps, is what the
+            user's optimizer steps along at x: Gaussian smoothing, the heat equation.
+        scale: of the perturbation. ``"absolute"``: standard deviation gamma^(-1/2) for every weight;
+            ``"filter"``: that times the norm of the weight's output filter (of the whole tensor for vectors).
+        outer_lr: step size of the outer optimizer, > 0; 1 jumps to z.
+        outer_momentum: its Nesterov momentum, in [0, 1).
+
+    Raises:
+        ValueError: a value outside its range, or two options that exclude each other.
+        TypeError: a value of the wrong type.
+
+    Where the sources disagree (papers, Lua, PyTorch port, MPI script), each choice is made once, in the presets:
+
+    ===================  =========================  ==========================  ===============================
+    what                 paper                      released code               here
+    ===================  =========================  ==========================  ===============================
+    weight of newest y   0.75 (Entropy-SGD)         0.25                        ``average``: 0.75; Parle 0.25
+    noise per step       sqrt(lr) noise             sqrt(2 lr) noise            the paper's
+    spring               in the gradient            explicit, outside momentum  implicit, outside momentum
+    inner momentum       not said                   zeroed (Parle: kept)        kept; ``reset_momentum``
+    scoping counter      outer steps                stuck at 0 (PyTorch port)   outer steps, from 0
+    gamma in outer step  dropped                    dropped                     dropped
+    outer step from      x                          x (MPI script: y)           x
+    elastic target       mean of the old anchors    mean of z                   ``elastic_target``
+    evaluations          L                          L + 1, one discarded        L
+    ===================  =========================  ==========================  ===============================
+
+    Example:
+        >>> Relaxation(inner_steps=5, outer_lr=0.5).at(0)
+        Settings(gamma=0.0, noise=0.0, average=1.0, rho=0.0, outer_lr=0.5)
+
+    References:
+        Chaudhari et al., Entropy-SGD, ICLR 2017, arXiv:1611.01838; Deep Relaxation, 2018, arXiv:1704.04932;
+        Parle, 2017, arXiv:1707.00424.
+    """
+
+    inner_steps: int = 1
+    gamma: Gamma = 0.0
+    noise: Number = 0.0
+    average: Number = 1.0
+    rho: Number = 0.0
+    reset: bool = True
+    reset_momentum: bool = False
+    coupled: bool = False
+    explicit: bool = False
+    elastic_target: Literal["anchor", "average", "pseudo_gradient"] = "anchor"
+    perturb: bool = False
+    scale: Literal["absolute", "filter"] = "absolute"
+    outer_lr: Number = 1.0
+    outer_momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_integer("inner_steps", self.inner_steps, 1)
+        for name in ("reset", "reset_momentum", "coupled", "explicit", "perturb"):
+            check_bool(name, getattr(self, name))
+        for name, choices in (
+            ("elastic_target", ("anchor", "average", "pseudo_gradient")),
+            ("scale", ("absolute", "filter")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        momentum = check_number("outer_momentum", self.outer_momentum, ("in [0, 1)", lambda v: 0 <= v < 1))
+        object.__setattr__(self, "outer_momentum", momentum)  # a float, which any checkpoint can hold
+        self.at(0)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.coupled and self.explicit:
+            raise ValueError("coupled and explicit exclude each other: they are two forms of the same spring")
+        if self.scale == "filter" and not self.perturb:
+            raise ValueError("scale='filter' needs perturb=True: it scales the perturbation")
+        if self.elastic_target == "pseudo_gradient" and self.rho != 0:
+            raise ValueError(f"rho must be 0 with elastic_target='pseudo_gradient', got {self.rho!r}")
+        if not self.perturb:
+            return
+        off = Relaxation()
+        for name in self.__dataclass_fields__:
+            if name not in ("inner_steps", "gamma", "perturb", "scale") and getattr(self, name) != getattr(off, name):
+                raise ValueError(f"{name} has no meaning with perturb=True, got {getattr(self, name)!r}")
+
+    @property
+    def auto_gamma(self) -> bool:
+        """Whether gamma's start is to be measured."""
+        start = self.gamma.start if isinstance(self.gamma, Scoping) else self.gamma
+        return isinstance(start, str) and start == AUTO
+
+    def at(self, t: int, gamma_start: float | None = None) -> Settings:
+        """Read and check every number at outer step t.
+
+        Args:
+            t: outer step, >= 0.
+            gamma_start: what ``gamma="auto"`` measured; None: not yet, and gamma is 0.
+
+        Returns:
+            The numbers of this step.
+
+        Raises:
+            ValueError: a number outside its range: its name, the rule, the value, and t where it varies.
+            TypeError: something that is not a number.
+        """
+        return Settings(**{name: self._at(name, rule, t, gamma_start) for name, rule in _VARYING.items()})
+
+    def _at(self, name: str, rule: Rule, t: int, gamma_start: float | None) -> float:
+        value: Any = getattr(self, name)
+        if name == "gamma" and self.perturb:
+            rule = ("a finite number > 0 with perturb=True (its variance is 1/gamma)", POSITIVE[1])
+        elif name == "gamma" and self.auto_gamma:
+            scoping = value if isinstance(value, Scoping) else Scoping(AUTO, 1e-3)
+            # The first loop (t = 0) measures; the spring starts with the second.
+            value = 0.0 if gamma_start is None else scoping.grow(gamma_start, max(t - 1, 0))
+        if callable(value):
+            value = value(t)
+            name = f"{name}(t={t})"
+        return check_number(name, value, rule)

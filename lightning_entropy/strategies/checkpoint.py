@@ -1,0 +1,234 @@
+"""What belongs to one replica, in a file of its own beside the checkpoint: ``<file>.replicas/<r>.pt``.
+
+A save is whole or absent. The replicas write their files under a provisional name that carries the save's token, then
+the checkpoint with the same token replaces the old one, and then the files take their own names. A crash before the
+replacement leaves the old checkpoint and the old files; one after it leaves the new ones, some still provisional.
+"""
+
+import os
+import uuid
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lightning_entropy.strategies.replica import Grid
+
+KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and where the loops stand
+
+
+class ReplicaFileError(RuntimeError):
+    """A replica's file cannot be read, or belongs to another checkpoint."""
+
+
+def folder(checkpoint: Any) -> str:
+    """Give the folder of a checkpoint's replica files."""
+    return f"{os.fspath(checkpoint)}.replicas"
+
+
+def is_local(path: Any) -> bool:
+    """Whether files there can be renamed in one step."""
+    return "://" not in str(path)
+
+
+def save_whole(io: CheckpointIO, content: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    """Write a checkpoint so that at every moment the old one or the new one is there, never a part.
+
+    Args:
+        io: writes it. One that is not Lightning's own (asynchronous, remote) keeps its own promises.
+        content: the checkpoint.
+        path: where to.
+        storage_options: for ``io``.
+    """
+    if type(io) is not TorchCheckpointIO or not is_local(path):
+        io.save_checkpoint(content, path, storage_options=storage_options)
+        return
+    provisional = f"{os.fspath(path)}.part"
+    try:
+        io.save_checkpoint(content, provisional, storage_options=storage_options)
+        os.replace(provisional, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(provisional)
+
+
+def stage(content: dict[str, Any], checkpoint: Any, replica: int, token: str) -> None:
+    """Write a replica's file under its provisional name."""
+    TorchCheckpointIO().save_checkpoint(content, _provisional(checkpoint, replica, token))
+
+
+def commit(checkpoint: Any, replica: int, token: str) -> None:
+    """Give a replica's file its own name, and remove what earlier saves left half done."""
+    if is_local(checkpoint):
+        os.replace(_provisional(checkpoint, replica, token), _final(checkpoint, replica))
+    else:
+        get_filesystem(folder(checkpoint)).mv(_provisional(checkpoint, replica, token), _final(checkpoint, replica))
+    tidy(checkpoint, replica, keep=())
+
+
+def tidy(checkpoint: Any, replica: int, keep: Collection[str]) -> None:
+    """Remove a replica's provisional files, but those with the tokens to keep."""
+    fs = get_filesystem(folder(checkpoint))
+    for path in _listed(checkpoint):
+        name, _, token = os.path.basename(path).partition(".")
+        if name == str(replica) and token.endswith(".part") and token.removesuffix(".part") not in keep:
+            fs.rm(path)
+
+
+def find(checkpoint: Any, replica: int, token: str) -> str | None:
+    """Give the path of a replica's file, under either name; None where there is none."""
+    fs = get_filesystem(folder(checkpoint))
+    for path in (_provisional(checkpoint, replica, token), _final(checkpoint, replica)):
+        if fs.exists(path):
+            return path
+    return None
+
+
+def surplus(checkpoint: Any, replicas: int) -> list[str]:
+    """Give the files of replicas that the checkpoint does not have."""
+    known = {str(r) for r in range(replicas)}
+    return [path for path in _listed(checkpoint) if os.path.basename(path).split(".")[0] not in known]
+
+
+def read(path: str, token: str, weights_only: bool | None) -> dict[str, Any]:
+    """Read a replica's file.
+
+    Raises:
+        ReplicaFileError: it cannot be read, or is of another save than the checkpoint; the message names it.
+    """
+    remedy = "copy the whole folder of the checkpoint again, or delete it to go on from the consensus"
+    try:
+        content = TorchCheckpointIO().load_checkpoint(path, weights_only=weights_only)
+        found = content["token"]
+    except Exception as error:
+        raise ReplicaFileError(f"{path} cannot be read ({type(error).__name__}: {error}): {remedy}") from error
+    if found != token:
+        raise ReplicaFileError(f"{path} must be of the same save as its checkpoint, got another's: {remedy}")
+    return content
+
+
+def remove(checkpoint: Any) -> None:
+    """Remove the folder of a checkpoint's replica files, if there is one."""
+    fs = get_filesystem(folder(checkpoint))
+    if fs.exists(folder(checkpoint)):
+        fs.rm(folder(checkpoint), recursive=True)
+
+
+def _provisional(checkpoint: Any, replica: int, token: str) -> str:
+    return os.path.join(folder(checkpoint), f"{replica}.{token}.part")
+
+
+def _final(checkpoint: Any, replica: int) -> str:
+    return os.path.join(folder(checkpoint), f"{replica}.pt")
+
+
+def _listed(checkpoint: Any) -> list[str]:
+    fs = get_filesystem(folder(checkpoint))
+    return [str(p) for p in fs.ls(folder(checkpoint), detail=False)] if fs.exists(folder(checkpoint)) else []
+
+
+def new_run(broadcast: Callable[[str], str]) -> str:
+    """Give a name that no other run has, the first rank's on all; a collective."""
+    return str(broadcast(uuid.uuid4().hex[:12]))
+
+
+class ReplicaFiles:
+    """Saves and loads a checkpoint in its parts: one main file, and one for every replica.
+
+    Args:
+        grid: where this rank stands.
+        run: a name that no other run has, the same on all ranks.
+        barrier: waits for all ranks.
+    """
+
+    def __init__(self, grid: Grid, run: str, barrier: Callable[[], None]) -> None:
+        self._grid, self._run, self._barrier = grid, run, barrier
+        self._saves = 0
+        self._last: dict[str, str] = {}  # token of the last save to a path
+
+    def save(
+        self,
+        io: CheckpointIO,
+        checkpoint: dict[str, Any],
+        own: dict[str, Any],
+        info: dict[str, Any],
+        path: Any,
+        storage_options: Any = None,
+    ) -> None:
+        """Write the replicas' files, then the main one.
+
+        Args:
+            io: writes the main file.
+            checkpoint: what goes there; only the first rank's is written.
+            own: this replica's.
+            info: put into the main file, for a load with another number of replicas.
+            path: of the main file.
+            storage_options: for ``io``.
+        """
+        self._saves += 1  # saves are counted alike on all ranks, so the token needs no message
+        token = f"{self._run}-{self._saves}"
+        writes = self._grid.position == 0
+        if writes:
+            stage({"token": token, **own}, path, self._grid.replica, token)
+        self._barrier()
+        if self._grid.rank == 0:
+            parts = {KEY: {"replicas": self._grid.replicas, "token": token, **info}}
+            save_whole(io, {**checkpoint, **parts}, path, storage_options)
+        self._barrier()
+        if writes and type(io) is TorchCheckpointIO:
+            commit(path, self._grid.replica, token)
+        elif writes:  # the main file may be written later: both saves' files stay, and a load picks by the token
+            tidy(path, self._grid.replica, keep={token, self._last.get(str(path), "")})
+        self._last[str(path)] = token
+
+
+def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool | None) -> dict[str, Any] | None:
+    """Read this replica's file of a checkpoint that has some. A collective.
+
+    Args:
+        checkpoint: the main file's content. What :meth:`ReplicaFiles.save` added is taken out.
+        path: the main file.
+        grid: where this rank stands.
+        weights_only: as for ``torch.load``.
+
+    Returns:
+        The replica's own state, or ``{"counters": ...}`` where all start from the consensus, with a warning that says
+        why; None where the checkpoint has no replicas.
+
+    Raises:
+        ReplicaFileError: a file cannot be read or is of another save; on all ranks.
+    """
+    info = checkpoint.pop(KEY, None)
+    if info is None:
+        return None
+    counters = {"counters": info["counters"]}
+    path = os.path.realpath(path) if is_local(path) else path  # "last.ckpt" may be a link
+    start = "all of them start from the consensus, with the momentum of the first"
+    if info["replicas"] != grid.replicas:
+        rank_zero_warn(f"{path} has {info['replicas']} replicas, and there are {grid.replicas}: {start}")
+        return counters
+    file = find(path, grid.replica, info["token"])
+    content, error, missing = None, None, None
+    if file is None:
+        missing = _final(path, grid.replica)
+    else:
+        try:
+            content = read(file, info["token"], weights_only)
+        except ReplicaFileError as caught:
+            error = str(caught)
+    answers: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(answers, (error, missing))
+    errors = sorted({error for error, _ in answers if error is not None})
+    if errors:
+        raise ReplicaFileError("; ".join(errors))
+    gone = sorted({missing for _, missing in answers if missing is not None})
+    if gone:
+        rank_zero_warn(f"{', '.join(gone)}, of one of {grid.replicas} replicas, is missing: {start}")
+        return counters
+    for extra in surplus(path, grid.replicas):
+        rank_zero_warn(f"{extra} belongs to none of the {grid.replicas} replicas of {path} and is not read")
+    return content

@@ -1,0 +1,236 @@
+"""The loops of one replica, its exchanges with the others, and the consensus: what both strategies drive."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_entropy.engine.module_loops import Loops
+from lightning_entropy.engine.outer_rules import OuterFactory
+from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.strategies.compression import FORMATS, Format
+from lightning_entropy.strategies.consensus import Consensus
+from lightning_entropy.strategies.exchange import Coupling, Links, Naming, Round, own_group
+
+SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
+
+
+class Grid(NamedTuple):
+    """Where a process stands: R replicas of D ranks, rank = replica * D + position.
+
+    Example:
+        >>> grid = Grid(rank=5, world_size=8, replicas=4)
+        >>> grid.data_parallel, grid.replica, grid.position
+        (2, 2, 1)
+    """
+
+    rank: int
+    world_size: int
+    replicas: int
+
+    @property
+    def data_parallel(self) -> int:
+        """D, ranks of one replica."""
+        return self.world_size // self.replicas
+
+    @property
+    def replica(self) -> int:
+        """The replica of this rank, in [0, R)."""
+        return self.rank // self.data_parallel
+
+    @property
+    def position(self) -> int:
+        """Its place in the replica, in [0, D)."""
+        return self.rank % self.data_parallel
+
+
+def data_parallel_group(grid: Grid) -> Any:
+    """Open the process groups of all replicas' ranks, and give this one's; None where a replica is one rank."""
+    rows = [[r * grid.data_parallel + d for d in range(grid.data_parallel)] for r in range(grid.replicas)]
+    return own_group(rows, None) if grid.data_parallel > 1 else None
+
+
+class ReplicaLoops:
+    """One loop and one stream of exchanges per optimizer, stepped together with the other replicas'. Made on all ranks.
+
+    Args:
+        module: whose parameters the optimizers hold; the same weights on the ranks of a replica.
+        optimizers: of this rank.
+        relaxation: the method.
+        grid: where this rank stands.
+        outer: makes the outer optimizer.
+        seed: common to all ranks, >= 0.
+        communication_dtype: of what is sent.
+        overlap: False waits for every exchange at once.
+        apart: parameters that no optimizer has may differ between replicas.
+        timeout: of the exchanges.
+        naming: turns the error of a collective into one that names the rank that is gone.
+
+    Attributes:
+        loops: of the optimizers.
+        couplings: their exchanges; none with one replica.
+        consensus: of the module.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        optimizers: Sequence[Optimizer],
+        relaxation: Relaxation,
+        grid: Grid,
+        *,
+        outer: OuterFactory | None,
+        seed: int,
+        communication_dtype: Format,
+        overlap: bool,
+        apart: bool,
+        timeout: timedelta | None,
+        naming: Naming,
+    ) -> None:
+        self._relaxation, self._grid = relaxation, grid
+        self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
+        self._links: list[Links] = []
+        if grid.replicas > 1:
+            self._links = [Links(grid.replicas, grid.data_parallel, timeout) for _ in range(len(optimizers) + 1)]
+        self.couplings = [
+            Coupling(
+                links,
+                format=communication_dtype,
+                differences=relaxation.elastic_target != "pseudo_gradient",
+                overlap=overlap,
+                naming=naming,
+            )
+            for links in self._links[1:]
+        ]
+        self.loops = Loops(
+            module,
+            optimizers,
+            relaxation,
+            outer=outer,
+            replica_mean=self.couplings or None,
+            seed=seed + grid.replica * SEED_STRIDE,
+            count_attempts=True,
+        )
+        # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
+        mean = Coupling(self._links[0], overlap=False, naming=naming) if self._links else None
+        streams = self.couplings if relaxation.elastic_target == "anchor" else []
+        self.consensus = Consensus(module, self.loops, mean, streams, every=apart)
+
+    def begin(self) -> None:
+        """Go on with y. Every rank calls it at the same point."""
+        self.consensus.hide()
+        self.loops.begin()
+
+    def count(self, optimizer: Optimizer) -> bool:
+        """Count an attempted step of an optimizer, whether or not a gradient scaler skipped it.
+
+        Args:
+            optimizer: one of this rank's; every rank calls with its counterpart.
+
+        Returns:
+            Whether the outer step was taken.
+        """
+        for i, loop in enumerate(self.loops.loops):
+            if loop.optimizer is not optimizer:
+                continue
+            before = loop.outer_step
+            loop.advance()
+            if self.couplings:
+                self.couplings[i].progress()
+                self._look_after(i, stepped=loop.outer_step > before)
+            return loop.outer_step > before
+        return False
+
+    def _look_after(self, i: int, *, stepped: bool) -> None:
+        """Put a replica that has diverged back to the mean of the others, as soon as it can be had."""
+        loop, coupling = self.loops.loops[i], self.couplings[i]
+        if stepped and coupling.round is not None and not coupling.round.finite and i not in self._diverged:
+            warnings.warn(
+                f"replica {self._grid.replica} has nan or inf in its weights at outer step {loop.outer_step}: "
+                "it is left out of the mean and starts again from the consensus",
+                stacklevel=2,
+            )
+            self._diverged[i] = coupling.round
+        # An exchange in halves is not waited for alone: the others come to their second half at a later step, which
+        # Lightning does not let them take before this rank does.
+        if i in self._diverged and (self._diverged[i].arrived or not self._diverged[i].in_halves):
+            target = self._diverged.pop(i).wait()
+            if self._relaxation.elastic_target == "pseudo_gradient":  # x has gone the others' way; y has not
+                target = loop.anchor
+            loop.restart(target)
+            self.consensus.mend_buffers()
+        if stepped and self._relaxation.elastic_target != "anchor":
+            coupling.round = None  # nobody will ask again, and it holds a copy of the weights
+
+    def metrics(self) -> dict[str, Any]:
+        """Give what is logged at outer steps, with the replicas' spread."""
+        values = self.loops.metrics()
+        for i, coupling in enumerate(self.couplings):
+            if coupling.spread is not None:
+                values["entropy/spread" if len(self.couplings) == 1 else f"entropy/{i}/spread"] = coupling.spread
+        return values
+
+    def traffic(self) -> tuple[float, float]:
+        """Give the bytes that this rank has sent to other replicas, and the seconds it has waited for theirs."""
+        return sum(c.sent for c in self.couplings), sum(c.waited for c in self.couplings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give this replica's own state, from which :meth:`load_state_dict` goes on exactly."""
+        repeat = self._relaxation.elastic_target == "anchor"
+        return {
+            "loops": [loop.state_dict(anchor=True) for loop in self.loops.loops],
+            "couplings": [coupling.state_dict(repeat=repeat) for coupling in self.couplings],
+            "module": self.consensus.own(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, or, from :meth:`counters`, at the module's weights."""
+        if "counters" in state:
+            for loop, counters in zip(self.loops.loops, state["counters"], strict=True):
+                loop.load_state_dict({**loop.state_dict(), **counters, "inner_step": 0, "slots": {}})
+            return
+        self.consensus.load_own(state["module"])
+        self.loops.load_state_dict(state["loops"])
+        for coupling, memory in zip(self.couplings, state["couplings"], strict=True):
+            coupling.load_state_dict(memory)
+
+    @staticmethod
+    def counters(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Give of a state what any number of replicas can go on from: t, and the measured gamma."""
+        return [{key: loop[key] for key in ("outer_step", "gamma_start")} for loop in state["loops"]]
+
+    def detach(self, *, close: bool) -> None:
+        """Leave in the parameters what they show, or x, and no hook behind.
+
+        Args:
+            close: give the process groups back, on all ranks.
+        """
+        self.loops.detach()
+        for links in self._links if close else []:
+            links.close()
+
+
+def check_arguments(relaxation: Any, replicas: Any, data: Any, communication_dtype: Any, seed: Any) -> None:
+    """Check what both strategies take.
+
+    Raises:
+        ValueError: outside its range, or a relaxation that perturbs instead of looping.
+        TypeError: ``relaxation`` is not one.
+    """
+    if not isinstance(relaxation, Relaxation):
+        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+    if relaxation.perturb:
+        raise ValueError(
+            "relaxation must have perturb=False for replicas, got True: it has no anchors to pull together"
+        )
+    if replicas != "auto" and (isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1):
+        raise ValueError(f"replicas must be 'auto' or an int >= 1, got {replicas!r}")
+    if data not in ("all", "shard"):
+        raise ValueError(f"data must be 'all' or 'shard', got {data!r}")
+    if communication_dtype not in FORMATS:
+        raise ValueError(f"communication_dtype must be one of {FORMATS}, got {communication_dtype!r}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")

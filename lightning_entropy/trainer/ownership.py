@@ -1,0 +1,69 @@
+"""Who drives the loops of a Trainer, and what every driver checks and logs."""
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import Module
+from torch.optim import Optimizer
+
+_owners: "weakref.WeakKeyDictionary[Trainer, Any]" = weakref.WeakKeyDictionary()
+
+
+def claim(trainer: Trainer, owner: Any) -> None:
+    """Make ``owner`` (a callback or a strategy) the one that drives the loops of this trainer.
+
+    Raises:
+        MisconfigurationException: another object does already; the message says what to remove.
+    """
+    other = _owners.setdefault(trainer, owner)
+    if other is not owner:
+        names = f"{type(other).__name__} and {type(owner).__name__}"
+        raise MisconfigurationException(
+            f"one object can drive the inner and outer loop of a Trainer, got {names}: remove one of them"
+        )
+
+
+def release(trainer: Trainer, owner: Any) -> None:
+    """Undo :func:`claim`; another owner's claim stays."""
+    if _owners.get(trainer) is owner:
+        del _owners[trainer]
+
+
+def check_optimizers(module: Module | LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse a parameter that several optimizers have: it would have several x.
+
+    Raises:
+        MisconfigurationException: with the names of such parameters.
+    """
+    names = {p: name for name, p in module.named_parameters()}
+    counts = Counter(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    shared = sorted(names.get(p, "?") for p, count in counts.items() if count > 1)
+    if shared:
+        raise MisconfigurationException(f"a parameter must be in one optimizer, got several for {shared}")
+
+
+def check_states(states: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse a checkpoint of another number of optimizers.
+
+    Raises:
+        MisconfigurationException: with both numbers.
+    """
+    if len(states) != len(optimizers):
+        raise MisconfigurationException(
+            f"the checkpoint must be of {len(optimizers)} optimizers, got {len(states)}: "
+            "use the module that wrote it, or drop the callback's state from it"
+        )
+
+
+def log_outer_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
+    """Log the metrics of an outer step and the effective epochs. Synchronizes with the device."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    values = {key: float(value) for key, value in metrics.items()}
+    if trainer.num_training_batches != float("inf"):
+        values["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=epoch_loop._batches_that_stepped)

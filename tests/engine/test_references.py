@@ -1,0 +1,351 @@
+"""The engine against the literal references: same mini-batches, same noise, float64, 200 inner steps, 1e-12."""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_entropy as le
+from lightning_entropy.engine import arithmetic as F
+from tests import reference
+from tests.reference import Params
+
+STEPS = 200
+DTYPE = torch.float64
+
+
+def mlp(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).to(DTYPE)
+
+
+def batches(n: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(8, 5, generator=g, dtype=DTYPE), torch.randint(3, (8,), generator=g)) for _ in range(n)]
+
+
+def loss_of(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def grad(params: Params, batch: Any) -> Params:
+    model = mlp()
+    names = [name for name, _ in model.named_parameters()]
+    leaves = [p.clone().requires_grad_() for p in params]
+    out = torch.func.functional_call(model, dict(zip(names, leaves, strict=True)), (batch[0],))
+    return list(torch.autograd.grad(torch.nn.functional.cross_entropy(out, batch[1]), leaves))
+
+
+def start(seed: int = 0) -> Params:
+    return [p.detach().clone() for p in mlp(seed).parameters()]
+
+
+def train(
+    relaxation: le.Relaxation,
+    make: Callable[..., torch.optim.Optimizer],
+    data: list[Any],
+    *,
+    outer: Any = None,
+    decay: float = 0.0,
+    closure: bool = True,
+) -> tuple[list[Params], le.InnerOuter]:
+    """Run the engine on the batches and return the anchor after every outer step."""
+    model = mlp()
+    optimizer = make(model.parameters())
+    loop = le.relax(optimizer, relaxation, outer=outer, seed=7)
+    if relaxation.perturb:
+        loop.begin()
+    anchors, t = [], 0
+    for batch in data:
+
+        def evaluate(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            if decay:
+                loss = loss + decay / 2 * sum((p**2).sum() for p in model.parameters())
+            loss.backward()
+            return loss
+
+        if closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
+        if loop.outer_step > t:
+            t = loop.outer_step
+            anchors.append([x.clone() for x in loop.anchor])
+    return anchors, loop
+
+
+def draws(loop_steps: int) -> Callable[[int, int], Params]:
+    """The engine's own draws, by (outer, inner) step."""
+    model = mlp()
+    probe = le.relax(torch.optim.SGD(model.parameters(), lr=1.0), le.Relaxation(inner_steps=loop_steps), seed=7)
+
+    def gaussian(outer_step: int, inner_step: int) -> Params:
+        probe.outer_step, probe.inner_step = outer_step, inner_step
+        seeds = probe.noise_seeds(probe.params)
+        zeros = [torch.zeros_like(p) for p in probe.params]
+        noise = [torch.zeros_like(p) for p in probe.params]
+        off, on = [0.0] * len(zeros), [1.0] * len(zeros)
+        F.inner_move_(noise, zeros, None, stiffness=off, noise=on, average=1.0, seeds=seeds)
+        return noise
+
+    return gaussian
+
+
+def assert_same(ours: list[Params], theirs: list[Params], tolerance: float = 1e-12) -> None:
+    assert len(ours) == len(theirs) > 0
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=tolerance)
+
+
+sgd = functools.partial(torch.optim.SGD, lr=0.1)
+nesterov = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("reset", [True, False])
+def test_entropy_sgd_of_the_paper(reset: bool, closure: bool) -> None:
+    scoping = le.Scoping(0.03, 0.05)
+    data = batches(STEPS)
+    ours, _ = train(
+        le.entropy_sgd(20, scoping, 1e-2, 0.75, coupled=True, reset_momentum=reset, outer_lr=0.7),
+        functools.partial(nesterov, weight_decay=1e-3),
+        data,
+        closure=closure,
+    )
+    theirs = reference.entropy_sgd(
+        start(), grad, batches=data, outer_steps=10, inner_steps=20, inner_lr=0.1, outer_lr=0.7,
+        gamma=reference.scoping(0.03, 0.05), noise=1e-2, gaussian=draws(20), average=0.75, momentum=0.9,
+        reset_momentum=reset, weight_decay=1e-3,
+    )  # fmt: skip
+    assert_same(ours, theirs.anchors)
+
+
+def test_entropy_sgd_with_momentum_in_both_loops() -> None:
+    data = batches(STEPS)
+    ours, _ = train(le.entropy_sgd(20, 0.5, 0.0, 0.75, coupled=True, outer_lr=0.5, outer_momentum=0.9), nesterov, data)
+    theirs = reference.entropy_sgd(
+        start(), grad, batches=data, outer_steps=10, inner_steps=20, inner_lr=0.1, outer_lr=0.5, gamma=0.5,
+        average=0.75, momentum=0.9, reset_momentum=False, outer_momentum=0.9,
+    )  # fmt: skip
+    assert_same(ours, theirs.anchors)
+
+
+def test_the_released_pytorch_optimizer() -> None:
+    decay, inner = 1e-3, 20
+    data = batches(10 * (inner + 1))
+    used = [b for i, b in enumerate(data) if i % (inner + 1)]  # the released code discards the first of L + 1
+    ours, _ = train(
+        le.Relaxation(
+            inner_steps=inner, gamma=0.3, noise=2**0.5 * 1e-2, average=0.25, explicit=True, reset_momentum=True
+        ),
+        nesterov,
+        used,
+        decay=decay,
+        outer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=decay),
+    )
+    theirs = reference.entropy_sgd_released(
+        start(), grad, batches=data, outer_steps=10, inner_steps=inner, gamma=0.3, noise=1e-2,
+        gaussian=draws(inner), weight_decay=decay,
+    )  # fmt: skip
+    assert_same(ours, theirs.anchors)
+
+
+def test_the_released_lua_optimizer() -> None:
+    inner = 20
+    data = batches(10 * (inner + 1))
+    used = [b for i, b in enumerate(data) if i % (inner + 1)]
+    ours, _ = train(
+        le.Relaxation(
+            inner_steps=inner,
+            gamma=le.Scoping(0.03 * 1.05, 0.05),  # t starts at 1
+            noise=2**0.5 * 1e-2,
+            average=0.25,
+            explicit=True,
+            reset_momentum=True,
+            outer_lr=0.2,
+        ),
+        nesterov,
+        used,
+    )
+    theirs = reference.entropy_sgd_released(
+        start(), grad, batches=data, outer_steps=10, inner_steps=inner, outer_lr=0.2, noise=1e-2,
+        gamma=reference.scoping(0.03, 0.05), gaussian=draws(inner), lua=True,
+    )  # fmt: skip
+    assert_same(ours, theirs.anchors)
+
+
+def test_hamilton_jacobi_is_the_damped_fixed_point() -> None:
+    """p <- (1 - d) p + d grad f(x - t p) is the coupled loop with SGD(lr = d t)."""
+    t, damping, inner = 0.4, 0.25, 20
+    data = batches(STEPS)
+    ours, _ = train(
+        le.hamilton_jacobi(inner, 1 / t, coupled=True), functools.partial(torch.optim.SGD, lr=damping * t), data
+    )
+    x, anchors = start(), []
+    for outer_step in range(10):
+        p = [torch.zeros_like(v) for v in x]
+        for batch in data[outer_step * inner : (outer_step + 1) * inner]:
+            g = grad([v - t * q for v, q in zip(x, p, strict=True)], batch)
+            p = [(1 - damping) * q + damping * h for q, h in zip(p, g, strict=True)]
+        x = [v - t * q for v, q in zip(x, p, strict=True)]
+        anchors.append(x)
+    assert_same(ours, anchors)
+
+
+def test_hamilton_jacobi_of_the_research_code() -> None:
+    """Its p starts at grad f(x): one full step lr = t before the L damped ones, so the inner lr is scheduled."""
+    t, inner = 0.4, 19
+    data = batches(10 * (inner + 1))
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=t)
+    loop = le.relax(optimizer, le.hamilton_jacobi(inner + 1, 1 / t, coupled=True, outer_lr=0.5))
+    ours = []
+    for i, batch in enumerate(data):
+        optimizer.param_groups[0]["lr"] = t if i % (inner + 1) == 0 else 0.25 * t
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        if loop.inner_step == 0:
+            ours.append([x.clone() for x in loop.anchor])
+    theirs = reference.hamilton_jacobi_fixed_point(
+        start(), grad, batches=data, outer_steps=10, inner_steps=inner, outer_lr=0.5 * t, gamma=1 / t, damping=0.25
+    )
+    assert_same(ours, theirs.anchors)
+
+
+def test_lookahead() -> None:
+    data = batches(STEPS)
+    ours, _ = train(le.lookahead(5, 0.5), functools.partial(torch.optim.AdamW, lr=1e-2), data)
+    theirs = reference.lookahead(
+        start(), grad, batches=data, outer_steps=40, inner_steps=5, optimizer=reference.AdamW(1e-2), alpha=0.5
+    )
+    assert_same(ours, theirs.anchors)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-2])
+def test_two_timescale(noise: float) -> None:
+    data = batches(STEPS)
+    ours, _ = train(le.two_timescale(0.5, noise, 0.1), nesterov, data)
+    theirs = reference.two_timescale(
+        start(), grad, batches=data, steps=STEPS, optimizer=reference.SGD(0.1, 0.9, True), gamma=0.5, slow_lr=0.1,
+        noise=noise, gaussian=draws(1),
+    )  # fmt: skip
+    assert_same(ours, theirs.anchors)
+
+
+def test_snoo_is_diloco_on_one_replica() -> None:
+    data = batches(STEPS)
+    ours, _ = train(le.diloco(20), functools.partial(torch.optim.AdamW, lr=1e-2), data)
+    theirs = reference.diloco(
+        start(), grad, batches=[data], outer_steps=10, inner_steps=20, optimizer=reference.AdamW(1e-2)
+    )
+    assert_same(ours, theirs[0].anchors)
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("scale", ["absolute", "filter"])
+def test_heat(scale: Any, closure: bool) -> None:
+    data = batches(STEPS)
+    ours, _ = train(le.heat(4, 1e3, scale=scale), functools.partial(nesterov, weight_decay=1e-3), data, closure=closure)
+    theirs = reference.heat(
+        start(), grad, batches=data, outer_steps=50, inner_steps=4, gamma=1e3, gaussian=draws(4),
+        optimizer=reference.SGD(0.1, 0.9, True, 1e-3), filter_normalized=scale == "filter",
+    )  # fmt: skip
+    assert len(ours) == 50
+    assert_same(ours, theirs.anchors)
+
+
+class Replicas:
+    """n loops in one process, each in a thread; ``mean`` is their meeting point."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.barrier, self.given = n, threading.Barrier(n), [None] * n
+
+    def mean(self, rank: int, deferred: bool) -> Callable[[list[Tensor]], Any]:
+        def meet(tensors: list[Tensor]) -> list[Tensor]:
+            self.given[rank] = tensors
+            self.barrier.wait()
+            result = [sum(parts) / self.n for parts in zip(*self.given, strict=True)]
+            self.barrier.wait()
+            return result
+
+        def replica_mean(tensors: list[Tensor]) -> Any:
+            return (lambda: meet(tensors)) if deferred else meet(tensors)
+
+        return replica_mean
+
+    def train(self, relaxation: le.Relaxation, make: Any, data: list[list[Any]], deferred: bool) -> list[list[Params]]:
+        models = [mlp() for _ in range(self.n)]  # built here: the global RNG belongs to one thread
+        results: list[Any] = [None] * self.n
+
+        def run(rank: int) -> None:
+            optimizer = make(models[rank].parameters())
+            loop = le.relax(optimizer, relaxation, replica_mean=self.mean(rank, deferred), seed=rank)
+            anchors = []
+            for batch in data[rank]:
+                optimizer.zero_grad()
+                loss_of(models[rank], batch).backward()
+                optimizer.step()
+                if loop.inner_step == 0:
+                    anchors.append([x.clone() for x in loop.anchor])
+            results[rank] = anchors
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(self.n)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert all(r is not None for r in results), "a replica failed"
+        return results
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_parle(form: Any, deferred: bool) -> None:
+    n, data = 3, [batches(STEPS, seed=10 + a) for a in range(3)]
+    ours = Replicas(n).train(
+        le.parle(
+            20, le.Scoping(0.01, 0.1, limit=1.0), le.Scoping(0.1, 0.1, limit=1.0), 0.25, coupled=True,
+            elastic_target="anchor" if form == "paper" else "average", outer_lr=0.1, outer_momentum=0.9,
+        ),
+        functools.partial(nesterov, weight_decay=5e-4), data, deferred,
+    )  # fmt: skip
+    theirs = reference.parle(
+        [start() for _ in range(n)], grad, batches=data, outer_steps=10, inner_steps=20, inner_lr=0.1, outer_lr=0.1,
+        gamma=reference.scoping(0.01, 0.1, 1.0), rho=reference.scoping(0.1, 0.1, 1.0), form=form,
+        weight_decay=5e-4, start=0,
+    )  # fmt: skip
+    for left, right in zip(ours, theirs, strict=True):
+        assert_same(left, right.anchors)
+
+
+def test_elastic_sgd() -> None:
+    n, data = 3, [batches(STEPS, seed=10 + a) for a in range(3)]
+    ours = Replicas(n).train(le.elastic_sgd(10, 0.3), nesterov, data, True)
+    theirs = reference.elastic_sgd(
+        [start() for _ in range(n)], grad, batches=data, outer_steps=20, inner_steps=10, rho=0.3,
+        optimizer=reference.SGD(0.1, 0.9, True),
+    )  # fmt: skip
+    for left, right in zip(ours, theirs, strict=True):
+        assert_same(left, right.anchors)
+
+
+@pytest.mark.parametrize("method", ["local_sgd", "diloco"])
+def test_replicas_along_the_mean_pseudo_gradient(method: str) -> None:
+    n, data = 3, [batches(STEPS, seed=10 + a) for a in range(3)]
+    make = functools.partial(torch.optim.AdamW, lr=1e-2)
+    ours = Replicas(n).train(getattr(le, method)(20), make, data, False)
+    theirs = getattr(reference, method)(
+        start(), grad, batches=data, outer_steps=10, inner_steps=20, optimizer=reference.AdamW(1e-2)
+    )
+    for left, right in zip(ours, theirs, strict=True):
+        assert_same(left, right.anchors)
+    for other in ours[1:]:
+        assert_same(ours[0], other, tolerance=0)

@@ -1,0 +1,115 @@
+"""The exchange itself: what arrives is the mean, also of what rounding left out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_entropy.strategies.compression import BLOCK, LEVELS, from_int8, to_int8
+from lightning_entropy.strategies.exchange import Coupling, Links
+from tests.strategies.runs import FORK_WARNINGS, external
+
+pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+
+
+def values(rank: int, *, scale: float = 1.0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(rank)
+    return [scale * torch.randn(shape, generator=g) for shape in ((70, 41), (5,), ())]
+
+
+def meet(n: int, work: Any, folder: Path) -> list[Any]:
+    """Run ``work(rank)`` in a process group of n, and give what it returned on every rank."""
+
+    def rank_work(rank: int) -> None:
+        dist.init_process_group("gloo", rank=rank, world_size=n)
+        torch.save(work(rank), folder / f"{rank}.pt")
+
+    assert external(n, rank_work) == [""] * n
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+@pytest.mark.parametrize(("replicas", "data_parallel"), [(2, 1), (3, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
+def test_all_ranks_get_the_mean_to_the_bit(tmp_path: Path, replicas: int, data_parallel: int, format: Any) -> None:
+    def work(rank: int) -> list[list[Tensor]]:
+        coupling = Coupling(Links(replicas, data_parallel), format=format)
+        return [coupling(values(10 * t + rank // data_parallel))() for t in range(3)]
+
+    ranks = meet(replicas * data_parallel, work, tmp_path)
+    for t in range(3):
+        given = [values(10 * t + r) for r in range(replicas)]
+        mean = [sum(parts) / replicas for parts in zip(*given, strict=True)]
+        # The first round is whole; the others send differences of about 1, in 8 bits.
+        most = 1e-6 if format == "float32" or t == 0 else 0.05
+        for rank in ranks:
+            torch.testing.assert_close(rank[t], mean, rtol=0, atol=most)
+            assert all(torch.equal(a, b) for a, b in zip(rank[t], ranks[0][t], strict=True))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(("format", "step"), [("bfloat16", 2.0**-7), ("int8", 4 / LEVELS)])
+def test_what_rounding_leaves_out_is_sent_later(tmp_path: Path, n: int, format: Any, step: float) -> None:
+    """The mean over rounds of the same values has the rounding error of one round, divided by their number."""
+    rounds = 200
+
+    def work(rank: int) -> list[Tensor]:
+        coupling = Coupling(Links(n, 1), format=format, differences=False)
+        total = [torch.zeros_like(t) for t in values(rank)]
+        for _ in range(rounds):
+            for part, mean in zip(total, coupling(values(rank))(), strict=True):
+                part += mean / rounds
+        return total
+
+    ranks = meet(n, work, tmp_path)
+    exact = [sum(parts) / n for parts in zip(*(values(rank) for rank in range(n)), strict=True)]
+    for got, mean in zip(ranks[0], exact, strict=True):
+        assert (got - mean).abs().max() < 3 * step / rounds + 1e-6
+
+
+def test_differences_are_what_is_rounded(tmp_path: Path) -> None:
+    """Large weights that hardly differ arrive with an error of their spread, not of their size."""
+
+    def work(rank: int) -> list[Tensor]:
+        coupling = Coupling(Links(2, 1), format="int8")
+        start = [1000 + t for t in values(7)]
+        coupling([s + t for s, t in zip(start, values(rank, scale=0.1), strict=True)])()
+        return coupling([s + t for s, t in zip(start, values(2 + rank, scale=0.1), strict=True)])()
+
+    got = meet(2, work, tmp_path)[0]
+    around = zip(values(7), values(2, scale=0.1), values(3, scale=0.1), strict=True)
+    exact = [1000 + s + (a + b) / 2 for s, a, b in around]
+    for a, b in zip(got, exact, strict=True):
+        assert (a - b).abs().max() < 0.01
+
+
+def test_a_replica_that_is_not_finite_does_not_count(tmp_path: Path) -> None:
+    def work(rank: int) -> list[Any]:
+        coupling = Coupling(Links(3, 1))
+        given = values(rank)
+        if rank == 1:
+            given[0][3, 3] = float("inf")
+        wait = coupling(given)
+        assert coupling.round is not None
+        # What is not judged may be anything: a mask of -inf, say.
+        mask = torch.tensor([0.0, -torch.inf])
+        return [*wait(), coupling.round.finite, coupling([*values(rank), mask], judged=3)()[3]]
+
+    ranks = meet(3, work, tmp_path)
+    mean = [(a + b) / 2 for a, b in zip(values(0), values(2), strict=True)]
+    for r, rank in enumerate(ranks):
+        torch.testing.assert_close(rank[:3], mean)
+        assert rank[3] == (r != 1)
+        assert rank[4].tolist() == [0, -torch.inf]
+
+
+def test_int8() -> None:
+    x = torch.randn(3, 4 * BLOCK)
+    x[1, BLOCK : 2 * BLOCK] = 0
+    packed, sent = to_int8(x)
+    assert packed.shape == (3, 4 * BLOCK + 16)
+    assert torch.equal(from_int8(packed, 4 * BLOCK), sent)
+    largest = x.view(3, 4, BLOCK).abs().amax(-1, keepdim=True).expand(3, 4, BLOCK).reshape(3, -1)
+    assert ((x - sent).abs() <= largest / LEVELS / 2 * 1.001).all()

@@ -1,0 +1,283 @@
+"""A replica's state goes on exactly from its own file, and never from a wrong one."""
+
+import os
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+import lightning_entropy as le
+from lightning_entropy.strategies import checkpoint as replica_files
+from lightning_entropy.strategies.checkpoint import ReplicaFileError
+from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
+from tests.strategies.streams import Loading, Streaming, Two
+
+pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+
+SHORT: dict[str, Any] = {"max_steps": 9, "max_epochs": -1}
+PARLE = le.parle(3, le.Scoping(0.1, 0.2), le.Scoping(0.2, 0.2), 0.25)
+
+
+METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "parle": (PARLE, {}, Streaming),
+    "momentum outside": (le.parle(3, 0.1, 0.3, outer_lr=0.5, outer_momentum=0.9), {}, partial(Streaming, bn=True)),
+    "average": (le.parle(3, 0.1, 0.3, elastic_target="average"), {}, Streaming),
+    "diloco": (le.diloco(3), {}, Streaming),
+    "noise": (le.entropy_sgd(3, "auto", 1e-2), {}, Streaming),
+    "not reset": (le.Relaxation(inner_steps=3, gamma=0.3, reset=False, rho=0.3, outer_lr=0.5), {}, Streaming),
+    "bfloat16": (PARLE, {"communication_dtype": "bfloat16"}, Streaming),
+    "int8 blocking": (PARLE, {"communication_dtype": "int8", "overlap": False}, Streaming),
+    "int8": (PARLE, {"communication_dtype": "int8"}, Streaming),
+    "int8 average": (le.parle(3, 0.1, 0.3, elastic_target="average"), {"communication_dtype": "int8"}, Streaming),
+    "apart": (PARLE, {"independent_init": True}, Streaming),
+    "dropout": (PARLE, {}, partial(Loading, dropout=0.3)),
+    "two optimizers": (PARLE, {}, Two),
+}
+
+
+def assert_goes_on(whole: list[dict[str, Any]], again: list[dict[str, Any]], steps: int) -> None:
+    """The resumed run made the last ``steps`` of the whole one, bit for bit."""
+    for left, right in zip(whole, again, strict=True):
+        assert len(right["iterates"]) == steps
+        for before, after in zip(left["iterates"][-steps:], right["iterates"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
+
+
+@pytest.mark.parametrize(("name", "n"), [*((name, 2) for name in METHODS), ("parle", 3), ("int8", 3)])
+def test_resume_in_the_middle_of_an_inner_loop_and_of_an_epoch(tmp_path: Path, name: str, n: int) -> None:
+    relaxation, kwargs, make = METHODS[name]
+    every = 6 if name == "two optimizers" else 5  # global steps: there are three in two batches with two optimizers
+    keep = ModelCheckpoint(tmp_path / "whole", "{step}", every_n_train_steps=every, save_top_k=-1)
+    settings: dict[str, Any] = {"make": make, "use_distributed_sampler": False}
+    whole = fit(tmp_path / "whole", strategy(relaxation, **kwargs), n, callbacks=[keep], **settings)
+    file = tmp_path / "whole" / f"step={every}.ckpt"
+    again = fit(tmp_path / "again", strategy(relaxation, **kwargs), n, ckpt_path=file, **settings)
+    assert_goes_on(whole, again, 12 if name == "two optimizers" else 11)
+
+
+@pytest.mark.parametrize("at", ["epoch", "validation"])
+def test_resume_at_the_end_of_an_epoch(tmp_path: Path, at: str) -> None:
+    """With Lightning's own sampler; saved by the epoch, with dropout, or by its validation."""
+    keep = ModelCheckpoint(tmp_path / "whole", "{epoch}", save_top_k=-1, save_on_train_epoch_end=at == "epoch")
+    # Lightning makes the validation loader's iterator again, which draws a number that dropout would have drawn.
+    make = partial(Net, dropout=0.3 if at == "epoch" else 0.0, bn=True)
+    kwargs: dict[str, Any] = {"make": make, "max_epochs": 3}
+    kwargs["limit_val_batches"] = 0 if at == "epoch" else 2
+    whole = fit(tmp_path / "whole", strategy(PARLE), 2, callbacks=[keep], **kwargs)
+    again = fit(tmp_path / "again", strategy(PARLE), 2, ckpt_path=tmp_path / "whole" / "epoch=0.ckpt", **kwargs)
+    assert_goes_on(whole, again, 16)
+
+
+class Doubles(L.Callback):
+    """Change a weight and a buffer while the consensus is shown."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            with torch.no_grad():
+                pl_module.net[0].weight.mul_(2)
+                pl_module.net[1].running_mean.add_(1)
+
+
+def test_what_is_changed_while_the_consensus_is_shown_is_in_the_checkpoint(tmp_path: Path) -> None:
+    """Weights too, where no mean of the old ones is under way."""
+    relaxation = le.diloco(3)
+    keep = ModelCheckpoint(tmp_path / "whole", "{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    kwargs: dict[str, Any] = {"make": partial(Net, bn=True), "max_epochs": 3, "limit_val_batches": 2}
+    whole = fit(tmp_path / "whole", strategy(relaxation), 2, callbacks=[Doubles(), keep], **kwargs)
+    file = tmp_path / "whole" / "epoch=0.ckpt"
+    assert_goes_on(whole, fit(tmp_path / "again", strategy(relaxation), 2, ckpt_path=file, **kwargs), 16)
+
+
+def test_resume_of_groups(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1)
+    whole = fit(tmp_path, strategy(PARLE, replicas=2), 4, make=Streaming, callbacks=[keep], **SHORT)
+    assert sorted(os.listdir(tmp_path / "at.ckpt.replicas")) == ["0.pt", "1.pt"]
+    kwargs: dict[str, Any] = {"make": Streaming, "ckpt_path": tmp_path / "at.ckpt", **SHORT}
+    assert_goes_on(whole, fit(tmp_path / "again", strategy(PARLE, replicas=2), 4, **kwargs), 4)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two replicas after 7 of 16 steps."""
+    folder = tmp_path_factory.mktemp("saved")
+    keep = ModelCheckpoint(folder, "at", every_n_train_steps=7)
+    fit(folder, strategy(PARLE), 2, make=Streaming, callbacks=[keep], max_steps=7)
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    for f in saved.glob("at.ckpt*"):
+        (shutil.copytree if f.is_dir() else shutil.copy)(f, tmp_path / f.name)
+    return tmp_path / "at.ckpt"
+
+
+def go_on(copy: Path, n: int = 2) -> list[dict[str, Any]]:
+    return fit(copy.parent / "again", strategy(PARLE), n, make=Streaming, ckpt_path=copy, **SHORT)
+
+
+def consensus(copy: Path) -> list[Tensor]:
+    return list(torch.load(copy, weights_only=True)["state_dict"].values())
+
+
+class Start(L.Callback):
+    """Keep x and t as the first batch finds them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        path = self.folder / f"start.{trainer.global_rank}.pt"
+        if not path.exists():
+            strategy: Any = trainer.strategy
+            loop = strategy._loops.loops.loops[0]
+            torch.save(([x.clone() for x in loop.anchor], loop.outer_step), path)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.filterwarnings("ignore:.*has 2 replicas")
+def test_another_number_of_replicas_starts_from_the_consensus(copy: Path, n: int) -> None:
+    start = Start(copy.parent)
+    fit(copy.parent / "again", strategy(PARLE), n, make=Streaming, callbacks=[start], ckpt_path=copy, **SHORT)
+    for rank in range(n):
+        x, t = torch.load(copy.parent / f"start.{rank}.pt", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(x, consensus(copy), strict=True))
+        assert t == 2
+
+
+def test_another_number_of_replicas_is_said(copy: Path) -> None:
+    # Warnings are errors here, in the children too.
+    with pytest.raises(Exception, match=r"at.ckpt has 2 replicas, and there are 1: .* from the consensus"):
+        go_on(copy, 1)
+
+
+def test_a_missing_file_is_named_and_all_start_from_the_consensus(copy: Path) -> None:
+    os.remove(f"{copy}.replicas/1.pt")
+    with pytest.raises(Exception, match=r"at.ckpt.replicas/1.pt, of one of 2 replicas, is missing: .* consensus"):
+        go_on(copy)
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        start = Start(copy.parent)
+        run = trainer(copy.parent, strategy(PARLE, start_method="popen"), 2, callbacks=[start], **SHORT)
+        run.fit(Streaming(), ckpt_path=copy)
+
+    assert external(2, work) == ["", ""]
+    for rank in range(2):
+        x, _ = torch.load(copy.parent / f"start.{rank}.pt", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(x, consensus(copy), strict=True))
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "another", "pickle"])
+def test_a_wrong_file_is_an_error_that_names_it(copy: Path, damage: str) -> None:
+    path = Path(f"{copy}.replicas/1.pt")
+    content = path.read_bytes()
+    if damage in ("half", "empty"):
+        path.write_bytes(content[: len(content) // 2] if damage == "half" else b"")
+    elif damage == "another":
+        other = torch.load(path, weights_only=True)
+        torch.save({**other, "token": "another"}, path)
+    else:
+        torch.save({"token": path}, path)  # a Path is not weights_only-safe
+    with pytest.raises(Exception, match=r"ReplicaFileError: .*at.ckpt.replicas/1.pt"):
+        go_on(copy)
+
+
+def test_a_surplus_file_is_said_and_not_read(copy: Path) -> None:
+    shutil.copy(f"{copy}.replicas/1.pt", f"{copy}.replicas/2.pt")
+    with pytest.raises(Exception, match=r"2.pt belongs to none of the 2 replicas"):
+        go_on(copy)
+
+
+def test_a_link_is_followed(copy: Path) -> None:
+    link = copy.parent / "last.ckpt"
+    link.symlink_to(copy)
+    straight = go_on(copy)
+    linked = fit(copy.parent / "linked", strategy(PARLE), 2, make=Streaming, ckpt_path=link, **SHORT)
+    for left, right in zip(straight, linked, strict=True):
+        assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
+
+
+# A crash at any moment of a save. Every write and rename is one moment.
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_crash_while_saving_leaves_one_whole_checkpoint(tmp_path: Path, moment: int, monkeypatch: Any) -> None:
+    """One process stands for both ranks, one after the other; it dies before its i-th write or rename."""
+    path = tmp_path / "last.ckpt"
+    grids = [replica_files.Grid(rank, 2, 2) for rank in range(2)]
+
+    def save(run: str, value: int) -> None:
+        # The order that the barriers make: all stage, the first replaces, all commit.
+        token = f"{run}-1"
+        for grid in grids:
+            replica_files.stage({"token": token, "value": value}, path, grid.replica, token)
+        replica_files.save_whole(
+            replica_files.TorchCheckpointIO(), {"value": value, replica_files.KEY: {"token": token}}, path
+        )
+        for grid in grids:
+            replica_files.commit(path, grid.replica, token)
+
+    def load() -> set[int]:
+        main = torch.load(path, weights_only=True)
+        token = main[replica_files.KEY]["token"]
+        files = [replica_files.find(path, r, token) for r in range(2)]
+        assert all(files)
+        return {main["value"]} | {replica_files.read(str(f), token, True)["value"] for f in files}
+
+    save("first", 1)
+    calls = 0
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == moment + 1:
+                raise Crash
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        io = replica_files.TorchCheckpointIO
+        patch.setattr(io, "save_checkpoint", counted(io.save_checkpoint))
+        patch.setattr(os, "replace", counted(os.replace))
+        with pytest.raises(Crash):
+            save("second", 2)
+    assert load() == ({1} if moment < 4 else {2})
+    save("third", 3)
+    assert load() == {3}
+    assert sorted(os.listdir(f"{path}.replicas")) == ["0.pt", "1.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.ckpt.replicas"]
+
+
+def test_reading_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ReplicaFileError, match=r"0\.pt cannot be read"):
+        replica_files.read(str(tmp_path / "0.pt"), "token", True)
+
+
+def test_saving_after_fit_can_be_resumed(tmp_path: Path) -> None:
+    """By Trainer.save_checkpoint, in the processes that trained."""
+
+    def work(rank: int) -> None:
+        run = trainer(tmp_path, strategy(PARLE, start_method="popen"), 2, max_steps=7, max_epochs=-1)
+        run.fit(Streaming())
+        run.save_checkpoint(tmp_path / "at.ckpt")
+
+    assert external(2, work) == ["", ""]
+    again = go_on(tmp_path / "at.ckpt")
+    whole = fit(tmp_path / "whole", strategy(PARLE), 2, make=Streaming, **SHORT)
+    for left, right in zip(whole, again, strict=True):
+        assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
