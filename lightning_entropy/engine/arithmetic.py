@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -110,16 +111,42 @@ def streams(param: Tensor) -> int:
     return max(1, -(-param.numel() // BLOCK))
 
 
-def inner_move_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    averages: Sequence[Tensor] | None,
-    *,
-    stiffness: Sequence[float | Tensor],
-    noise: Sequence[float | Tensor],
-    average: float,
-    seeds: Sequence[Sequence[int]] | None,
-) -> None:
+@dataclass
+class Move:
+    """What follows the optimizer's update in one inner step: per parameter one entry of every list.
+
+    Attributes:
+        params: y.
+        anchors: x, same shapes; the arithmetic is done in their type.
+        averages: z, same shapes; None: no running mean.
+        stiffness: k = lr * gamma >= 0.
+        noise: s = sqrt(lr) * noise >= 0, a number or a tensor that broadcasts.
+        average: weight of the newest y in z, in (0, 1].
+        seeds: :func:`streams` (param) seeds per parameter; None: no noise.
+    """
+
+    params: Sequence[Tensor]
+    anchors: Sequence[Tensor]
+    averages: Sequence[Tensor] | None
+    stiffness: Sequence[float | Tensor]
+    noise: Sequence[float | Tensor]
+    average: float = 1.0
+    seeds: Sequence[Sequence[int]] | None = None
+
+    def part(self, indices: Sequence[int]) -> "Move":
+        """Return the move of some of the parameters."""
+        return Move(
+            params=[self.params[i] for i in indices],
+            anchors=[self.anchors[i] for i in indices],
+            averages=None if self.averages is None else [self.averages[i] for i in indices],
+            stiffness=[self.stiffness[i] for i in indices],
+            noise=[self.noise[i] for i in indices],
+            average=self.average,
+            seeds=None if self.seeds is None else [self.seeds[i] for i in indices],
+        )
+
+
+def inner_move_(move: Move) -> None:
     r"""Pull, shake and average: what follows the optimizer's update in every inner step, in place.
 
     y <- (y + k x) / (1 + k);  y <- y + s N(0, I);  z <- z + average (y - z).
@@ -127,22 +154,17 @@ def inner_move_(
     uses. The result does not depend on their number.
 
     Args:
-        params: y. Overwritten.
-        anchors: x, same shapes; the arithmetic is done in their type.
-        averages: z, same shapes. Overwritten; None: no running mean.
-        stiffness: k = lr * gamma >= 0, one per parameter.
-        noise: s = sqrt(lr) * noise >= 0, one per parameter.
-        average: weight of the newest y in z, in (0, 1].
-        seeds: one list per parameter with :func:`streams` (param) seeds; None: no noise.
+        move: ``params`` and ``averages`` are overwritten.
 
     Raises:
         ValueError: if the lists differ in length.
     """
-    means: Sequence[Tensor | None] = averages or [None] * len(params)
-    rows = list(zip(params, anchors, means, stiffness, noise, strict=True))
-    if seeds is not None:
+    params, average = move.params, move.average
+    means: Sequence[Tensor | None] = move.averages or [None] * len(params)
+    rows = list(zip(params, move.anchors, means, move.stiffness, move.noise, strict=True))
+    if move.seeds is not None:
         _pull_rows_(rows)
-        _shake_rows_(rows, seeds)
+        _shake_rows_(rows, move.seeds)
         _average_rows_(rows, average)
         return
     # Tensor by tensor, while y is in the cache; list by list where calls cost more than memory, small or on a GPU.
@@ -279,7 +301,7 @@ def shake_(y: Tensor, n: Tensor, scale: float | Tensor) -> None:
 
 
 def filter_norms(param: Tensor) -> Tensor:
-    """Give the norm of each output filter, ready to broadcast.
+    """Compute the norm of each output filter, ready to broadcast.
 
     Args:
         param: (out, ...) with two dimensions or more; a vector or scalar counts as one filter.
@@ -301,7 +323,7 @@ def filter_norms(param: Tensor) -> Tensor:
 
 
 def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Give the root mean square per weight of left - right, in the unit of a weight.
+    """Compute the root mean square per weight of left - right, in the unit of a weight.
 
     Args:
         left: tensors of any shape.
@@ -319,7 +341,7 @@ def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Give the Euclidean norm of all tensors together.
+    """Compute the Euclidean norm of all tensors together.
 
     Args:
         tensors: one or more, of any shape.

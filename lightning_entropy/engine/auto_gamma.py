@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_entropy.engine import arithmetic as F
-from lightning_entropy.engine.weights import Slot
+from lightning_entropy.engine.weights import Weight
 
 
 class GammaMeasurement:
@@ -21,20 +21,20 @@ class GammaMeasurement:
     def __init__(self) -> None:
         self.count = 0  # gradients summed
 
-    def add(self, slots: Sequence[Slot], scale: Tensor | None) -> None:
+    def add(self, weights: Sequence[Weight], scale: Tensor | None) -> None:
         """Add the gradients of a step, which are ``scale`` times too large."""
         self.count += 1
-        for slot in slots:
-            slot.add_gradient(scale)
+        for weight in weights:
+            weight.add_gradient(scale)
 
-    def take(self, slots: Sequence[Slot]) -> float | None:
-        """Give gamma and start anew; None where nothing moved, or nothing finite did."""
-        gradients = [slot.gradient for slot in slots if slot.gradient is not None]
+    def take(self, weights: Sequence[Weight]) -> float | None:
+        """Return the measured gamma and reset; None if no weight moved or the result is not finite."""
+        gradients = [w.gradient for w in weights if w.gradient is not None]
         count, self.count = self.count, 0
-        for slot in slots:
-            slot.gradient = None
+        for w in weights:
+            w.gradient = None
         if not gradients:
             return None
-        distance = F.norm([slot.mean - slot.anchor for slot in slots])
+        distance = F.norm([w.mean - w.anchor for w in weights])
         gamma = (F.norm(gradients) / (count * distance)).item()
         return gamma if 0 < gamma < math.inf else None

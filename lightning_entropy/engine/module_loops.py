@@ -1,25 +1,30 @@
-"""The loops of a Trainer's optimizers, and who sees x when: what every driver of the engine shares."""
+"""The loops of a module's optimizers, shown and hidden together: what every driver of the engine shares."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_entropy.engine.loop import InnerOuter, ReplicaMean
-from lightning_entropy.engine.outer_rules import OuterFactory
-from lightning_entropy.engine.perturbation import PerturbedLoop
+from lightning_entropy.engine.loop import InnerOuter
+from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMean
 from lightning_entropy.engine.relax import make_loop
-from lightning_entropy.engine.state_dict_hooks import ModuleHooks
+from lightning_entropy.engine.state_dict_hooks import StateDictHooks
+from lightning_entropy.engine.weights import Substitutes
 from lightning_entropy.methods.relaxation import Relaxation
 
 
-class Loops:
-    """One loop per optimizer of a LightningModule, shown and hidden together.
+class ModuleLoops:
+    """One loop per optimizer of a module.
 
     The module shows x whenever anyone looks: by value from :meth:`show` to :meth:`hide`, and in its ``state_dict()``
     (also a submodule's) at any time, through a hook that puts x in the place of y and costs a training step nothing.
+
+    Attributes:
+        loops: in the order of the optimizers.
+        substitutes: what tensors that no loop tracks show in :meth:`show`.
     """
 
     def __init__(
@@ -33,12 +38,12 @@ class Loops:
         seed: int = 0,
         compile: bool = False,
         count_attempts: bool = False,
-        several_steps: bool = False,
+        prepare_after_step: bool = False,
     ) -> None:
         """Attach; optimizer i draws its noise from (seed, i).
 
         Args:
-            module: whose parameters the optimizers hold.
+            module: whose parameters the optimizers hold, each in one of them.
             optimizers: of the trainer.
             relaxation: the method.
             outer: see :func:`lightning_entropy.relax`, also for ``replica_mean``.
@@ -46,13 +51,15 @@ class Loops:
             seed: of the noise, the same on all ranks that share gradients, >= 0.
             compile: see :func:`lightning_entropy.relax`.
             count_attempts: see :class:`InnerOuter`.
-            several_steps: a batch may step an optimizer more than once, as in manual optimization.
+            prepare_after_step: see :class:`InnerOuter`: a batch may have several steps, as in manual optimization.
 
         Raises:
             ValueError: an optimizer has a loop already, or the relaxation cannot work with it.
         """
         names = {p: name for name, p in module.named_parameters()}
-        self.shown = False
+        normed = [m for m in module.modules() if getattr(m, "max_norm", None) is not None]
+        self_writing = {p for m in normed for p in m.parameters(recurse=False)}
+        self.substitutes = Substitutes()
         self.loops: list[InnerOuter] = []
         try:
             for i, optimizer in enumerate(optimizers):
@@ -65,84 +72,98 @@ class Loops:
                     compile=compile,
                     names=names,
                     count_attempts=count_attempts,
+                    prepare_after_step=prepare_after_step,
+                    self_writing=self_writing,
                 )
                 self.loops.append(loop)
-                if isinstance(loop, PerturbedLoop):
-                    loop.resumes = several_steps
-                    normed = [m for m in module.modules() if getattr(m, "max_norm", None) is not None]
-                    loop.unchecked = {p for m in normed for p in m.parameters(recurse=False)}
         except BaseException:
             for loop in self.loops:
                 loop.detach()
             raise
-        self._hooks = ModuleHooks(module, self)
+        self._hooks = StateDictHooks(module, self)
 
-    def begin(self) -> None:
-        """Put y into the parameters, and start what a loop starts before its first step."""
-        self.hide()
+    @property
+    def shown(self) -> bool:
+        """Whether someone looks at x, and training waits."""
+        return self.substitutes.shown
+
+    def prepare(self) -> None:
+        """Put y back into the parameters before the next batch, whoever looks, and get ready for its gradients."""
+        while self.shown:
+            self.hide()
         for loop in self.loops:
-            loop.begin()
+            loop.prepare()
 
-    def rest(self, *, check: bool = True) -> None:
-        """End a training batch: perturbed parameters get x back.
+    def unperturb(self, *, check: bool = True) -> None:
+        """Take perturbations out of the parameters when a batch has ended.
 
         Args:
             check: look for writes.
 
         Raises:
-            RuntimeError: they were written while they were perturbed.
+            RuntimeError: parameters were written while they were perturbed.
         """
         for loop in self.loops:
-            if isinstance(loop, PerturbedLoop) and not self.shown:
-                loop.rest(check=check)
+            loop.unperturb(check=check)
 
+    @torch.no_grad()
     def show(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
-        """Put x into the parameters. May be called twice.
+        """Put x into the parameters; calls nest, and inner ones change nothing.
 
         Args:
-            instead: by parameter, other values to show (the consensus of replicas).
+            instead: what parameters (in the place of x) and other tensors of the module show, by tensor.
+
+        Raises:
+            RuntimeError: parameters were written while they were perturbed.
         """
-        if not self.shown:
+        instead = instead or {}
+        shown: list[InnerOuter] = []
+        try:
             for loop in self.loops:
                 loop.show(instead)
-        self.shown = True
-
-    def hide(self) -> None:
-        """Put y back. May be called twice."""
-        if self.shown:
-            for loop in self.loops:
+                shown.append(loop)
+            self.substitutes.show({t: value for t, value in instead.items() if not self.tracks(t)})
+        except BaseException:
+            for loop in shown:
                 loop.hide()
-        self.shown = False
+            raise
+
+    @torch.no_grad()
+    def hide(self) -> None:
+        """Leave :meth:`show`; the outermost call puts y back, but where weights were changed: they are the new x."""
+        self.substitutes.hide()
+        for loop in self.loops:
+            loop.hide()
 
     def detach(self) -> None:
-        """Leave x in the parameters, and no hook behind."""
+        """Leave x in the parameters, or what is shown, and no hook behind."""
         for loop in self.loops:
             loop.detach()
         self._hooks.remove()
 
-    def holds(self, p: Tensor) -> bool:
-        """Tell whether a loop keeps an x of p."""
-        return any(loop.holds(p) for loop in self.loops)
+    def tracks(self, p: Tensor) -> bool:
+        """Whether a loop keeps an x of p."""
+        return any(p in loop.weights for loop in self.loops)
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
-        """Give x of one parameter where something else is in it now, else None."""
-        return next((x for x in (loop.anchor_of(p) for loop in self.loops) if x is not None), None)
+        """Return x of one parameter where something else is in it, else None."""
+        return next((x for x in (loop.weights.anchor_of(p) for loop in self.loops) if x is not None), None)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Give the state of every loop, without x: that is in the module's."""
+        """Return the state of every loop, without x: that is in the module's."""
         return [loop.state_dict(anchor=False) for loop in self.loops]
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from the state of every loop; the module holds x.
 
         Raises:
-            ValueError: another number of optimizers, or of other parameters.
+            ValueError: another number of optimizers, of other parameters, or a newer format.
         """
         for loop, state in zip(self.loops, states, strict=True):
             loop.load_state_dict(state)
 
     def metrics(self) -> dict[str, Any]:
-        """Give what is logged at outer steps, numbers and scalar tensors; no device is waited for."""
+        """Return what is logged at outer steps, numbers and scalar tensors; no device is waited for."""
         values: dict[str, Any] = {}
         for i, loop in enumerate(self.loops):
             prefix = "entropy/" if len(self.loops) == 1 else f"entropy/{i}/"

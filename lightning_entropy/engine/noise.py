@@ -16,15 +16,18 @@ class NoiseStreams:
 
     Args:
         seed: any int; another one starts the count elsewhere.
+        purpose: so does another purpose.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, purpose: str = "") -> None:
         self.seed = seed
+        start = hashlib.blake2b(f"{seed}{purpose}".encode(), digest_size=4).digest()
+        self._start = int.from_bytes(start, "little")
         self._first: dict[Tensor, int] = {}
         self._per_step = 0
 
     def seeds(self, params: Sequence[Tensor], every: Sequence[Tensor], step: int) -> list[list[int]]:
-        """Give the seeds of one step, a list per parameter.
+        """Return the seeds of one step, a list per parameter.
 
         Args:
             params: that move in this step.
@@ -39,6 +42,5 @@ class NoiseStreams:
             for p in every:
                 self._first[p] = self._per_step
                 self._per_step += F.streams(p)
-        base = int.from_bytes(hashlib.blake2b(str(self.seed).encode(), digest_size=4).digest(), "little")
-        first = base + step * self._per_step
+        first = self._start + step * self._per_step
         return [[F.seed_of(first, self._first[p] + i) for i in range(F.streams(p))] for p in params]

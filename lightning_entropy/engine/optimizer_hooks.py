@@ -1,6 +1,5 @@
 """The two points of an optimizer's step where a loop acts, whatever calls the step and however."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_entropy.engine import torch_internals
 
-class StepHooks:
+
+class OptimizerHooks:
     """Call back around every step of an optimizer, through torch's own hooks.
 
     ``before()`` runs first. ``before_closure()`` runs at every evaluation of the closure, if there is one.
@@ -35,11 +36,10 @@ class StepHooks:
         on_gradients: Callable[[bool], None],
         after: Callable[[], None],
     ) -> None:
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        hooks = torch_internals.step_hooks(optimizer)
+        if hooks is None:
             raise TypeError(f"optimizer must run torch's step hooks, got {type(optimizer).__name__}, which does not")
-        if any(
-            isinstance(getattr(h, "__self__", None), StepHooks) for h in optimizer._optimizer_step_pre_hooks.values()
-        ):
+        if any(isinstance(getattr(hook, "__self__", None), OptimizerHooks) for hook in hooks):
             raise ValueError("optimizer must have no loop yet, got one that has: detach() it first")
         self._optimizer = optimizer
         self._before, self._before_closure = before, before_closure
@@ -63,7 +63,7 @@ class StepHooks:
 
     @torch.no_grad()
     def _enter(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._depth and self._running() > 1:
+        if self._depth and torch_internals.running_steps(self._optimizer) > 1:
             self._depth += 1
             return None
         self._before()
@@ -97,11 +97,8 @@ class StepHooks:
         if self._depth == 0 and not self._skipped:
             self._after()
 
-    def _running(self) -> int:
-        """Count this optimizer's calls of ``step`` on the stack. Looked at only when one seems to be open."""
-        count, frame = 0, sys._getframe()
-        while frame is not None:
-            if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is self._optimizer:
-                count += 1
-            frame = frame.f_back  # type: ignore[assignment]
-        return count
+
+def has_foreign_hooks(optimizer: Optimizer) -> bool:
+    """Whether step hooks other than a loop's are to see the gradients and the update."""
+    hooks = torch_internals.step_hooks(optimizer) or []
+    return any(not isinstance(getattr(hook, "__self__", None), OptimizerHooks) for hook in hooks)

@@ -1,20 +1,25 @@
-"""The outer step: an optimizer over the anchors, fed with the pseudo-gradient."""
+"""The outer step: what replicas agree on, and an optimizer over the anchors, fed with the pseudo-gradient."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lightning_entropy.engine.weights import Slot
+from lightning_entropy.engine.weights import Weight
+from lightning_entropy.methods.targets import OuterTarget
 
 OuterFactory = Callable[[list[Tensor]], Optimizer]
 
+# Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
+ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
 
-class Outer:
-    """x <- outer(x, x - z + pull), by the user's optimizer, Nesterov SGD, or without one.
+
+class OuterStep:
+    """x <- outer(x, x - z + rho (x - mean over replicas)), by the user's optimizer, Nesterov SGD, or without one.
 
     Args:
         factory: makes the optimizer from the list of anchors; None: SGD of this ``momentum``, with the learning rate
@@ -40,65 +45,124 @@ class Outer:
 
     def step(
         self,
-        slots: list[Slot],
-        names: Iterable[tuple[str, Slot]],
-        means: list[Tensor],
-        pulls: list[Tensor | None],
+        weights: Sequence[Weight],
+        names: Iterable[tuple[str, Weight]],
+        means: Sequence[Tensor],
+        pulls: Sequence[Tensor | None],
         lr: float,
     ) -> None:
-        """Take one step on the anchors of the slots.
+        """Take one step on the anchors.
 
         Args:
-            slots: whose anchors move.
-            names: every slot with its key in the state.
-            means: z, one per slot.
-            pulls: rho (x - mean over replicas of x), one per slot; None: no pull.
+            weights: whose anchors move.
+            names: every weight with its key in the state.
+            means: z, one per weight.
+            pulls: rho (x - mean over replicas of x), one per weight; None: no pull.
             lr: step size where the optimizer is not the user's.
         """
         if self._factory is None and self._momentum == 0:
-            for slot, z, pull in zip(slots, means, pulls, strict=True):
+            for w, z, pull in zip(weights, means, pulls, strict=True):
                 # x - (x - z) would not be z to the last bit, nor where z is infinite.
-                slot.anchor.copy_(z) if lr == 1 else slot.anchor.lerp_(z, lr)
+                w.anchor.copy_(z) if lr == 1 else w.anchor.lerp_(z, lr)
                 if pull is not None:
-                    slot.anchor.add_(pull, alpha=-lr)
+                    w.anchor.add_(pull, alpha=-lr)
             return
-        optimizer = self._made([slot.anchor for slot in slots], names)
+        optimizer = self._made([w.anchor for w in weights], names)
         if self._factory is None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for slot, z, pull in zip(slots, means, pulls, strict=True):
-            slot.anchor.grad = slot.anchor - z
+        for w, z, pull in zip(weights, means, pulls, strict=True):
+            w.anchor.grad = w.anchor - z
             if pull is not None:
-                slot.anchor.grad.add_(pull)
+                w.anchor.grad.add_(pull)
         optimizer.step()
-        for slot in slots:
-            slot.anchor.grad = None
+        for w in weights:
+            w.anchor.grad = None
 
-    def _made(self, anchors: list[Tensor], names: Iterable[tuple[str, Slot]]) -> Optimizer:
-        """Give the optimizer, made at the first step, with anchors that came later added."""
+    def _made(self, anchors: list[Tensor], names: Iterable[tuple[str, Weight]]) -> Optimizer:
+        """Return the optimizer, made at the first step, with anchors that came later added."""
         if self.optimizer is None:
-            nesterov = {"lr": 1.0, "momentum": self._momentum, "nesterov": True}
-            self.optimizer = SGD(anchors, **nesterov) if self._factory is None else self._factory(anchors)  # type: ignore[arg-type]
+            if self._factory is None:
+                self.optimizer = SGD(anchors, lr=1.0, momentum=self._momentum, nesterov=True)
+            else:
+                self.optimizer = self._factory(anchors)
         known = {x for group in self.optimizer.param_groups for x in group["params"]}
         self.optimizer.param_groups[0]["params"].extend(x for x in anchors if x not in known)
         if self._loaded is not None:
             for group, options in zip(self.optimizer.param_groups, self._loaded["options"], strict=True):
                 group.update(options)
-            for name, slot in names:
+            for name, w in names:
                 for key, value in self._loaded["state"].get(name, {}).items():
                     # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
-                    moment = isinstance(value, Tensor) and value.shape == slot.anchor.shape
-                    self.optimizer.state[slot.anchor][key] = value.to(slot.anchor.device) if moment else value
+                    moment = isinstance(value, Tensor) and value.shape == w.anchor.shape
+                    self.optimizer.state[w.anchor][key] = value.to(w.anchor.device) if moment else value
             self._loaded = None
         return self.optimizer
 
-    def state_dict(self, names: Iterable[tuple[str, Slot]]) -> Mapping[str, Any] | None:
-        """Give the optimizer's options and, by name, its state; None before the first step."""
+    def state_dict(self, names: Iterable[tuple[str, Weight]]) -> Mapping[str, Any] | None:
+        """Return the optimizer's options and, by name, its state; None before the first step."""
         if self.optimizer is None:
             return self._loaded
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {"options": options, "state": {name: dict(self.optimizer.state.get(s.anchor, {})) for name, s in names}}
+        return {"options": options, "state": {name: dict(self.optimizer.state.get(w.anchor, {})) for name, w in names}}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Keep a copy of the state until the anchors are there."""
         self.optimizer, self._loaded = None, copy.deepcopy(state)
+
+
+class Replicas:
+    """The mean over replicas that the outer step needs.
+
+    Args:
+        mean: of a list of tensors over replicas; None: there is one replica.
+        target: of what, and what for.
+    """
+
+    def __init__(self, mean: ReplicaMean | None, target: OuterTarget) -> None:
+        self._mean = mean
+        self._target = target
+        self._under_way: list[Tensor] | Callable[[], list[Tensor]] | None = None
+
+    def __bool__(self) -> bool:
+        return self._mean is not None
+
+    def start(self, weights: Sequence[Weight]) -> None:
+        """Start the mean if it is known when a loop begins, unless it is under way."""
+        if self._mean is not None and self._target.early and self._under_way is None:
+            self._under_way = self._mean([self._target.of(w.anchor, None) for w in weights])
+            for w in weights:
+                w.replaced = False
+
+    def forget(self) -> None:
+        """Drop the mean under way: of anchors that are no longer what they were."""
+        if callable(self._under_way):
+            self._under_way()
+        self._under_way = None
+
+    def agree(self, weights: Sequence[Weight], rho: float) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull."""
+        means = [w.mean for w in weights]
+        if self._target.common:
+            if self._mean is None:
+                return means, [None] * len(weights)
+            steps = self._mean_of(weights, means)
+            return [w.anchor - step for w, step in zip(weights, steps, strict=True)], [None] * len(weights)
+        targets: Sequence[Tensor | None] = []
+        if self._under_way is not None:
+            arrived, self._under_way = _wait(self._under_way), None
+            # An x that a user has replaced since is not pulled to the mean of the old ones.
+            targets = [None if w.replaced else target for w, target in zip(weights, arrived, strict=False)]
+        elif not self._target.early and rho:
+            targets = means if self._mean is None else self._mean_of(weights, means)
+        # A parameter that was unfrozen since the mean was started has no target yet.
+        pairs = zip_longest(weights, targets if rho else [])
+        return means, [None if target is None else (w.anchor - target).mul_(rho) for w, target in pairs]
+
+    def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> list[Tensor]:
+        assert self._mean is not None
+        return _wait(self._mean([self._target.of(w.anchor, z) for w, z in zip(weights, means, strict=True)]))
+
+
+def _wait(mean: list[Tensor] | Callable[[], list[Tensor]]) -> list[Tensor]:
+    return mean() if callable(mean) else mean

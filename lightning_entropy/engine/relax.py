@@ -4,10 +4,9 @@ from typing import Any
 
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
+from lightning_entropy.engine.chain import SPRINGS
 from lightning_entropy.engine.loop import InnerOuter
-from lightning_entropy.engine.outer_rules import OuterFactory
-from lightning_entropy.engine.perturbation import PerturbedLoop
-from lightning_entropy.engine.replicas import ReplicaMean
+from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMean
 from lightning_entropy.methods.relaxation import Relaxation
 
 
@@ -76,12 +75,10 @@ def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> I
         RuntimeError: ``compile`` without a C++ compiler that works.
     """
     _check(optimizer, relaxation)
-    if not relaxation.perturb:
-        return InnerOuter(optimizer, relaxation, **options)
-    for name in ("outer", "replica_mean"):
+    for name in () if relaxation.has_anchor else ("outer", "replica_mean"):
         if options.get(name) is not None:
             raise ValueError(f"{name} has no meaning with perturb=True: there is no outer step, got {options[name]!r}")
-    return PerturbedLoop(optimizer, relaxation, **options)
+    return InnerOuter(optimizer, relaxation, **options)
 
 
 def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
@@ -89,17 +86,19 @@ def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not isinstance(relaxation, Relaxation):
         raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-    uses_lr = not relaxation.perturb and (relaxation.gamma != 0 or relaxation.noise != 0)
+    uses_lr = relaxation.has_anchor and (relaxation.gamma != 0 or relaxation.noise != 0)
     if uses_lr and any("lr" not in group for group in optimizer.param_groups):
         raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
-    if isinstance(optimizer, SparseAdam) and relaxation.perturb and relaxation.inner_steps > 1:
+    averages = not relaxation.has_anchor and relaxation.inner_steps > 1
+    if isinstance(optimizer, SparseAdam) and averages:
         raise ValueError(
             f"inner_steps must be 1 for the heat variant with SparseAdam, which takes no mean of gradients, "
             f"got {relaxation.inner_steps}"
         )
     if isinstance(optimizer, LBFGS):
-        for name in ("coupled", "explicit"):
-            if getattr(relaxation, name):
-                raise ValueError(f"{name} must be False with LBFGS: its line search needs the loss of its gradient")
-        if relaxation.perturb and relaxation.inner_steps > 1:
+        if SPRINGS[relaxation.spring].in_gradient:
+            raise ValueError(
+                f"{relaxation.spring} must be False with LBFGS: its line search needs the loss of its gradient"
+            )
+        if averages:
             raise ValueError(f"inner_steps must be 1 for the heat variant with LBFGS, got {relaxation.inner_steps}")

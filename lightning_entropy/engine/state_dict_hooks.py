@@ -1,4 +1,4 @@
-"""A module's state dict gives x and takes x, whatever its parameters hold."""
+"""A module's state dict holds x and takes x, whatever its parameters hold."""
 
 import weakref
 from typing import Any, Generic, Protocol, TypeVar
@@ -11,51 +11,49 @@ from torch.nn import Module
 Owner = TypeVar("Owner")
 
 
-class Shower(Protocol):
-    """Who knows x: :class:`lightning_entropy.engine.module_loops.Loops`."""
-
-    shown: bool
+class AnchorSource(Protocol):
+    """An object that can put the anchor x into the parameters and take it out again; calls nest."""
 
     def show(self) -> None:
         """Put x into the parameters."""
 
     def hide(self) -> None:
-        """Put y back."""
+        """Put back what they held."""
 
-    def holds(self, p: Tensor) -> bool:
-        """Tell whether p has an x of its own."""
+    def tracks(self, p: Tensor) -> bool:
+        """Whether p has an x of its own."""
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
-        """Give x of one parameter where something else is in it now, else None."""
+        """Return x of one parameter where something else is in it, else None."""
 
 
-class ModuleHooks:
-    """Make a module's ``state_dict()`` give x, and what is loaded into it the new x; its submodules' too.
+class StateDictHooks:
+    """Make a module's ``state_dict()`` hold x, and what is loaded into it the new x; its submodules' too.
 
     Args:
         module: the whole one: before its state dict is made, submodules that have come since get their hooks.
-        shower: who knows x.
+        source: of x.
     """
 
-    def __init__(self, module: Module, shower: Shower) -> None:
-        self._shower, self._module = weakref.ref(shower), weakref.ref(module)
+    def __init__(self, module: Module, source: AnchorSource) -> None:
+        self._source, self._module = weakref.ref(source), weakref.ref(module)
         self._having = WeakSet[Module]()
         self._handles = [Module.register_state_dict_pre_hook(module, Install(self))]
         self.install()
 
     def install(self) -> None:
-        """Give every submodule that has parameters its hooks."""
-        module, shower = self._module(), self._shower()
-        if module is None or shower is None:
+        """Register the hooks with every submodule that has parameters and lacks them."""
+        module, source = self._module(), self._source()
+        if module is None or source is None:
             return
         for submodule in module.modules():
             if submodule in self._having or next(submodule.parameters(), None) is None:
                 continue
             self._having.add(submodule)
             # The method of Module: a scripted module refuses its own, and takes no hook of loading.
-            self._handles.append(Module.register_state_dict_post_hook(submodule, ShowAnchor(shower)))
+            self._handles.append(Module.register_state_dict_post_hook(submodule, PutAnchor(source)))
             if not isinstance(submodule, ScriptModule):
-                load = LoadAnchor(shower)
+                load = LoadAnchor(source)
                 self._handles += [
                     submodule.register_load_state_dict_pre_hook(load.before),
                     submodule.register_load_state_dict_post_hook(load.after),
@@ -68,7 +66,10 @@ class ModuleHooks:
 
 
 class Hook(Generic[Owner]):
-    """A hook that does not keep its owner alive, and a copy of which (of a copied or pickled module) has none."""
+    """A hook that refers to its owner weakly.
+
+    Copying or pickling the module makes a hook without an owner, which does nothing.
+    """
 
     def __init__(self, owner: Owner | None = None) -> None:
         self._reference = None if owner is None else weakref.ref(owner)
@@ -82,45 +83,45 @@ class Hook(Generic[Owner]):
         return type(self), ()
 
 
-class Install(Hook[ModuleHooks]):
+class Install(Hook[StateDictHooks]):
     """Before a state dict is made, look for new submodules."""
 
     def __call__(self, module: Module, prefix: str, keep_vars: bool) -> None:
-        """Do so."""
+        """Register their hooks."""
         if self.owner is not None:
             self.owner.install()
 
 
-class ShowAnchor(Hook[Shower]):
+class PutAnchor(Hook[AnchorSource]):
     """Put x in the place of y in a module's state dict."""
 
     def __call__(self, module: Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         """Replace the module's own parameters; submodules have this hook themselves."""
-        shower = self.owner
-        if shower is None or shower.shown:
+        source = self.owner
+        if source is None:
             return
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            anchor, key = shower.anchor_of(p), prefix + name
+            anchor, key = source.anchor_of(p), prefix + name
             # Whoever asks for the parameters themselves (keep_vars=True) gets them.
             if anchor is not None and key in state_dict and state_dict[key] is not p:
                 state_dict[key] = anchor.detach().to(p.dtype)
 
 
-class LoadAnchor(Hook[Shower]):
+class LoadAnchor(Hook[AnchorSource]):
     """Show x while a module's weights are loaded, so that they are the new x."""
 
-    _shows = False
-
     def before(self, module: Module, *_: Any) -> None:
-        """Show x, unless it is shown: by the hook of the module around this one, say; or there is none in here."""
-        shower = self.owner
-        self._shows = shower is not None and not shower.shown and any(shower.holds(p) for p in module.parameters())
-        if shower is not None and self._shows:
-            shower.show()
+        """Put x into the parameters, where any of the module's is tracked."""
+        source = self._concerned(module)
+        if source is not None:
+            source.show()
 
-    def after(self, *_: Any) -> None:
+    def after(self, module: Module, *_: Any) -> None:
         """Put y back where nothing was loaded."""
-        shower = self.owner
-        if shower is not None and self._shows:
-            shower.hide()
-        self._shows = False
+        source = self._concerned(module)
+        if source is not None:
+            source.hide()
+
+    def _concerned(self, module: Module) -> AnchorSource | None:
+        source = self.owner
+        return source if source is not None and any(source.tracks(p) for p in module.parameters()) else None

@@ -1,7 +1,8 @@
-"""What a loop keeps of every parameter: x, z and, while the parameter shows x, y."""
+"""x, y and z of every parameter, and the one place that knows which of them a parameter holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -9,23 +10,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+class Holds(Enum):
+    """What the parameters of a loop hold."""
+
+    ANCHOR = auto()  # x: someone looks, or a loop is about to begin and y is x
+    INNER = auto()  # y
+    OTHER = auto()  # a value of neither: the consensus of replicas, or y + noise
+    DETACHED = auto()  # whatever they held when the loop ended: nobody writes them any more
+
+
 @dataclass(eq=False)
-class Slot:
-    """What a loop keeps of one parameter, in float32 or the parameter's own wider type."""
+class Weight:
+    """The state of one parameter, in float32 or the parameter's own wider type."""
 
     param: Tensor
     anchor: Tensor
     average: Tensor | None = None
-    gradient: Tensor | None = None  # sum over a loop: the heat variant's, and that which gamma="auto" measures
-    hidden: Tensor | None = None  # y, while the parameter shows x
-    given: Tensor | None = None  # what it shows instead of x (the consensus of replicas)
+    gradient: Tensor | None = None  # summed over a loop, for a mean gradient or for gamma="auto"
+    kept: Tensor | None = None  # y, while the parameter holds another value; the anchor itself where y is x
+    stand_in: Tensor | None = None  # the value that it holds instead of x
     moved: bool = False  # since the last outer step
     replaced: bool = False  # x was, since the mean over replicas was started
 
     @property
     def inner(self) -> Tensor:
         """The inner iterate y."""
-        return self.param.detach() if self.hidden is None else self.hidden
+        return self.param.detach() if self.kept is None else self.kept
 
     @property
     def mean(self) -> Tensor:
@@ -33,7 +43,7 @@ class Slot:
         return self.inner.to(self.anchor.dtype) if self.average is None else self.average
 
     def running_mean(self) -> Tensor:
-        """Give z to be updated; it starts at x."""
+        """Return z, to be updated in place. It starts at x."""
         if self.average is None:
             self.average = self.anchor.clone()
         return self.average
@@ -47,99 +57,252 @@ class Slot:
             grad = grad / scale
         self.gradient = grad if self.gradient is None else self.gradient.add_(grad)
 
+    def restart(self) -> None:
+        """Set y and z to x."""
+        self.param.copy_(self.anchor)
+        self.average = self.kept = self.stand_in = None
 
-class Slots:
-    """The slots of an optimizer's parameters, each made when its parameter first gets a gradient.
 
-    Until then x and y are the parameter's value, so that weights may be loaded, frozen and unfrozen freely.
+def differ(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Compare tensors with values of the same shape, in the tensors' precision; waits for the device once."""
+    return [bool(flag) for flag in [(tensor != value.to(tensor.dtype)).any() for tensor, value in pairs]]
+
+
+class Weights:
+    """The weights of one optimizer's parameters, each tracked from its first gradient on.
+
+    Until then x and y are the parameter's value, so that weights may be loaded, frozen and unfrozen freely. The same
+    holds before the first step of every loop that restarts at x: the parameter is x, and whatever is written into it
+    moves x.
+
+    Args:
+        optimizer: whose parameters.
+        names: keys of the state; a parameter without a name goes by its position.
+        tied: y is x at all times: an update of the parameter moves x itself.
+
+    Attributes:
+        holds: what the parameters hold.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str] | None = None) -> None:
-        """Start with none; ``names`` keys the state, and a parameter without a name goes by its position."""
+    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str] | None = None, *, tied: bool = False) -> None:
+        self.holds = Holds.ANCHOR
+        self.tied = tied
         self._optimizer = optimizer
         self._names = names or {}
-        self._slots: dict[Tensor, Slot] = {}
+        self._weights: dict[Tensor, Weight] = {}
+        self._before: list[Holds] = []  # what they held when they were shown, outermost first
 
     @property
     def params(self) -> list[Tensor]:
         """All parameters of the optimizer, in its order."""
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def __iter__(self) -> Iterator[Slot]:
-        return iter(self._slots.values())
+    def __iter__(self) -> Iterator[Weight]:
+        return iter(self._weights.values())
 
     def __contains__(self, p: Tensor) -> bool:
-        return p in self._slots
+        return p in self._weights
 
-    def __getitem__(self, p: Tensor) -> Slot:
-        """Give the parameter's slot, made here if there is none."""
-        slot = self._slots.get(p)
-        if slot is None:
+    def __getitem__(self, p: Tensor) -> Weight:
+        """Return the weight of a tracked parameter."""
+        return self._weights[p]
+
+    def track(self, p: Tensor) -> Weight:
+        """Return the weight of a parameter, which starts at its value if it is not tracked yet."""
+        weight = self._weights.get(p)
+        if weight is None:
             wide = torch.promote_types(p.dtype, torch.float32)
-            slot = Slot(p, p.detach().to(wide, copy=True, memory_format=torch.preserve_format))
-            self._slots[p] = slot
-        return slot
+            weight = Weight(p, p.detach().to(wide, copy=True, memory_format=torch.preserve_format))
+            self._weights[p] = weight
+        return weight
 
-    def stepping(self) -> tuple[list[Slot], list[Any]]:
-        """Give the slots of the parameters that have a gradient now, and their learning rates."""
-        slots, lrs = [], []
+    # Which weights a parameter holds
+
+    @property
+    def shown(self) -> bool:
+        """Whether someone looks, and training waits."""
+        return bool(self._before)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no loop has begun: y is x, and the parameters are both."""
+        return self.holds is Holds.ANCHOR and not self._before
+
+    def anchor_of(self, p: Tensor) -> Tensor | None:
+        """Return x of a parameter that holds another value in training; None where it holds x, or what is shown."""
+        if self._before or p not in self._weights or self.holds not in (Holds.INNER, Holds.OTHER):
+            return None
+        return self._weights[p].anchor
+
+    def settle(self) -> None:
+        """Bring x up to date with the parameters, which may have been written since they hold it."""
+        if self._before:
+            self.adopt()
+        elif self.at_rest:
+            same = [w for w in self if w.anchor.dtype == w.param.dtype]
+            if same:
+                torch._foreach_copy_([w.anchor for w in same], [w.param.detach() for w in same])
+            for w in self:
+                if w.anchor.dtype != w.param.dtype:  # an unwritten parameter has less than x's precision
+                    value = w.param.detach().to(w.anchor.dtype)
+                    w.anchor.copy_(torch.where(w.anchor.to(w.param.dtype) == w.param, w.anchor, value))
+                if w.average is not None:
+                    w.average.copy_(w.anchor)
+
+    def begin(self) -> None:
+        """Begin a loop: from now on y moves and x stays."""
+        if self.at_rest and not self.tied:
+            self.settle()
+            self.holds = Holds.INNER
+
+    def rest(self) -> None:
+        """End a loop: the parameters, which hold x, are y too."""
+        self.holds = Holds.ANCHOR
+
+    def set_aside(self) -> None:
+        """Keep y, so that the parameters can hold another value until :meth:`take_back`."""
+        if self.at_rest:
+            self.settle()
+            for w in self:
+                w.kept = w.anchor
+        else:
+            for w, y in zip(self, [w.param.detach().clone() for w in self], strict=True):
+                w.kept = y
+        self.holds = Holds.OTHER
+
+    def take_back(self) -> None:
+        """Put y back after :meth:`set_aside`."""
+        now = Holds.INNER if self._apart else Holds.ANCHOR
+        for w in self:
+            w.param.copy_(w.inner)
+            w.kept = None
+        self.holds = now
+
+    @property
+    def _apart(self) -> bool:
+        """Whether a y that is not x is kept beside a parameter."""
+        return any(w.kept is not None and w.kept is not w.anchor for w in self)
+
+    def show(self, before: Holds, instead: Mapping[Tensor, Tensor]) -> None:
+        """Put x into the parameters, with y beside; calls nest, and inner ones change nothing.
+
+        Args:
+            before: what :meth:`hide` is to return, for whoever has to put something else back.
+            instead: by parameter, what the outermost call shows in the place of x.
+        """
+        if self.holds is Holds.DETACHED:
+            return
+        if self._before:
+            self._before.append(before)
+            return
+        if self.holds is Holds.INNER:
+            # All copies before the first write: there may be no memory for them, and parameters may share theirs.
+            for w, y in zip(self, [w.param.detach().clone() for w in self], strict=True):
+                w.kept = y
+            for w in self:
+                w.param.copy_(w.anchor)
+        elif instead:
+            self.settle()
+        self._before.append(before)
+        self.holds = Holds.ANCHOR
+        for w in self:
+            if w.param in instead:
+                w.stand_in = instead[w.param]
+                w.param.copy_(w.stand_in)
+                self.holds = Holds.OTHER
+
+    def adopt(self) -> None:
+        """Take as the new x what was written into a parameter since it was shown; y and z restart there."""
+        weights = list(self)
+        shown = [w.anchor if w.stand_in is None else w.stand_in for w in weights]
+        changed = differ((w.param, value) for w, value in zip(weights, shown, strict=True))
+        for w, new in zip(weights, changed, strict=True):
+            if new:
+                w.anchor.copy_(w.param)
+                w.average = w.kept = w.stand_in = None
+                w.moved, w.replaced = False, True
+
+    def hide(self) -> Holds | None:
+        """Leave :meth:`show`; the outermost call puts y back, but where a new x was written.
+
+        Returns:
+            What the outermost :meth:`show` was given as ``before``; None for an inner call.
+        """
+        if not self._before:
+            return None
+        before = self._before.pop()
+        if self._before:
+            return None
+        self.adopt()
+        now = Holds.INNER if self._apart else Holds.ANCHOR
+        for w in self:
+            if w.kept is not None or w.stand_in is not None:
+                w.param.copy_(w.anchor if w.kept is None else w.kept)
+            w.kept = w.stand_in = None
+        self.holds = now
+        return before
+
+    def detach(self) -> None:
+        """Leave x in the parameters, or what is shown, for good; y, for which there may be no memory, is forgotten."""
+        if self.holds is Holds.INNER and not self._before:
+            for w in self:
+                w.param.copy_(w.anchor)
+        for w in self:
+            w.kept = w.stand_in = None
+        self._before = []
+        self.holds = Holds.DETACHED
+
+    # The optimizer's step
+
+    def stepping(self) -> tuple[list[Weight], list[Any]]:
+        """Return the weights of the parameters that have a gradient now, and their learning rates."""
+        weights, rates = [], []
         for group in self._optimizer.param_groups:
             lr = group.get("lr", 0.0)
             lr = float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr
             for p in group["params"]:
                 if p.grad is not None:
-                    slots.append(self[p])
-                    lrs.append(lr)
-        return slots, lrs
+                    weights.append(self.track(p))
+                    rates.append(lr)
+        return weights, rates
 
-    def show(self) -> None:
-        """Put x into the parameters, keeping y beside."""
-        # All copies before the first write: there may be no memory for them, and parameters may share theirs.
-        inner = [slot.param.detach().clone() for slot in self]
-        for slot, y in zip(self, inner, strict=True):
-            slot.hidden = y
-        for slot in self:
-            slot.param.copy_(slot.anchor)
+    # State
 
-    def give(self, values: Mapping[Tensor, Tensor]) -> None:
-        """Put other values than x into some parameters, after :meth:`show` or where y is x."""
-        for slot in self:
-            if slot.param in values:
-                slot.given = values[slot.param]
-                slot.param.copy_(slot.given)
-
-    def adopt(self) -> None:
-        """Take as the new x what was put into a parameter since it shows x; y and z restart there."""
-        slots = list(self)
-        shown = [slot.anchor if slot.given is None else slot.given for slot in slots]
-        # The values are compared on the device and waited for once.
-        changed = [(slot.param != value.to(slot.param.dtype)).any() for slot, value in zip(slots, shown, strict=True)]
-        for slot, new in zip(slots, [flag.item() for flag in changed], strict=True):
-            if new:
-                slot.anchor.copy_(slot.param)
-                slot.average = slot.hidden = slot.given = None
-                slot.moved, slot.replaced = False, True
-
-    def hide(self) -> None:
-        """Put y back, but where a new x was put into the parameter."""
-        self.adopt()
-        for slot in self:
-            if slot.hidden is not None or slot.given is not None:
-                slot.param.copy_(slot.anchor if slot.hidden is None else slot.hidden)
-            slot.hidden = slot.given = None
-
-    def named(self) -> Iterator[tuple[str, Slot]]:
-        """Give every slot with its key in the state."""
+    def named(self) -> Iterator[tuple[str, Weight]]:
+        """Yield every weight with its key in the state."""
         for i, p in enumerate(self.params):
-            if p in self._slots:
-                yield self._names.get(p, str(i)), self._slots[p]
+            if p in self._weights:
+                yield self._names.get(p, str(i)), self._weights[p]
 
-    def load(self, entries: Mapping[str, Mapping[str, Any]], *, shown: bool) -> None:
-        """Make the slots again from saved entries: x from ``anchor``, or else from the parameter.
+    def state_dict(self, *, anchor: bool) -> dict[str, dict[str, Any]]:
+        """Return what is needed to go on, by name; tensors are references.
 
         Args:
-            entries: by name, the saved fields of a slot (``inner`` for y).
-            shown: whether the parameters are to hold x afterwards, with y beside; else y.
+            anchor: with x; without it, x is saved only where the parameter has less precision.
+        """
+        self.settle()
+        entries: dict[str, dict[str, Any]] = {}
+        for name, w in self.named():
+            entry: dict[str, Any] = {}
+            if anchor or w.anchor.dtype != w.param.dtype:
+                entry["anchor"] = w.anchor
+            if self.tied:
+                entry |= {} if w.gradient is None else {"gradient": w.gradient}
+            elif self.holds in (Holds.INNER, Holds.DETACHED) or self._apart:
+                entry |= {"moved": w.moved, "inner": w.inner}
+                entry |= {} if w.average is None else {"average": w.average}
+                entry |= {} if w.gradient is None else {"gradient": w.gradient}
+            entries[name] = entry
+        return entries
+
+    def load_state_dict(self, entries: Mapping[str, Mapping[str, Any]], *, before: Holds | None = None) -> None:
+        """Track the parameters again from saved entries: x from ``anchor``, or else from the parameter.
+
+        The parameters hold y afterwards, or x with y beside where they are shown.
+
+        Args:
+            entries: by name, from :meth:`state_dict`.
+            before: what :meth:`hide` is to return where they are shown; None: what they hold then.
 
         Raises:
             ValueError: a name that the optimizer does not have, or a tensor of another shape.
@@ -152,19 +315,65 @@ class Slots:
                 if isinstance(value, Tensor) and value.shape != by_name[name].shape:
                     shapes = f"{tuple(value.shape)} for {name!r} of shape {tuple(by_name[name].shape)}"
                     raise ValueError(f"{key} in state_dict must have the parameter's shape, got {shapes}")
-        self._slots = {}
+        self._weights = {}
+        apart = False
         for name, entry in entries.items():
             p = by_name[name]
             if "anchor" in entry:
                 p.copy_(entry["anchor"])
-            slot = self[p]
+            w = self.track(p)
             if "anchor" in entry:
-                slot.anchor.copy_(entry["anchor"])
-            slot.moved = entry.get("moved", False)
+                w.anchor.copy_(entry["anchor"])
+            w.moved = entry.get("moved", False)
             for key in ("average", "gradient"):
                 if key in entry:
-                    setattr(slot, key, torch.empty_like(slot.anchor).copy_(entry[key]))
-            if "inner" in entry and shown:
-                slot.hidden = torch.empty_like(p).copy_(entry["inner"])
-            elif "inner" in entry:
-                p.copy_(entry["inner"])
+                    setattr(w, key, torch.empty_like(w.anchor).copy_(entry[key]))
+            if "inner" in entry:
+                apart = True
+                if self._before:
+                    w.kept = torch.empty_like(p).copy_(entry["inner"])
+                else:
+                    p.copy_(entry["inner"])
+        now = Holds.INNER if apart else Holds.ANCHOR
+        if self._before:
+            self._before[0] = before or now
+        else:
+            self.holds = now
+
+
+class Substitutes:
+    """Other values put into tensors for a while: buffers, and parameters that no loop tracks."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._own: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, what it was given, its own value
+
+    @property
+    def shown(self) -> bool:
+        """Whether someone looks."""
+        return self._depth > 0
+
+    def show(self, values: Mapping[Tensor, Tensor]) -> None:
+        """Put the values in; calls nest, and inner ones change nothing."""
+        self._depth += 1
+        if self._depth == 1:
+            self._own = [(tensor, value, tensor.detach().clone()) for tensor, value in values.items()]
+            for tensor, value, _ in self._own:
+                tensor.copy_(value)
+
+    def hide(self) -> None:
+        """Put the tensors' own values back where nothing was written since."""
+        self._depth = max(self._depth - 1, 0)
+        if self._depth == 0:
+            for (tensor, _, own), new in zip(self._own, self._written(), strict=True):
+                if not new:
+                    tensor.copy_(own)
+            self._own = []
+
+    def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors' own values, which a write since :meth:`show` has replaced."""
+        values = {t: own for (t, _, own), new in zip(self._own, self._written(), strict=True) if not new}
+        return [values.get(t, t.detach()) for t in tensors]
+
+    def _written(self) -> list[bool]:
+        return differ((tensor, given) for tensor, given, _ in self._own)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_entropy.methods.schedules import AUTO, Scoping, Widening
+from lightning_entropy.methods.targets import OUTER_TARGETS, OuterTarget
 from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, check_bool, check_integer, check_number
 
 # Our schedules are named before Callable, or LightningCLI takes a default of theirs for a dict that it cannot read.
@@ -18,6 +19,7 @@ _VARYING: dict[str, Rule] = {
     "average": ("in (0, 1]", lambda v: 0 < v <= 1),
     "rho": NON_NEGATIVE,
     "outer_lr": POSITIVE,
+    "width": NON_NEGATIVE,
 }
 
 
@@ -30,6 +32,7 @@ class Settings:
     average: float
     rho: float
     outer_lr: float
+    width: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,12 @@ class Relaxation:
             (local SGD, DiLoCo), and rho is not used.
         perturb: instead of a chain, the gradient at x + N(0, 1/gamma), averaged over the L inner steps, is what the
             user's optimizer steps along at x: Gaussian smoothing, the heat equation.
-        scale: of the perturbation. ``"absolute"``: standard deviation gamma^(-1/2) for every weight;
-            ``"filter"``: that times the norm of the weight's output filter (of the whole tensor for vectors).
+        width: inside a chain, every gradient is taken at y + width N(0, I) and stepped along at y: the chain descends
+            the smoothed loss, in its spring, average and outer step as ever. >= 0; a weight, or a fraction with
+            ``scale="filter"``.
+        scale: of either perturbation. ``"absolute"``: the standard deviation, gamma^(-1/2) or ``width``, is the same
+            for every weight; ``"filter"``: it is that times the norm of the weight's output filter (of the whole
+            tensor for vectors).
         outer_lr: step size of the outer optimizer, > 0; 1 jumps to z.
         outer_momentum: its Nesterov momentum, in [0, 1).
 
@@ -96,7 +103,7 @@ class Relaxation:
 
     Example:
         >>> Relaxation(inner_steps=5, outer_lr=0.5).at(0)
-        Settings(gamma=0.0, noise=0.0, average=1.0, rho=0.0, outer_lr=0.5)
+        Settings(gamma=0.0, noise=0.0, average=1.0, rho=0.0, outer_lr=0.5, width=0.0)
 
     References:
         Chaudhari et al., Entropy-SGD, ICLR 2017, arXiv:1611.01838; Deep Relaxation, 2018, arXiv:1704.04932;
@@ -114,6 +121,7 @@ class Relaxation:
     explicit: bool = False
     elastic_target: Literal["anchor", "average", "pseudo_gradient"] = "anchor"
     perturb: bool = False
+    width: Number = 0.0
     scale: Literal["absolute", "filter"] = "absolute"
     outer_lr: Number = 1.0
     outer_momentum: float = 0.0
@@ -123,7 +131,7 @@ class Relaxation:
         for name in ("reset", "reset_momentum", "coupled", "explicit", "perturb"):
             check_bool(name, getattr(self, name))
         for name, choices in (
-            ("elastic_target", ("anchor", "average", "pseudo_gradient")),
+            ("elastic_target", tuple(OUTER_TARGETS)),
             ("scale", ("absolute", "filter")),
         ):
             if getattr(self, name) not in choices:
@@ -136,16 +144,31 @@ class Relaxation:
     def _check_combinations(self) -> None:
         if self.coupled and self.explicit:
             raise ValueError("coupled and explicit exclude each other: they are two forms of the same spring")
-        if self.scale == "filter" and not self.perturb:
-            raise ValueError("scale='filter' needs perturb=True: it scales the perturbation")
-        if self.elastic_target == "pseudo_gradient" and self.rho != 0:
-            raise ValueError(f"rho must be 0 with elastic_target='pseudo_gradient', got {self.rho!r}")
+        if self.scale == "filter" and not self.perturb and self.width == 0:
+            raise ValueError("scale='filter' needs perturb=True or a width: it scales the perturbation")
+        if self.outer_target.common and self.rho != 0:
+            raise ValueError(f"rho must be 0 with elastic_target={self.elastic_target!r}, got {self.rho!r}")
         if not self.perturb:
             return
         off = Relaxation()
         for name in self.__dataclass_fields__:
             if name not in ("inner_steps", "gamma", "perturb", "scale") and getattr(self, name) != getattr(off, name):
                 raise ValueError(f"{name} has no meaning with perturb=True, got {getattr(self, name)!r}")
+
+    @property
+    def spring(self) -> Literal["implicit", "coupled", "explicit"]:
+        """The form of the spring."""
+        return "coupled" if self.coupled else "explicit" if self.explicit else "implicit"
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether x is apart from y and moved by outer steps; with ``perturb`` the user's optimizer moves x itself."""
+        return not self.perturb
+
+    @property
+    def outer_target(self) -> OuterTarget:
+        """What the outer step asks the replicas for."""
+        return OUTER_TARGETS[self.elastic_target]
 
     @property
     def auto_gamma(self) -> bool:
@@ -167,7 +190,10 @@ class Relaxation:
             ValueError: a number outside its range: its name, the rule, the value, and t where it varies.
             TypeError: something that is not a number.
         """
-        return Settings(**{name: self._at(name, rule, t, gamma_start) for name, rule in _VARYING.items()})
+        numbers = {name: self._at(name, rule, t, gamma_start) for name, rule in _VARYING.items()}
+        if self.perturb:
+            numbers["width"] = numbers["gamma"] ** -0.5
+        return Settings(**numbers)
 
     def _at(self, name: str, rule: Rule, t: int, gamma_start: float | None) -> float:
         value: Any = getattr(self, name)

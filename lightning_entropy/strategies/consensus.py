@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_entropy.engine.module_loops import Loops
+from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.strategies.exchange import Coupling
 
 
@@ -25,45 +25,27 @@ class Consensus:
     def __init__(
         self,
         module: Module,
-        loops: Loops,
+        loops: ModuleLoops,
         mean: Coupling | None,
         streams: Sequence[Coupling],
         *,
         every: bool,
     ) -> None:
         self._module, self._loops, self._mean, self._streams, self._every = module, loops, mean, streams, every
-        # What the loops do not hold: tensor, what it was given, its own value.
-        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
         self._good_buffers = [b.detach().clone() for b in self._buffers()]
 
     @torch.no_grad()
     def show(self, *, alone: bool) -> None:
-        """Put the consensus into the module. A collective; nothing happens where it is there already.
+        """Put the consensus into the module. A collective; calls nest, and inner ones change nothing.
 
         Args:
             alone: no collective: the mean that is on its way, if it has arrived, and else this replica's x.
         """
-        if self._loops.shown:
-            return
-        means = dict(self._means(alone=alone))
-        anchors = self._anchors()
-        self._loops.show(means)
-        self._shown = [
-            (tensor, mean, tensor.detach().clone()) for tensor, mean in means.items() if tensor not in anchors
-        ]
-        for tensor, mean, _ in self._shown:
-            tensor.copy_(mean)
+        self._loops.show({} if self._loops.shown else dict(self._means(alone=alone)))
 
     @torch.no_grad()
     def hide(self) -> None:
         """Put the replica's own values back; what was changed since :meth:`show` stays, as the new x or buffer."""
-        if not self._loops.shown:
-            return
-        changed = [(tensor != given.to(tensor.dtype)).any() for tensor, given, _ in self._shown]
-        for (tensor, _, own), new in zip(self._shown, [bool(flag) for flag in changed], strict=True):
-            if not new:
-                tensor.copy_(own)
-        self._shown = []
         self._loops.hide()
 
     def fill(self, state: dict[str, Any], *, alone: bool) -> dict[str, Any]:
@@ -89,13 +71,11 @@ class Consensus:
         return state
 
     def own(self) -> dict[str, Tensor]:
-        """Give this replica's own buffers and those parameters that no loop has moved, by name."""
-        values = {t: own for t, given, own in self._shown if torch.equal(t, given.to(t.dtype))}
-        slots = self._anchors()
+        """Return this replica's own buffers and those parameters that no loop tracks, by name."""
         tensors = dict(self._module.named_buffers())
         if self._every:
-            tensors |= {n: p for n, p in self._module.named_parameters() if p not in slots}
-        return {name: values.get(t, t.detach()) for name, t in tensors.items()}
+            tensors |= {n: p for n, p in self._module.named_parameters() if not self._loops.tracks(p)}
+        return dict(zip(tensors, self._loops.substitutes.own(list(tensors.values())), strict=True))
 
     @torch.no_grad()
     def load_own(self, values: dict[str, Tensor]) -> None:
@@ -115,14 +95,6 @@ class Consensus:
 
     def _buffers(self) -> list[Tensor]:
         return [b for b in self._module.buffers() if b.is_floating_point()]
-
-    def _anchors(self) -> dict[Tensor, Tensor]:
-        return {
-            p: x
-            for loop in self._loops.loops
-            for p, x in zip(loop.params, loop.anchor, strict=True)
-            if x.data_ptr() != p.data_ptr()
-        }
 
     @torch.no_grad()
     def _means(self, *, alone: bool) -> list[tuple[Tensor, Tensor]]:
@@ -153,6 +125,6 @@ class Consensus:
             pairs += [
                 (p, means[id(x)])
                 for p, x in zip(loop.params, loop.anchor, strict=True)
-                if id(x) in means and not loop.replaced(p)
+                if id(x) in means and not (p in loop.weights and loop.weights[p].replaced)
             ]
         return pairs

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_entropy.engine.module_loops import Loops
+from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies.compression import FORMATS, Format
@@ -92,6 +92,7 @@ class ReplicaLoops:
     ) -> None:
         self._relaxation, self._grid = relaxation, grid
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
+        target = relaxation.outer_target
         self._links: list[Links] = []
         if grid.replicas > 1:
             self._links = [Links(grid.replicas, grid.data_parallel, timeout) for _ in range(len(optimizers) + 1)]
@@ -99,13 +100,13 @@ class ReplicaLoops:
             Coupling(
                 links,
                 format=communication_dtype,
-                differences=relaxation.elastic_target != "pseudo_gradient",
+                differences=target.near,
                 overlap=overlap,
                 naming=naming,
             )
             for links in self._links[1:]
         ]
-        self.loops = Loops(
+        self.loops = ModuleLoops(
             module,
             optimizers,
             relaxation,
@@ -116,13 +117,17 @@ class ReplicaLoops:
         )
         # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
         mean = Coupling(self._links[0], overlap=False, naming=naming) if self._links else None
-        streams = self.couplings if relaxation.elastic_target == "anchor" else []
+        streams = self.couplings if target.early else []
         self.consensus = Consensus(module, self.loops, mean, streams, every=apart)
 
     def begin(self) -> None:
-        """Go on with y. Every rank calls it at the same point."""
-        self.consensus.hide()
-        self.loops.begin()
+        """Put y into the parameters and start the exchanges that can travel early. All ranks call it together."""
+        rounds = [coupling.round for coupling in self.couplings]
+        self.loops.prepare()
+        for i, (coupling, before) in enumerate(zip(self.couplings, rounds, strict=True)):
+            if coupling.round is not before:
+                self._notice_divergence(i)
+                self._mend(i)
 
     def count(self, optimizer: Optimizer) -> bool:
         """Count an attempted step of an optimizer, whether or not a gradient scaler skipped it.
@@ -138,32 +143,38 @@ class ReplicaLoops:
                 continue
             before = loop.outer_step
             loop.advance()
+            stepped = loop.outer_step > before
             if self.couplings:
                 self.couplings[i].progress()
-                self._look_after(i, stepped=loop.outer_step > before)
-            return loop.outer_step > before
+                if stepped and not self._relaxation.outer_target.early:
+                    self._notice_divergence(i)
+                self._mend(i)
+                if stepped:  # nobody will ask again: it is of weights that are no more, and holds a copy of them
+                    self.couplings[i].round = None
+            return stepped
         return False
 
-    def _look_after(self, i: int, *, stepped: bool) -> None:
-        """Put a replica that has diverged back to the mean of the others, as soon as it can be had."""
-        loop, coupling = self.loops.loops[i], self.couplings[i]
-        if stepped and coupling.round is not None and not coupling.round.finite and i not in self._diverged:
+    def _notice_divergence(self, i: int) -> None:
+        """Say so where this replica's weights are not finite in the exchange that has begun."""
+        loop, round = self.loops.loops[i], self.couplings[i].round
+        if round is not None and not round.finite and i not in self._diverged:
             warnings.warn(
                 f"replica {self._grid.replica} has nan or inf in its weights at outer step {loop.outer_step}: "
                 "it is left out of the mean and starts again from the consensus",
                 stacklevel=2,
             )
-            self._diverged[i] = coupling.round
+            self._diverged[i] = round
+
+    def _mend(self, i: int) -> None:
+        """Put a replica that has diverged back to the mean of the others, as soon as it can be had."""
         # An exchange in halves is not waited for alone: the others come to their second half at a later step, which
         # Lightning does not let them take before this rank does.
         if i in self._diverged and (self._diverged[i].arrived or not self._diverged[i].in_halves):
-            target = self._diverged.pop(i).wait()
-            if self._relaxation.elastic_target == "pseudo_gradient":  # x has gone the others' way; y has not
+            loop, target = self.loops.loops[i], self._diverged.pop(i).wait()
+            if self._relaxation.outer_target.common:  # x has gone the others' way; y has not
                 target = loop.anchor
             loop.restart(target)
             self.consensus.mend_buffers()
-        if stepped and self._relaxation.elastic_target != "anchor":
-            coupling.round = None  # nobody will ask again, and it holds a copy of the weights
 
     def metrics(self) -> dict[str, Any]:
         """Give what is logged at outer steps, with the replicas' spread."""
@@ -179,7 +190,7 @@ class ReplicaLoops:
 
     def state_dict(self) -> dict[str, Any]:
         """Give this replica's own state, from which :meth:`load_state_dict` goes on exactly."""
-        repeat = self._relaxation.elastic_target == "anchor"
+        repeat = self._relaxation.outer_target.early
         return {
             "loops": [loop.state_dict(anchor=True) for loop in self.loops.loops],
             "couplings": [coupling.state_dict(repeat=repeat) for coupling in self.couplings],
@@ -222,7 +233,7 @@ def check_arguments(relaxation: Any, replicas: Any, data: Any, communication_dty
     """
     if not isinstance(relaxation, Relaxation):
         raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-    if relaxation.perturb:
+    if not relaxation.has_anchor:
         raise ValueError(
             "relaxation must have perturb=False for replicas, got True: it has no anchors to pull together"
         )

@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import initial_seed
 
-from lightning_entropy.engine.module_loops import Loops
-from lightning_entropy.engine.outer_rules import Outer, OuterFactory
+from lightning_entropy.engine.module_loops import ModuleLoops
+from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.presets import ENTROPY_SCOPING
 from lightning_entropy.methods.relaxation import Gamma, Number, Relaxation
@@ -60,12 +60,12 @@ class InnerOuterCallback(Callback):
     ) -> None:
         if not isinstance(relaxation, Relaxation):
             raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-        Outer(outer, relaxation.outer_momentum)  # refuses now what it would refuse when training starts
+        OuterStep(outer, relaxation.outer_momentum)  # refuses now what it would refuse when training starts
         self.relaxation = relaxation
         self.outer = outer
         self.seed = None if seed is None else check_integer("seed", seed, 0)
         self.compile = check_bool("compile", compile)
-        self._loops: Loops | None = None
+        self._loops: ModuleLoops | None = None
         self._state: dict[str, Any] = {}  # loaded for the next fit, or left by the last one
         self._logged_at = 0  # global step
         self._outer_steps: list[int] = []  # before this batch
@@ -92,14 +92,14 @@ class InnerOuterCallback(Callback):
         """Attach: the first moment at which everything is restored and on its device."""
         seed = trainer.strategy.broadcast(initial_seed() if self.seed is None else self.seed)
         check_optimizers(pl_module, trainer.optimizers)
-        self._loops = Loops(
+        self._loops = ModuleLoops(
             pl_module,
             trainer.optimizers,
             self.relaxation,
             outer=self.outer,
             seed=seed,
             compile=self.compile,
-            several_steps=not pl_module.automatic_optimization,
+            prepare_after_step=not pl_module.automatic_optimization,
         )
         self._loops.show()
         if self._state:
@@ -112,7 +112,7 @@ class InnerOuterCallback(Callback):
         """Go on with y."""
         if self._loops is None:
             return
-        self._loops.begin()
+        self._loops.prepare()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = bool(trainer.loggers) and 0 < every <= trainer.global_step + 1 - self._logged_at
         for loop in self._loops.loops:
@@ -126,7 +126,7 @@ class InnerOuterCallback(Callback):
         """Put x back where weights are perturbed, and log, if an outer step was taken and it is time to."""
         if self._loops is None:
             return
-        self._loops.rest()
+        self._loops.unperturb()
         if not any(loop.measure for loop in self._loops.loops):
             return
         if self._outer_steps == [loop.outer_step for loop in self._loops.loops]:
@@ -141,7 +141,7 @@ class InnerOuterCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show x until the next training batch."""
         self._show()
-        if self._loops is not None and not self.relaxation.perturb:
+        if self._loops is not None and self.relaxation.has_anchor:
             at = [loop.outer_step for loop in self._loops.loops]
             if at == self._validated_at and not self._warned:
                 self._warn_of_watchers(trainer)
@@ -182,7 +182,7 @@ class InnerOuterCallback(Callback):
         release(trainer, self)
         if self._loops is not None:
             try:
-                self._loops.rest(check=False)  # an error is on its way, or all is over
+                self._loops.unperturb(check=False)  # an error is on its way, or all is over
                 self._loops.show()
                 self._state = self.state_dict()
             finally:  # also where y, which show() keeps beside x, finds no memory

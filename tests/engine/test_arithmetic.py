@@ -100,12 +100,10 @@ def test_one_move_is_pull_shake_average(shape: str, noise: float, average: float
     n = torch.zeros_like(y)
     zero = torch.zeros_like(y)
     seeds = [[11] * F.streams(y)]
-    F.inner_move_([n], [zero], None, stiffness=[0.0], noise=[1.0], average=1.0, seeds=seeds)
+    F.inner_move_(F.Move([n], [zero], None, stiffness=[0.0], noise=[1.0], average=1.0, seeds=seeds))
     moved = (y + k * x) / (1 + k) + noise * n
     mean = z + average * (moved - z)
-    F.inner_move_(
-        [y], [x], [z], stiffness=[k], noise=[noise], average=average, seeds=seeds if noise else None
-    )  # fmt: skip
+    F.inner_move_(F.Move([y], [x], [z], stiffness=[k], noise=[noise], average=average, seeds=seeds if noise else None))
     assert_close(y, moved)
     assert_close(z, mean)
 
@@ -114,9 +112,7 @@ def test_one_move_is_pull_shake_average(shape: str, noise: float, average: float
 def test_a_move_takes_each_parameters_own_numbers(noise: float) -> None:
     ys, xs, zs = ([torch.ones(3) * c for _ in range(3)] for c in (4.0, 2.0, 0.0))
     seeds = [[1], [2], [3]] if noise else None
-    F.inner_move_(
-        ys, xs, zs, stiffness=[0.0, 1.0, 3.0], noise=[0.0, noise, 0.0], average=0.5, seeds=seeds
-    )  # fmt: skip
+    F.inner_move_(F.Move(ys, xs, zs, stiffness=[0.0, 1.0, 3.0], noise=[0.0, noise, 0.0], average=0.5, seeds=seeds))
     torch.testing.assert_close(ys[0], torch.full((3,), 4.0))
     torch.testing.assert_close(ys[2], torch.full((3,), 2.5))
     torch.testing.assert_close(zs[2], torch.full((3,), 1.25))
@@ -129,7 +125,9 @@ def test_tensors_of_other_layouts_meet_element_by_element(noise: float) -> None:
     torch.manual_seed(0)
     y = torch.zeros(4, 3, 5, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
     x, z = torch.randn(4, 3, 5, 5, dtype=torch.float64), torch.zeros(4, 3, 5, 5, dtype=torch.float64)
-    F.inner_move_([y], [x], [z], stiffness=[1.0], noise=[noise * 1e-3], average=0.5, seeds=[[1]] if noise else None)
+    F.inner_move_(
+        F.Move([y], [x], [z], stiffness=[1.0], noise=[noise * 1e-3], average=0.5, seeds=[[1]] if noise else None)
+    )
     assert (y - x / 2).abs().max() < 1e-2
     assert_close(z, y / 2)
 
@@ -141,11 +139,11 @@ def test_half_parameters_move_in_the_anchors_precision(half: torch.dtype, noise:
     torch.manual_seed(0)
     y, x, z = torch.randn(1000).to(half), torch.randn(1000), torch.randn(1000)
     n, seeds = torch.zeros(1000), [[5]]
-    F.inner_move_([n], [torch.zeros(1000)], None, stiffness=[0.0], noise=[1.0], average=1.0, seeds=seeds)
+    F.inner_move_(F.Move([n], [torch.zeros(1000)], None, stiffness=[0.0], noise=[1.0], average=1.0, seeds=seeds))
     pulled = y.float().lerp(x, 0.3 / 1.3).to(half)
     expected = (pulled.float() + noise * n).to(half)
     mean = z.lerp(expected.float(), 0.75)
-    F.inner_move_([y], [x], [z], stiffness=[0.3], noise=[noise], average=0.75, seeds=seeds if noise else None)
+    F.inner_move_(F.Move([y], [x], [z], stiffness=[0.3], noise=[noise], average=0.75, seeds=seeds if noise else None))
     assert torch.equal(y, expected)
     torch.testing.assert_close(z, mean)
 
@@ -195,6 +193,4 @@ def test_lists_of_other_lengths_are_refused(noise: bool) -> None:
     with pytest.raises(ValueError, match="zip"):
         F.average_(one, two, 0.5)
     with pytest.raises(ValueError, match="zip"):
-        F.inner_move_(
-            one, two, None, stiffness=[1.0], noise=[1.0], average=1.0, seeds=[[1]] if noise else None
-        )  # fmt: skip
+        F.inner_move_(F.Move(one, two, None, stiffness=[1.0], noise=[1.0], average=1.0, seeds=[[1]] if noise else None))

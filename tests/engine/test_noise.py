@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lightning_entropy as le
 from lightning_entropy.engine.arithmetic import BLOCK
+from lightning_entropy.engine.noise import NoiseStreams
 
 
 def noise(
@@ -121,23 +122,17 @@ def test_neighbouring_seeds_and_optimizers_are_independent(other: int) -> None:
 
 def test_no_stream_is_drawn_twice() -> None:
     params = [torch.nn.Parameter(torch.empty(s, device="meta")) for s in (1, 10, BLOCK + 1, 3 * BLOCK)]
-    loop = le.relax(torch.optim.SGD(params, lr=1.0), le.Relaxation(inner_steps=7), seed=0)
-    seeds: list[int] = []
-    for loop.outer_step in range(300):
-        for loop.inner_step in range(7):
-            seeds += [s for param in loop.noise_seeds(params) for s in param]
+    streams = NoiseStreams(0)
+    seeds = [s for step in range(300 * 7) for param in streams.seeds(params, params, step) for s in param]
     assert len(set(seeds)) == len(seeds) == 300 * 7 * 7
 
 
 def test_a_group_added_later_repeats_no_stream() -> None:
     params = [torch.nn.Parameter(torch.empty(5)) for _ in range(4)]
-    optimizer = torch.optim.SGD(params[:2], lr=1.0)
-    loop = le.relax(optimizer, le.Relaxation(inner_steps=100), seed=0)
-    seeds: list[int] = []
-    for loop.inner_step in range(50):
-        if loop.inner_step == 20:
-            optimizer.add_param_group({"params": params[2:]})
-        seeds += [s for param in loop.noise_seeds(loop.params) for s in param]
+    streams, seeds = NoiseStreams(0), []
+    for step in range(50):
+        present = params[:2] if step < 20 else params
+        seeds += [s for param in streams.seeds(present, present, step) for s in param]
     assert len(set(seeds)) == len(seeds) == 20 * 2 + 30 * 4
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lightning_entropy as le
 from lightning_entropy.engine import arithmetic as F
+from lightning_entropy.engine.noise import NoiseStreams
 from tests import reference
 from tests.reference import Params
 
@@ -83,16 +84,15 @@ def train(
 
 def draws(loop_steps: int) -> Callable[[int, int], Params]:
     """The engine's own draws, by (outer, inner) step."""
-    model = mlp()
-    probe = le.relax(torch.optim.SGD(model.parameters(), lr=1.0), le.Relaxation(inner_steps=loop_steps), seed=7)
+    params = list(mlp().parameters())
+    streams = NoiseStreams(7)
 
     def gaussian(outer_step: int, inner_step: int) -> Params:
-        probe.outer_step, probe.inner_step = outer_step, inner_step
-        seeds = probe.noise_seeds(probe.params)
-        zeros = [torch.zeros_like(p) for p in probe.params]
-        noise = [torch.zeros_like(p) for p in probe.params]
+        seeds = streams.seeds(params, params, outer_step * loop_steps + inner_step)
+        zeros = [torch.zeros_like(p) for p in params]
+        noise = [torch.zeros_like(p) for p in params]
         off, on = [0.0] * len(zeros), [1.0] * len(zeros)
-        F.inner_move_(noise, zeros, None, stiffness=off, noise=on, average=1.0, seeds=seeds)
+        F.inner_move_(F.Move(noise, zeros, None, stiffness=off, noise=on, average=1.0, seeds=seeds))
         return noise
 
     return gaussian

@@ -56,7 +56,7 @@ def test_a_value_pickles_prints_compares_and_does_not_change(name: str) -> None:
 def test_the_default_value_is_the_users_optimizer() -> None:
     settings = le.Relaxation().at(0)
     assert le.Relaxation().inner_steps == 1
-    assert dataclasses.asdict(settings) == {"gamma": 0, "noise": 0, "average": 1, "rho": 0, "outer_lr": 1}
+    assert dataclasses.asdict(settings) == {"gamma": 0, "noise": 0, "average": 1, "rho": 0, "outer_lr": 1, "width": 0}
 
 
 def test_a_preset_hands_on_every_argument() -> None:
@@ -125,7 +125,14 @@ def test_a_number_may_be_a_callable_of_t() -> None:
         outer_lr=lambda t: 1 + t,
     )  # fmt: skip
     settings = relaxation.at(3)
-    assert dataclasses.asdict(settings) == {"gamma": 3, "noise": 6, "average": 0.25, "rho": 9, "outer_lr": 4}
+    assert dataclasses.asdict(settings) == {
+        "gamma": 3,
+        "noise": 6,
+        "average": 0.25,
+        "rho": 9,
+        "outer_lr": 4,
+        "width": 0,
+    }
 
 
 def test_numbers_of_other_libraries_are_numbers() -> None:

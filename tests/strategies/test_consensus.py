@@ -216,7 +216,7 @@ class Stored(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         strategy: Any = trainer.strategy
         loop = strategy._loops.loops.loops[0]
-        x, y = [x.clone() for x in loop.anchor], [slot.inner.clone() for slot in loop._slots]
+        x, y = [x.clone() for x in loop.anchor], [slot.inner.clone() for slot in loop.weights]
         held = [p.detach().clone() for p in pl_module.parameters()]
         torch.save([x, y, held], self.folder / f"{trainer.global_rank}.pt")
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_entropy as le
 from lightning_entropy.strategies import liveness as heartbeat
 from tests.kill_and_resume import MAIN, RENAME, UPDATE, WRITE, kill_and_resume
-from tests.strategies.runs import FORK_WARNINGS, Net, Samples, data, external, fit, strategy, trainer
+from tests.strategies.runs import FORK_WARNINGS, Net, Record, Samples, data, external, fit, strategy, trainer
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 
@@ -165,6 +165,11 @@ class Poisons(L.Callback):
                     if b.is_floating_point():
                         b.fill_(float("nan"))
 
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step + 2:  # the next loop begins
+            record = next(c for c in trainer.callbacks if isinstance(c, Record))  # type: ignore[attr-defined]
+            record.extra["started"] = [p.detach().clone() for p in pl_module.parameters()]
+
 
 @pytest.mark.parametrize("format", ["float32", "int8"])
 @pytest.mark.parametrize("method", ["anchor", "average", "diloco"])
@@ -184,7 +189,7 @@ def test_a_nan_is_left_out_and_put_back(tmp_path: Path, method: str, format: Any
     assert torch.isfinite(torch.tensor(list(ranks[0]["metrics"].values()))).all()
     if format == "float32" and method == "anchor":
         others = [(a + b) / 2 for a, b in zip(ranks[0]["anchors"][1], ranks[2]["anchors"][1], strict=True)]
-        torch.testing.assert_close(ranks[1]["anchors"][1], others, rtol=0, atol=1e-14)
+        torch.testing.assert_close(ranks[1]["started"], others, rtol=0, atol=1e-14)
 
 
 def test_a_nan_is_said(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_nothing_is_measured_where_nobody_logs(tmp_path: Path, every: int, monke
         raise AssertionError("measured")
 
     monkeypatch.setattr("lightning_entropy.engine.arithmetic.rms_distance", fail)
-    monkeypatch.setattr("lightning_entropy.engine.module_loops.Loops.metrics", fail)
+    monkeypatch.setattr("lightning_entropy.engine.module_loops.ModuleLoops.metrics", fail)
     logger = CSVLogger(tmp_path) if every == 0 else False
     callback = le.EntropySGD(5, 0.5, 0.01)
     trainer(callbacks=[callback, Ends()], logger=logger, log_every_n_steps=every).fit(Automatic("fused"), loader())

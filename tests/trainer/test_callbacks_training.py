@@ -129,7 +129,7 @@ def test_precision(name: str, precision: Any) -> None:
     class Look(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             assert callback._loops is not None
-            kinds.extend(slot.anchor.dtype for loop in callback._loops.loops for slot in loop._slots)
+            kinds.extend(slot.anchor.dtype for loop in callback._loops.loops for slot in loop.weights)
 
     got = trained(Automatic(lr=0.02), callback, Look(), precision=precision)
     assert set(kinds) == {torch.float64 if precision == "64-true" else torch.float32}

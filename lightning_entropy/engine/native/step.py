@@ -10,17 +10,8 @@ It is C++ because it takes all parameters in one call. A kernel of ``torch.compi
 50 us: for the 161 of a ResNet-50 that is more than it saves, and one graph of them all would be compiled for every net.
 """
 
-import ctypes
-import functools
-import os
-import shlex
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,22 +19,22 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_entropy.engine import arithmetic as F
-from lightning_entropy.engine.weights import Slot
+from lightning_entropy.engine.arithmetic import Move
+from lightning_entropy.engine.native.build import kernel
+from lightning_entropy.engine.optimizer_hooks import has_foreign_hooks
+from lightning_entropy.engine.weights import Weight
 
 # step.cpp's Parameter: the addresses of y, x, z, momentum and gradient, 0 where there is none; the size; lr,
 # weight decay, momentum, Nesterov's or not, pull, noise; two keys.
 _PARAMETER = struct.Struct("@5Qq6f2I")
-_SOURCE = Path(__file__).with_name("step.cpp")
-_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC"]
-
 _FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _TYPES = (Tensor, torch.nn.Parameter)  # a subclass may keep its numbers elsewhere
 _NO_UPDATE = (0.0, 0.0, 0.0, 0.0)
 _LIMIT = 1 << 32  # weights: the kernel counts them in 32 bits
 
 
-class CompiledStep:
-    """Do with float32 parameters on the CPU what :func:`functional.inner_move_` does, and leave it the others.
+class NativeStep:
+    """A native :func:`arithmetic.inner_move_` for float32 parameters on the CPU; all others fall back to it.
 
     Its noise is N(0, 1) and a function of (seed, step, weight) as the other's is, but other numbers.
 
@@ -59,49 +50,21 @@ class CompiledStep:
         if any(p.is_cpu for p in params):
             kernel()
 
-    def move_(
-        self,
-        params: Sequence[Tensor],
-        anchors: Sequence[Tensor],
-        averages: Sequence[Tensor] | None,
-        *,
-        stiffness: Sequence[float | Tensor],
-        noise: Sequence[float | Tensor],
-        average: float,
-        seeds: Sequence[Sequence[int]] | None,
-    ) -> None:
-        """Pull, shake and average, in place; arguments as :func:`functional.inner_move_`."""
+    def move_(self, move: Move) -> None:
+        """Pull, shake and average, in place; as :func:`arithmetic.inner_move_`."""
         rows = _Rows()
-        rest = []
-        for i, (y, x) in enumerate(zip(params, anchors, strict=True)):
-            z, k, s = None if averages is None else averages[i], stiffness[i], noise[i]
+        left = []
+        for i, (y, x) in enumerate(zip(move.params, move.anchors, strict=True)):
+            z, k, s = None if move.averages is None else move.averages[i], move.stiffness[i], move.noise[i]
             taken = False
             if not isinstance(k, Tensor) and not isinstance(s, Tensor):
-                taken = rows.take((y, x, z, None, None), *_NO_UPDATE, k / (1 + k), *_noise(s, seeds, i))
+                taken = rows.take((y, x, z, None, None), *_NO_UPDATE, k / (1 + k), *_noise(s, move.seeds, i))
             if not taken:
-                rest.append(i)
-        rows.run(average)
-        F.inner_move_(
-            [params[i] for i in rest],
-            [anchors[i] for i in rest],
-            None if averages is None else [averages[i] for i in rest],
-            stiffness=[stiffness[i] for i in rest],
-            noise=[noise[i] for i in rest],
-            average=average,
-            seeds=None if seeds is None else [seeds[i] for i in rest],
-        )
+                left.append(i)
+        rows.run(move.average)
+        F.inner_move_(move.part(left))
 
-    def sgd_(
-        self,
-        optimizer: Optimizer,
-        slots: Sequence[Slot],
-        averages: Sequence[Tensor] | None,
-        *,
-        stiffness: Sequence[float | Tensor],
-        noise: Sequence[float | Tensor],
-        average: float,
-        seeds: Sequence[Sequence[int]] | None,
-    ) -> None:
+    def sgd_(self, optimizer: Optimizer, weights: Sequence[Weight], move: Move) -> None:
         """Take the whole inner step where the optimizer is plain SGD; until :meth:`release` it has no gradient there.
 
         The first step of a parameter, which makes its momentum, is the optimizer's own; so are all where other step
@@ -109,39 +72,35 @@ class CompiledStep:
 
         Args:
             optimizer: the user's.
-            slots: of the parameters that have a gradient.
-            averages: as in :func:`functional.inner_move_`, also ``stiffness``, ``noise``, ``average`` and ``seeds``.
-            stiffness: k.
-            noise: s.
-            average: weight of the newest y.
-            seeds: of the noise.
+            weights: of the parameters that have a gradient.
+            move: what follows their update.
         """
         if type(optimizer) is not SGD or getattr(optimizer, "grad_scale", None) is not None:
             return
-        if len(optimizer._optimizer_step_pre_hooks) > 1 or len(optimizer._optimizer_step_post_hooks) > 1:
+        if has_foreign_hooks(optimizer):
             return
         rows = _Rows()
         options = {p: _sgd_options(group) for group in optimizer.param_groups for p in group["params"]}
-        for i, slot in enumerate(slots):
-            p, k, s, numbers = slot.param, stiffness[i], noise[i], options[slot.param]
+        for i, w in enumerate(weights):
+            p, k, s, numbers = w.param, move.stiffness[i], move.noise[i], options[w.param]
             if p.grad is None or numbers is None or isinstance(k, Tensor) or isinstance(s, Tensor):
                 continue
             m = optimizer.state.get(p, {}).get("momentum_buffer") if numbers[2] else None
             if numbers[2] and m is None:
                 continue
-            tensors = (p, slot.anchor, None if averages is None else averages[i], m, p.grad)
-            if rows.take(tensors, *numbers, k / (1 + k), *_noise(s, seeds, i)):
+            tensors = (p, w.anchor, None if move.averages is None else move.averages[i], m, p.grad)
+            if rows.take(tensors, *numbers, k / (1 + k), *_noise(s, move.seeds, i)):
                 self._withheld.append((p, p.grad))
-        rows.run(average)
+        rows.run(move.average)
         for p, _ in self._withheld:
             p.grad = None
 
     def forget(self) -> None:
-        """Drop what an update that raised has left withheld: by now the gradients are other ones."""
+        """Discard gradients withheld by a step that raised; they are stale."""
         self._withheld = []
 
     def release(self) -> set[Tensor]:
-        """Give the withheld gradients back.
+        """Put the withheld gradients back.
 
         Returns:
             The parameters whose inner step is taken.
@@ -155,14 +114,14 @@ class CompiledStep:
 
 
 class _Rows:
-    """What one call of the kernel is told of each parameter."""
+    """The rows of one call of the kernel, one per parameter."""
 
     def __init__(self) -> None:
         self._rows: dict[int, bytes] = {}  # by the parameter's address: two at the same one cannot go side by side
         self._params: list[Tensor] = []
 
     def take(self, tensors: Sequence[Tensor | None], *numbers: float) -> bool:
-        """Add a parameter, if the kernel is for it: what belongs to it is float32 and in its order in memory.
+        """Queue a parameter if all its tensors are float32 and share its memory layout.
 
         Args:
             tensors: y, x, z, momentum and gradient; None where there is none.
@@ -196,68 +155,29 @@ class _Rows:
 
 
 def _plain(t: Tensor) -> bool:
-    """Tell whether a tensor's numbers are float32 and lie in this process's memory as they are."""
+    """Whether a tensor's numbers are float32 and lie in this process's memory as they are."""
     if type(t) not in _TYPES or t.layout is not torch.strided or not t.is_cpu or t.dtype is not torch.float32:
         return False
     return not t.is_neg() and (t.data_ptr() != 0 or t.numel() == 0)
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors have one shape, are dense and lie in memory in the same order."""
+    """Whether two tensors have one shape, are dense and lie in memory in the same order."""
     formats = _FORMATS if a.dim() in (4, 5) else _FORMATS[:1]
     alike = (a.is_contiguous(memory_format=f) and b.is_contiguous(memory_format=f) for f in formats)
     return a.shape == b.shape and any(alike)
 
 
 def _sgd_options(group: dict[str, Any]) -> tuple[float, float, float, float] | None:
-    """Give (lr, weight decay, momentum, Nesterov's or not) of a group of SGD; None where the kernel cannot."""
+    """Return (lr, weight decay, momentum, Nesterov's or not) of a group of SGD; None where the kernel cannot."""
     if group["maximize"] or group["dampening"] or group["differentiable"] or isinstance(group["lr"], Tensor):
         return None
     return group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"])
 
 
 def _noise(scale: float, seeds: Sequence[Sequence[int]] | None, i: int) -> tuple[float, int, int]:
-    """Give the size of a parameter's noise and its two keys."""
+    """Return the size of a parameter's noise and its two keys."""
     if seeds is None:
         return 0.0, 0, 0
     first = seeds[i][0]
     return scale, first, F.seed_of(first, 1)
-
-
-@functools.cache
-def kernel() -> ctypes.CDLL:
-    """Build ``step.cpp`` for this processor and load it, once a process.
-
-    The compiler is ``$CXX``, or else c++, g++ or clang++. Nothing is kept on disk.
-
-    Raises:
-        RuntimeError: there is no compiler, or it fails, or what it made cannot be loaded.
-    """
-    named = shlex.split(os.environ.get("CXX", ""))
-    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
-    compiler = next((command for command in candidates if shutil.which(command[0])), None)
-    if compiler is None:
-        names = " or ".join(command[0] for command in candidates)
-        raise RuntimeError(f"compile=True needs a C++ compiler, got none: {names} is not to be found")
-    # Some compilers know no native processor, or come without OpenMP; its threads are torch's own.
-    extras = [["-march=native", "-fopenmp"]] if sys.platform == "linux" else []
-    failures = []
-    try:
-        for extra in (*extras, ["-march=native"], []):
-            with tempfile.TemporaryDirectory() as folder:
-                built = Path(folder) / "inner_step.so"
-                command = [*compiler, *_FLAGS, *extra, "-o", str(built), str(_SOURCE)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if not done.returncode:
-                    return _load(built)
-                failures.append(done.stderr.strip())
-    except OSError as error:
-        failures = [str(error)]  # no folder for temporary files ($TMPDIR), say, or one without programs
-    raise RuntimeError(f"compile=True needs a C++ compiler that works, got from {compiler[0]}: {failures[0]}")
-
-
-def _load(built: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(built))
-    library.inner_step.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
-    library.inner_step.restype = None
-    return library

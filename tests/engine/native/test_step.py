@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 import lightning_entropy as le
-from lightning_entropy.engine.native import step as compiled
+from lightning_entropy.engine.native import build, step
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compile=True needs a C++ compiler"
@@ -24,7 +24,7 @@ def call(name: str, *arguments: Any) -> None:
     """Call one of the kernel's functions that are there to be tested; the first array says how many numbers."""
     size = arguments[-1].numel()
     pointers = [ctypes.c_void_p(a.ctypes.data if isinstance(a, np.ndarray) else a.data_ptr()) for a in arguments]
-    getattr(compiled.kernel(), name)(ctypes.c_int64(size), *pointers)
+    getattr(build.kernel(), name)(ctypes.c_int64(size), *pointers)
 
 
 def hashed_normal(n: int, *keys: int) -> torch.Tensor:
@@ -217,7 +217,7 @@ def test_without_a_compiler_nothing_begins(
 ) -> None:
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr("tempfile.tempdir", value if variable == "TMPDIR" else None)
-    monkeypatch.setattr(compiled, "kernel", functools.cache(compiled.kernel.__wrapped__))
+    monkeypatch.setattr(step, "kernel", functools.cache(build.kernel.__wrapped__))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=1.0)
     with pytest.raises(RuntimeError, match=f"compile=True needs a C.. compiler.*, {message}"):
         le.relax(optimizer, le.hamilton_jacobi(5, 0.5), compile=True)
@@ -225,7 +225,7 @@ def test_without_a_compiler_nothing_begins(
 
 def test_a_blank_compiler_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", " ")
-    assert compiled.kernel.__wrapped__().inner_step
+    assert build.kernel.__wrapped__().inner_step
 
 
 def wrong_momentum(w: torch.nn.Parameter, optimizer: torch.optim.Optimizer, loop: le.InnerOuter) -> None:

@@ -1,0 +1,33 @@
+"""The private names of torch that the engine needs, in one place. Checked against torch 2.6 to 2.14.
+
+``tests/engine/test_torch_internals.py`` fails when one of them changes.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]] | None:
+    """Return the hooks before and after an optimizer's step; None where its class runs none."""
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return None
+    return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+
+
+def running_steps(optimizer: Optimizer) -> int:
+    """Count this optimizer's calls of ``step`` on the stack: frames of torch's wrapper around it."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place."""
+    return tensor._version
