@@ -20,7 +20,8 @@ from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.schedules import Scoping, Widening
 from lightning_entropy.strategies import ElasticEntropyFabricStrategy, ElasticEntropyStrategy
 from lightning_entropy.trainer.batchnorm import RefreshBatchNorm
-from lightning_entropy.trainer.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing, InnerOuterCallback
+from lightning_entropy.trainer.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing
+from lightning_entropy.trainer.inner_outer import InnerOuterCallback
 
 __version__ = "0.1.0"
 

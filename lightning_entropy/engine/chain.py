@@ -144,6 +144,9 @@ class Chain:
         if move is not None:
             (F.inner_move_ if self._native is None else self._native.move_)(move)
 
+    def close(self, step: Step) -> None:
+        """Do nothing: z is the mean so far."""
+
     def _move(self, step: Step, weights: Sequence[Weight], rates: Sequence[float | Tensor]) -> Move | None:
         """Return what follows the update of some weights; None where nothing does."""
         now, gamma = step.settings, self._spring.gamma_after(step.settings.gamma)

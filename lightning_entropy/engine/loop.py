@@ -7,7 +7,7 @@ stays the user's: its class, its state, its checkpoint keys, its schedulers.
 The loop counts, and calls the inner rules and the outer step; which weights a parameter holds is :class:`Weights`'s.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ class InnerOuter:
         count_attempts: bool = False,
         prepare_after_step: bool = True,
         self_writing: Collection[Tensor] = (),
+        bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         """Attach to the optimizer.
 
@@ -75,6 +76,8 @@ class InnerOuter:
             prepare_after_step: perturb the parameters anew at the end of every step, where the method does so; False:
                 whoever drives the loop calls :meth:`prepare` before the next forward pass.
             self_writing: parameters that their module's forward pass writes into (an embedding with ``max_norm``).
+            bystander: asked at every step whether it passes the loop by: somebody tries the plain optimizer, and will
+                put back what it did.
 
         Raises:
             TypeError: a seed that is no int, a ``compile`` that is no bool, an outer optimizer that is none, or an
@@ -107,6 +110,7 @@ class InnerOuter:
             before_closure=self.prepare,
             on_gradients=self._on_gradients,
             after=self._after_step,
+            bystander=bystander,
         )
 
     # What a user reads and calls
@@ -266,11 +270,26 @@ class InnerOuter:
             settings=self.settings,
             seeds=lambda params: noise.seeds(params, self.params, number),
             inner_steps=self.relaxation.inner_steps,
-            last=self.inner_step + 1 >= self.relaxation.inner_steps,
+            number=self.inner_step,
             outer_step=self.outer_step,
             first=first,
             grad_scale=self._hooks.grad_scale,
         )
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """End an unfinished loop with what it has: the outer step comes early, and momentum is left alone.
+
+        For the end of training, so that its last steps count. A state saved before goes on as if this had not been.
+        """
+        if not self.inner_step:
+            return
+        self.unperturb()
+        step = self._step(list(self.weights), [], self._noise)
+        with self._hooks.ignored():
+            for rule in self._rules:
+                rule.close(step)
+        self._outer_step(closing=True)
 
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""
@@ -281,7 +300,7 @@ class InnerOuter:
     # The outer step
 
     @torch.no_grad()
-    def _outer_step(self) -> None:
+    def _outer_step(self, *, closing: bool = False) -> None:
         self._begin_together()
         weights = [w for w in self.weights if w.moved or self._replicas]
         apart = bool(weights) and not self.weights.tied
@@ -304,7 +323,7 @@ class InnerOuter:
                 w.param.copy_(w.anchor)
         if self.relaxation.reset:
             self.weights.rest()
-        if self.relaxation.reset_momentum:
+        if self.relaxation.reset_momentum and not closing:
             self._reset_momentum(weights)
 
     def _reset_momentum(self, weights: Iterable[Weight]) -> None:

@@ -1,6 +1,6 @@
 """The loops of a module's optimizers, shown and hidden together: what every driver of the engine shares."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class ModuleLoops:
         compile: bool = False,
         count_attempts: bool = False,
         prepare_after_step: bool = False,
+        bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         """Attach; optimizer i draws its noise from (seed, i).
 
@@ -52,35 +53,79 @@ class ModuleLoops:
             compile: see :func:`lightning_entropy.relax`.
             count_attempts: see :class:`InnerOuter`.
             prepare_after_step: see :class:`InnerOuter`: a batch may have several steps, as in manual optimization.
+            bystander: see :class:`InnerOuter`.
 
         Raises:
             ValueError: an optimizer has a loop already, or the relaxation cannot work with it.
         """
-        names = {p: name for name, p in module.named_parameters()}
-        normed = [m for m in module.modules() if getattr(m, "max_norm", None) is not None]
-        self_writing = {p for m in normed for p in m.parameters(recurse=False)}
         self.substitutes = Substitutes()
         self.loops: list[InnerOuter] = []
+        self._loading = 0  # state dicts that are being loaded, of modules within modules
+        self._module = module
+        self._relaxation = relaxation
+        self._replica_mean = replica_mean
+        self._seed = seed
+        self._options: dict[str, Any] = {
+            "outer": outer,
+            "compile": compile,
+            "count_attempts": count_attempts,
+            "prepare_after_step": prepare_after_step,
+            "bystander": bystander,
+        }
         try:
             for i, optimizer in enumerate(optimizers):
-                loop = make_loop(
-                    optimizer,
-                    relaxation,
-                    outer=outer,
-                    replica_mean=None if replica_mean is None else replica_mean[i],
-                    seed=seed + (i << 64),
-                    compile=compile,
-                    names=names,
-                    count_attempts=count_attempts,
-                    prepare_after_step=prepare_after_step,
-                    self_writing=self_writing,
-                )
-                self.loops.append(loop)
+                self.loops.append(self._attach(i, optimizer))
         except BaseException:
             for loop in self.loops:
                 loop.detach()
             raise
         self._hooks = StateDictHooks(module, self)
+
+    def _attach(self, i: int, optimizer: Optimizer) -> InnerOuter:
+        normed = [m for m in self._module.modules() if getattr(m, "max_norm", None) is not None]
+        return make_loop(
+            optimizer,
+            self._relaxation,
+            replica_mean=None if self._replica_mean is None else self._replica_mean[i],
+            seed=self._seed + (i << 64),
+            names={p: name for name, p in self._module.named_parameters()},
+            self_writing={p for m in normed for p in m.parameters(recurse=False)},
+            **self._options,
+        )
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Attach to optimizers that have come and detach from those that are gone, which leave x.
+
+        To be called before a batch, after :meth:`prepare`. A loop that takes the place of another goes on at its t.
+
+        Args:
+            optimizers: that are to be stepped now.
+
+        Returns:
+            Whether there were any.
+
+        Raises:
+            ValueError: an optimizer has a loop of its own, or the relaxation cannot work with it.
+        """
+        known = {id(loop.optimizer): loop for loop in self.loops}
+        if [id(optimizer) for optimizer in optimizers] == list(known):
+            return False
+        before, added = self.loops, {}
+        try:
+            for i, optimizer in enumerate(optimizers):
+                if id(optimizer) not in known:
+                    added[id(optimizer)] = loop = self._attach(i, optimizer)
+                    if i < len(before):
+                        loop.outer_step, loop.gamma_start = before[i].outer_step, before[i].gamma_start
+        except BaseException:
+            for loop in added.values():
+                loop.detach()
+            raise
+        self.loops = [(known | added)[id(optimizer)] for optimizer in optimizers]
+        for loop in before:
+            if loop not in self.loops:
+                loop.detach()
+        return True
 
     @property
     def shown(self) -> bool:
@@ -89,10 +134,15 @@ class ModuleLoops:
 
     def prepare(self) -> None:
         """Put y back into the parameters before the next batch, whoever looks, and get ready for its gradients."""
-        while self.shown:
-            self.hide()
+        self.resume()
         for loop in self.loops:
             loop.prepare()
+
+    def resume(self) -> None:
+        """Put y back into the parameters, whoever looks."""
+        while self.shown:
+            self.hide()
+        self._loading = 0
 
     def unperturb(self, *, check: bool = True) -> None:
         """Take perturbations out of the parameters when a batch has ended.
@@ -129,11 +179,42 @@ class ModuleLoops:
             raise
 
     @torch.no_grad()
-    def hide(self) -> None:
-        """Leave :meth:`show`; the outermost call puts y back, but where weights were changed: they are the new x."""
+    def hide(self) -> list[str]:
+        """Leave :meth:`show`; the outermost call puts y back, but where weights were changed: they are the new x.
+
+        Returns:
+            The names of parameters that somebody has written since they were shown, other than by loading a state dict.
+        """
         self.substitutes.hide()
         for loop in self.loops:
             loop.hide()
+        return [] if self.shown else self._take_written()
+
+    def _take_written(self) -> list[str]:
+        names = [name for loop in self.loops for name in loop.weights.written]
+        for loop in self.loops:
+            loop.weights.written = []
+        return names
+
+    def begin_loading(self) -> None:
+        """Show x while a state dict is loaded; calls nest."""
+        self._loading += 1
+        self.show()
+
+    @torch.no_grad()
+    def end_loading(self) -> None:
+        """Leave :meth:`begin_loading`: what the outermost call has loaded is the new x."""
+        self._loading = max(self._loading - 1, 0)
+        if self._loading == 0:
+            for loop in self.loops:
+                loop.weights.settle()
+            self._take_written()
+        self.hide()
+
+    def close(self) -> None:
+        """End every unfinished loop with what it has, at the end of training."""
+        for loop in self.loops:
+            loop.close()
 
     def detach(self) -> None:
         """Leave x in the parameters, or what is shown, and no hook behind."""
@@ -149,9 +230,9 @@ class ModuleLoops:
         """Return x of one parameter where something else is in it, else None."""
         return next((x for x in (loop.weights.anchor_of(p) for loop in self.loops) if x is not None), None)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return the state of every loop, without x: that is in the module's."""
-        return [loop.state_dict(anchor=False) for loop in self.loops]
+    def state_dict(self, *, anchor: bool = False) -> list[dict[str, Any]]:
+        """Return the state of every loop; without ``anchor``, x is left to the module's."""
+        return [loop.state_dict(anchor=anchor) for loop in self.loops]
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from the state of every loop; the module holds x.

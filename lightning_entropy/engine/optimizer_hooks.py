@@ -1,6 +1,7 @@
 """The two points of an optimizer's step where a loop acts, whatever calls the step and however."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ class OptimizerHooks:
     is no closure, as under a gradient scaler. ``after()`` runs when the update is applied. Where a scaler skips the
     step, neither of the last two runs: also with a fused optimizer, which is called and skips by itself.
 
+    A step at which ``bystander()`` is True passes without a call.
+
     An optimizer class that overrides ``step`` and calls ``super().step()`` can fire torch's hooks twice, depending
     on what was instantiated before; the inner pair is ignored here.
 
@@ -35,6 +38,7 @@ class OptimizerHooks:
         before_closure: Callable[[], None],
         on_gradients: Callable[[bool], None],
         after: Callable[[], None],
+        bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         hooks = torch_internals.step_hooks(optimizer)
         if hooks is None:
@@ -44,6 +48,8 @@ class OptimizerHooks:
         self._optimizer = optimizer
         self._before, self._before_closure = before, before_closure
         self._on_gradients, self._after = on_gradients, after
+        self._bystander = bystander
+        self._ignored = False
         self._depth = 0
         self._skipped = False
         self._handles = [
@@ -56,6 +62,15 @@ class OptimizerHooks:
         for handle in self._handles:
             handle.remove()
 
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Let steps in here pass without a call."""
+        self._ignored = True
+        try:
+            yield
+        finally:
+            self._ignored = False
+
     @property
     def grad_scale(self) -> Tensor | None:
         """The loss scale that a fused optimizer under a gradient scaler has yet to divide by."""
@@ -65,6 +80,9 @@ class OptimizerHooks:
     def _enter(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._depth and torch_internals.running_steps(self._optimizer) > 1:
             self._depth += 1
+            return None
+        if self._ignored or self._bystander():
+            self._depth = 0
             return None
         self._before()
         self._depth = 1  # whatever it was: a step that raised never came to its end
@@ -93,6 +111,8 @@ class OptimizerHooks:
 
     @torch.no_grad()
     def _exit(self, *_: Any) -> None:
+        if self._depth == 0:  # nobody was called before it either
+            return
         self._depth -= 1
         if self._depth == 0 and not self._skipped:
             self._after()

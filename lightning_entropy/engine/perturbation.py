@@ -1,5 +1,6 @@
 """The inner rule of Gaussian smoothing: gradients at weights to which noise is added."""
 
+import copy
 from collections.abc import Collection
 
 import torch
@@ -90,6 +91,9 @@ class Perturbation:
     def after_update(self, step: Step) -> None:
         """Do nothing."""
 
+    def close(self, step: Step) -> None:
+        """Do nothing: every gradient has been stepped along."""
+
     @property
     def _perturbed(self) -> bool:
         return self._weights.holds is Holds.OTHER and not self._weights.shown
@@ -128,13 +132,29 @@ class MeanPerturbation(Perturbation):
         for w in step.weights:
             w.add_gradient(step.grad_scale)
         for w in self._weights if step.last else step.weights:
-            w.param.grad = _mean_gradient(w, step) if step.last else None
+            w.param.grad = _mean_gradient(w, step.inner_steps, step.grad_scale) if step.last else None
+
+    def close(self, step: Step) -> None:
+        """Step along the mean of the gradients there are; the optimizer's state stays as if that had not been."""
+        if not any(w.gradient is not None for w in step.weights):
+            return
+        params, state = self._weights.params, step.optimizer.state
+        gradients, moments = [p.grad for p in params], {p: copy.deepcopy(state[p]) for p in params if p in state}
+        for p in params:
+            p.grad = None
+        for w in step.weights:
+            w.param.grad = _mean_gradient(w, step.number, step.grad_scale)
+        step.optimizer.step()
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient
+            state.pop(p, None)
+        state.update(moments)
 
 
-def _mean_gradient(w: Weight, step: Step) -> Tensor | None:
+def _mean_gradient(w: Weight, count: int, scale: Tensor | None) -> Tensor | None:
     if w.gradient is None:
         return None
-    mean, scale = w.gradient / step.inner_steps, step.grad_scale
+    mean = w.gradient / count
     w.gradient = None
     if not w.param.requires_grad:  # frozen since
         return None

@@ -12,13 +12,13 @@ Owner = TypeVar("Owner")
 
 
 class AnchorSource(Protocol):
-    """An object that can put the anchor x into the parameters and take it out again; calls nest."""
+    """An object that can put the anchor x into the parameters and take it out again."""
 
-    def show(self) -> None:
-        """Put x into the parameters."""
+    def begin_loading(self) -> None:
+        """Put x into the parameters while a state dict is loaded; calls nest."""
 
-    def hide(self) -> None:
-        """Put back what they held."""
+    def end_loading(self) -> None:
+        """Put back what they held, where nothing was loaded."""
 
     def tracks(self, p: Tensor) -> bool:
         """Whether p has an x of its own."""
@@ -114,13 +114,13 @@ class LoadAnchor(Hook[AnchorSource]):
         """Put x into the parameters, where any of the module's is tracked."""
         source = self._concerned(module)
         if source is not None:
-            source.show()
+            source.begin_loading()
 
     def after(self, module: Module, *_: Any) -> None:
         """Put y back where nothing was loaded."""
         source = self._concerned(module)
         if source is not None:
-            source.hide()
+            source.end_loading()
 
     def _concerned(self, module: Module) -> AnchorSource | None:
         source = self.owner

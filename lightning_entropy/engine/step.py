@@ -25,7 +25,7 @@ class Step:
         settings: the relaxation's numbers at this outer step.
         seeds: draws the seeds of its noise.
         inner_steps: L.
-        last: whether it is the L-th of its loop.
+        number: k, its number in the loop, from 0.
         outer_step: t.
         first: whether the closure is evaluated for the first time in it.
         grad_scale: by which the gradients are too large, where a fused optimizer divides by it; None: 1.
@@ -37,10 +37,15 @@ class Step:
     settings: Settings
     seeds: Seeds
     inner_steps: int
-    last: bool
+    number: int
     outer_step: int
     first: bool = True
     grad_scale: Tensor | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the L-th of its loop."""
+        return self.number + 1 >= self.inner_steps
 
 
 class InnerRule(Protocol):
@@ -67,3 +72,6 @@ class InnerRule(Protocol):
 
     def after_update(self, step: Step) -> None:
         """Act after the optimizer's update."""
+
+    def close(self, step: Step) -> None:
+        """End an unfinished loop with what there is of it, before its outer step."""

@@ -82,11 +82,13 @@ class Weights:
 
     Attributes:
         holds: what the parameters hold.
+        written: names of parameters that were written while they were shown, for whoever wants to say so.
     """
 
     def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str] | None = None, *, tied: bool = False) -> None:
         self.holds = Holds.ANCHOR
         self.tied = tied
+        self.written: list[str] = []
         self._optimizer = optimizer
         self._names = names or {}
         self._weights: dict[Tensor, Weight] = {}
@@ -221,6 +223,8 @@ class Weights:
                 w.anchor.copy_(w.param)
                 w.average = w.kept = w.stand_in = None
                 w.moved, w.replaced = False, True
+        written = {w for w, new in zip(weights, changed, strict=True) if new}
+        self.written += [name for name, w in self.named() if w in written]
 
     def hide(self) -> Holds | None:
         """Leave :meth:`show`; the outermost call puts y back, but where a new x was written.
@@ -345,26 +349,26 @@ class Substitutes:
     """Other values put into tensors for a while: buffers, and parameters that no loop tracks."""
 
     def __init__(self) -> None:
-        self._depth = 0
+        self.depth = 0  # calls of show
         self._own: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, what it was given, its own value
 
     @property
     def shown(self) -> bool:
         """Whether someone looks."""
-        return self._depth > 0
+        return self.depth > 0
 
     def show(self, values: Mapping[Tensor, Tensor]) -> None:
         """Put the values in; calls nest, and inner ones change nothing."""
-        self._depth += 1
-        if self._depth == 1:
+        self.depth += 1
+        if self.depth == 1:
             self._own = [(tensor, value, tensor.detach().clone()) for tensor, value in values.items()]
             for tensor, value, _ in self._own:
                 tensor.copy_(value)
 
     def hide(self) -> None:
         """Put the tensors' own values back where nothing was written since."""
-        self._depth = max(self._depth - 1, 0)
-        if self._depth == 0:
+        self.depth = max(self.depth - 1, 0)
+        if self.depth == 0:
             for (tensor, _, own), new in zip(self._own, self._written(), strict=True):
                 if not new:
                     tensor.copy_(own)

@@ -1,7 +1,7 @@
 """A method of this family is a value: what happens in the inner loop, and what the outer step does with it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal
 
 from lightning_entropy.methods.schedules import AUTO, Scoping, Widening
@@ -155,6 +155,16 @@ class Relaxation:
             if name not in ("inner_steps", "gamma", "perturb", "scale") and getattr(self, name) != getattr(off, name):
                 raise ValueError(f"{name} has no meaning with perturb=True, got {getattr(self, name)!r}")
 
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as plain values that any checkpoint can hold: schedules by their repr or name.
+
+        Example:
+            >>> Relaxation(inner_steps=5).describe()["inner_steps"]
+            5
+        """
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: _plain(value) for name, value in values.items()}
+
     @property
     def spring(self) -> Literal["implicit", "coupled", "explicit"]:
         """The form of the spring."""
@@ -207,3 +217,12 @@ class Relaxation:
             value = value(t)
             name = f"{name}(t={t})"
         return check_number(name, value, rule)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if is_dataclass(value):
+        return repr(value)
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"

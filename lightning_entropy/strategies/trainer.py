@@ -39,7 +39,8 @@ from lightning_entropy.strategies.loaders import (
 )
 from lightning_entropy.strategies.rendezvous import join_after_restart
 from lightning_entropy.strategies.replica import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
-from lightning_entropy.trainer.ownership import check_optimizers, claim, log_outer_step, release
+from lightning_entropy.trainer.ownership import check_optimizers, claim, release
+from lightning_entropy.trainer.progress import log_outer_step
 
 # In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")

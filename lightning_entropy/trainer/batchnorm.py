@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from lightning_entropy.methods.validation import check_integer
+from lightning_entropy.trainer.lightning_internals import before_batch_transfer, without_iterator
 
 
 class RefreshBatchNorm(Callback):
@@ -62,7 +63,7 @@ class RefreshBatchNorm(Callback):
         self._frozen: set[str] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """See which layers are in evaluation mode while the others train: their statistics are weights to them."""
+        """Note which layers are in evaluation mode while the others train: to them their statistics are weights."""
         if batch_idx == 0 or self._frozen is None:
             self._frozen = {name for name, m in pl_module.named_modules() if _keeps_statistics(m) and not m.training}
 
@@ -95,7 +96,7 @@ class RefreshBatchNorm(Callback):
         with isolate_rng(), _collecting(pl_module, layers):
             count = 0
             for batch in islice(_batches(self._loader(trainer, pl_module)), self.n_batches):
-                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+                batch = before_batch_transfer(pl_module, trainer.precision_plugin.convert_input(batch))
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
                     self._run(pl_module, batch)
@@ -174,7 +175,7 @@ def _batches(loader: Any) -> Iterator[Any]:
 
 
 def _generators(loader: Any) -> Iterator[torch.Generator]:
-    """Give the random generators that iterating over a loader advances."""
+    """Yield the random generators that iterating over a loader advances."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
         generator = getattr(owner, "generator", None)
@@ -183,17 +184,13 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
 
 
 def _keeps_its_place(loader: Any) -> bool:
-    """Tell whether an iteration under way goes on where the loader says, which another iteration would move."""
+    """Whether the loader stores its own position, so that iterating it again would disturb an iteration in progress."""
     return not isinstance(loader, DataLoader) and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def _apart(loader: Any) -> Any:
     """Copy a loader with persistent workers: they would restart the iterator that training is using."""
-    if not isinstance(loader, DataLoader):
-        return loader
-    own = copy.copy(loader)
-    own._iterator = None
-    return own
+    return without_iterator(loader) if isinstance(loader, DataLoader) else loader
 
 
 def _average_over_ranks(trainer: Trainer, buffers: list[Tensor | None]) -> None:

@@ -44,26 +44,3 @@ def check_optimizers(module: Module | LightningModule, optimizers: Sequence[Opti
     shared = sorted(names.get(p, "?") for p, count in counts.items() if count > 1)
     if shared:
         raise MisconfigurationException(f"a parameter must be in one optimizer, got several for {shared}")
-
-
-def check_states(states: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse a checkpoint of another number of optimizers.
-
-    Raises:
-        MisconfigurationException: with both numbers.
-    """
-    if len(states) != len(optimizers):
-        raise MisconfigurationException(
-            f"the checkpoint must be of {len(optimizers)} optimizers, got {len(states)}: "
-            "use the module that wrote it, or drop the callback's state from it"
-        )
-
-
-def log_outer_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Log the metrics of an outer step and the effective epochs. Synchronizes with the device."""
-    epoch_loop = trainer.fit_loop.epoch_loop
-    values = {key: float(value) for key, value in metrics.items()}
-    if trainer.num_training_batches != float("inf"):
-        values["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=epoch_loop._batches_that_stepped)

@@ -46,6 +46,7 @@ def plainly(name: str, batches: list[Any], module: Automatic | None = None) -> l
         optimizer.zero_grad()
         module.loss(batch).backward()
         optimizer.step()
+    loop.close()
     loop.detach()
     return weights(module)
 
@@ -86,6 +87,7 @@ def test_every_optimizer_has_its_loop_and_its_noise(name: str) -> None:
             optimizers[1].step()
     assert [loop.outer_step for loop in loops] == ([2, 1] if name == "entropy" else [4, 2])
     for loop in loops:
+        loop.close()
         loop.detach()
     assert same(got, weights(module))
 
@@ -115,6 +117,7 @@ def test_the_gradient_is_clipped_before_it_is_used(algorithm: str) -> None:
         else:
             nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
+    loop.close()
     loop.detach()
     assert same(got, weights(module))
 
@@ -172,6 +175,7 @@ def test_a_step_that_the_scaler_skips_did_not_happen(name: str, optimizer: str) 
             loss = module.loss(batch)
         loss.backward()
         raw.step()
+    loop.close()
     loop.detach()
     for a, b in zip(got, weights(module), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-3)

@@ -107,6 +107,7 @@ def test_a_write_that_would_be_lost_is_an_error_that_leaves_x(make: type[Automat
     assert same(plain, module)
 
 
+@pytest.mark.filterwarnings("ignore:net.0.weight were written while")
 def test_a_layer_frozen_and_edited_after_it_was_trained_keeps_the_edit() -> None:
     class Freezes(L.Callback):
         def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -120,6 +121,7 @@ def test_a_layer_frozen_and_edited_after_it_was_trained_keeps_the_edit() -> None
         assert (module.net[0].weight == 0.25).all()
 
 
+@pytest.mark.filterwarnings("ignore:net.0.weight were written while")
 @pytest.mark.parametrize("method", CALLBACKS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_an_edit_while_x_is_shown_is_in_the_checkpoint(tmp_path: Path, method: str, precision: Any) -> None:

@@ -1,0 +1,335 @@
+"""The callback that drives the loops of a Trainer's optimizers in one process."""
+
+import copy
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import initial_seed
+
+from lightning_entropy.engine.formats import check_format
+from lightning_entropy.engine.module_loops import ModuleLoops
+from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
+from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.methods.validation import check_bool, check_integer
+from lightning_entropy.trainer.ownership import check_optimizers, claim, release
+from lightning_entropy.trainer.progress import log_outer_step, training_is_complete
+from lightning_entropy.trainer.resume import check_method, check_states
+
+FORMAT = 1  # of InnerOuterCallback.state_dict()
+
+
+class InnerOuterCallback(Callback):
+    """Run a :class:`Relaxation` on every optimizer of the Trainer: one training step is one inner step.
+
+    Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, and
+    DDP. The weights one keeps are the anchor x: validation, test, ``state_dict()`` and with it every kind of
+    checkpoint, and the module after fit or after an exception hold x. Only code that reads the parameters directly
+    between two training batches of an epoch may find y (with :class:`HeatSmoothing` it finds x there). What
+    ``load_state_dict()`` puts into the module, at any moment, or anyone while x is shown, is the new x. A checkpoint
+    loads without the callback, and one made without it loads with it. A second fit without ``ckpt_path`` starts at
+    t = 0, as it makes new optimizers.
+
+    When training ends in the middle of a loop, the loop is closed: its outer step comes early, before the last
+    validation where the end is known by then (``max_steps``, ``max_epochs``), else when the last epoch ends. A
+    checkpoint made then goes on as if the loop had not been closed. Constraints that a hook puts back after a step
+    (clamped or normalised weights) hold for x: the outer step is taken inside the optimizer's step, so that the hook
+    finds x in the parameters. Optimizers that are exchanged or added between two batches are followed.
+
+    Beside it, ``StochasticWeightAveraging`` averages x, since it reads the weights between epochs;
+    ``WeightAveraging`` and ``EMAWeightAveraging`` read them after a batch and average y (with :class:`HeatSmoothing`,
+    x). Whoever swaps weights around a validation does so inside of it or around it: x is shown from
+    ``on_validation_start``, before every other callback, to ``on_validation_end``, behind every other. The
+    learning-rate and batch-size finders try the plain optimizer, in ``on_fit_start`` or at any later epoch.
+
+    At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs ``entropy/gamma``,
+    ``entropy/rho``, ``entropy/inner_distance`` and ``entropy/mean_distance`` (rms per weight of y - x and z - x
+    before the outer step), ``entropy/outer_step`` and ``entropy/effective_epochs`` (passes over the data, every
+    gradient counted).
+
+    Args:
+        relaxation: the method, such as ``le.lookahead()``.
+        outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
+        seed: of the noise, >= 0; None: the seed of torch's generator, rank 0's where there are several.
+        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
+
+    Raises:
+        TypeError: ``relaxation`` is not one, or ``outer`` makes no torch optimizer.
+        MisconfigurationException: at the start of fit: under FSDP, DeepSpeed or ModelParallel, whose parameters are
+            shards; beside another owner of the loop; where a parameter is in two optimizers.
+    """
+
+    def __init__(
+        self,
+        relaxation: Relaxation,
+        *,
+        outer: OuterFactory | None = None,
+        seed: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        if not isinstance(relaxation, Relaxation):
+            raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+        OuterStep(outer, relaxation.outer_momentum)  # refuses now what it would refuse when training starts
+        self.relaxation = relaxation
+        self.outer = outer
+        self.seed = None if seed is None else check_integer("seed", seed, 0)
+        self.compile = check_bool("compile", compile)
+        self._loops: ModuleLoops | None = None
+        self._state: dict[str, Any] = {}  # loaded for the next fit, or left by the last one
+        self._resumed: dict[str, Any] = {}  # what this fit goes on from, until its first batch
+        self._unclosed: list[dict[str, Any]] | None = None  # the loops' state before they were closed
+        self._trains = True
+        self._logged_at = 0  # global step
+        self._outer_steps: list[int] = []  # before this batch
+        self._validated_at: list[int] = []  # outer steps at the last validation
+        self._modes: list[Any] = []  # of optimizers that have some, when x was shown
+        self._said: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is trained."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"strategy must keep whole parameters on every rank for {type(self).__name__} (a single device, ddp), "
+                f"got {type(trainer.strategy).__name__}"
+            )
+        claim(trainer, self)
+        self._validated_at, self._said = [], set()
+        # First in line, so that no other callback's hook looks before x is shown; and last, to put y back.
+        trainer.callbacks = [self, *self._others(trainer), HideAnchor(self)]  # type: ignore[attr-defined]
+        self._state, self._resumed, self._unclosed = {}, {}, None
+
+    def _others(self, trainer: Trainer) -> list[Callback]:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in callbacks if c is not self and not isinstance(c, HideAnchor)]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: the first moment at which everything is restored and on its device."""
+        seed = trainer.strategy.broadcast(initial_seed() if self.seed is None else self.seed)
+        check_optimizers(pl_module, trainer.optimizers)
+        self._loops = ModuleLoops(
+            pl_module,
+            trainer.optimizers,
+            self.relaxation,
+            outer=self.outer,
+            seed=seed,
+            compile=self.compile,
+            prepare_after_step=not pl_module.automatic_optimization,
+            bystander=lambda: self not in trainer.callbacks,  # type: ignore[attr-defined]
+        )
+        self._loops.show()
+        if self._state:
+            self._resumed, self._state = self._state, {}
+            check_method(self._resumed, self.relaxation, self.seed)
+            if len(self._resumed["loops"]) == len(trainer.optimizers):
+                self._loops.load_state_dict(self._resumed["loops"])
+        self._logged_at = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the first backward pass: an epoch may have none (SWA's last, for BatchNorm)."""
+        self._trains = not pl_module.automatic_optimization
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """Note that this epoch trains."""
+        self._trains = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put y into the parameters, of the optimizers that there are now."""
+        if self._loops is None:
+            return
+        self._loops.resume()
+        if self._unclosed is not None:  # training goes on after all
+            self._loops.load_state_dict(self._unclosed)
+            self._unclosed = None
+        self._follow(trainer, pl_module, self._loops)
+        self._loops.prepare()
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = bool(trainer.loggers) and 0 < every <= trainer.global_step + 1 - self._logged_at
+        for loop in self._loops.loops:
+            loop.measure = due
+            loop.distances = None
+        self._outer_steps = [loop.outer_step for loop in self._loops.loops]
+
+    def _follow(self, trainer: Trainer, pl_module: LightningModule, loops: ModuleLoops) -> None:
+        """Attach to optimizers that have come since the last batch, and go on from a checkpoint with them."""
+        before = [type(loop.optimizer).__name__ for loop in loops.loops]
+        check_optimizers(pl_module, trainer.optimizers)
+        changed = loops.follow(trainer.optimizers)
+        if changed:
+            now = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+            rank_zero_info(
+                f"{type(self).__name__}: the Trainer's optimizers were {before} and are {now}; the loops of those that "
+                "are gone have left x, and new ones begin there"
+            )
+        if self._resumed:
+            check_states(self._resumed, trainer.optimizers)
+            if changed:
+                loops.load_state_dict(self._resumed["loops"])
+            self._resumed = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take perturbations back; log an outer step, if it is time to; close the loops after the last batch."""
+        if self._loops is None:
+            return
+        self._loops.unperturb()
+        stepped = self._outer_steps != [loop.outer_step for loop in self._loops.loops]
+        if stepped and any(loop.measure for loop in self._loops.loops):
+            log_outer_step(trainer, self._loops.metrics())
+            self._logged_at = trainer.global_step
+        if training_is_complete(trainer, batch_idx):
+            self._close()
+
+    def _close(self) -> None:
+        """Close unfinished loops at the end of training, and keep the state from which a resume goes on."""
+        if self._loops is None or self._unclosed is not None or not self._trains:
+            return
+        if not any(loop.inner_step for loop in self._loops.loops):
+            return
+        shown = self._loops.shown
+        self._loops.resume()
+        self._unclosed = copy.deepcopy(self._loops.state_dict(anchor=True))
+        self._loops.close()
+        if shown:
+            self._loops.show()
+
+    def _show(self) -> None:
+        if self._loops is not None:
+            self._loops.show()
+
+    def hide(self) -> None:
+        """Put y back when a validation has ended."""
+        names = [] if self._loops is None else self._loops.hide()
+        if names and self.relaxation.has_anchor:
+            self._warn_once(
+                "written",
+                f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} were written while "
+                f"{type(self).__name__} showed x to a validation: what was written is the new x, and training goes on "
+                "from there. A callback that swaps weights for a validation must swap them back in it",
+            )
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            rank_zero_warn(message, stacklevel=2)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show x until the validation has ended."""
+        self._show()
+        self._modes = _modes(trainer)
+        if self._loops is None or not self.relaxation.has_anchor:
+            return
+        at = [loop.outer_step for loop in self._loops.loops]
+        if not any(at) and any(loop.inner_step for loop in self._loops.loops) and "unmoved" not in self._said:
+            self._said.add("unmoved")
+            rank_zero_info(
+                f"{type(self).__name__}: validation sees the initial weights, as x moves for the first time after "
+                f"inner_steps = {self.relaxation.inner_steps} optimizer steps"
+            )
+        if at == self._validated_at:
+            self._warn_of_watchers(trainer)
+        self._validated_at = at
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Refuse optimizers that have put other weights into the parameters since x is shown.
+
+        Raises:
+            MisconfigurationException: the mode of an optimizer that has two has changed.
+        """
+        if self._loops is None or self._modes == _modes(trainer) or not self.relaxation.has_anchor:
+            return
+        names = " and ".join(sorted({type(optimizer).__name__ for optimizer in trainer.optimizers}))
+        raise MisconfigurationException(
+            f"{names} must not change its weights by eval() while {type(self).__name__} shows x: call eval() in "
+            "on_validation_model_eval() and train() in on_validation_model_train() of the LightningModule, which are "
+            "around it"
+        )
+
+    def _warn_of_watchers(self, trainer: Trainer) -> None:
+        """Warn once, where somebody counts validations without improvement, that two are of the same weights."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        watchers = {type(c).__name__ for c in callbacks if isinstance(c, EarlyStopping)}
+        watchers |= {"ReduceLROnPlateau" for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+        if watchers:
+            self._warn_once(
+                "watchers",
+                f"two validations had the same weights, as no outer step of {self.relaxation.inner_steps} training "
+                f"steps came between, which {' and '.join(sorted(watchers))} may take for no improvement: validate "
+                "less often, or raise the patience",
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show x until the next training batch."""
+        if trainer.should_stop:
+            self._close()
+        self._show()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave x; y stays beside it for the checkpoint that follows."""
+        self._close()
+        self._show()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave x, whatever was raised and wherever; Lightning calls no teardown after it."""
+        self._stop(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take every hook away."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        """Leave x in the module and no hook behind; the state stays, for a checkpoint that is saved afterwards."""
+        release(trainer, self)
+        if self._loops is not None:
+            try:
+                self._loops.unperturb(check=False)  # an error is on its way, or all is over
+                self._loops.show()
+                self._state = self.state_dict()
+            finally:  # also where y, which show() keeps beside x, finds no memory
+                self._loops.detach()
+                self._loops, self._unclosed = None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return y, z, the counters and the outer optimizer of every loop, as if none had been closed."""
+        if self._loops is None:
+            return self._state
+        return {
+            "format": FORMAT,
+            "loops": self._loops.state_dict() if self._unclosed is None else self._unclosed,
+            "method": self.relaxation.describe(),
+            "optimizers": [type(loop.optimizer).__name__ for loop in self._loops.loops],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the optimizers are there; in the middle of a fit, go back to it.
+
+        Raises:
+            ValueError: a newer format.
+        """
+        check_format(f"the state of {type(self).__name__} in a checkpoint", state_dict, FORMAT)
+        if self._loops is None:
+            self._state = state_dict
+        elif len(state_dict["loops"]) == len(self._loops.loops):
+            self._unclosed = None
+            self._loops.load_state_dict(state_dict["loops"])
+
+
+class HideAnchor(Callback):
+    """The last callback in line: puts y back when every other has ended its validation."""
+
+    def __init__(self, owner: InnerOuterCallback) -> None:
+        self._owner = owner
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put y back, before the module's own hooks put theirs."""
+        self._owner.hide()
+
+
+def _modes(trainer: Trainer) -> list[Any]:
+    """Return in which mode optimizers are that have one for training and one for evaluation (schedule-free ones)."""
+    return [group.get("train_mode") for optimizer in trainer.optimizers for group in optimizer.param_groups]
