@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Set by Lightning for its own children; a test must not hand them to the next one.
 _LEAKING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -37,3 +38,9 @@ def clean_process() -> Iterator[None]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch.use_deterministic_algorithms(deterministic)
+
+
+# CI tries the same examples every time; "thorough" as many others as one likes to wait for.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, stateful_step_count=25)
+settings.register_profile("thorough", deadline=None, max_examples=2000, stateful_step_count=50)
+settings.load_profile("ci")
