@@ -16,7 +16,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-from lightning_entropy.strategies.replica import Grid
+from lightning_entropy.strategies.options import Grid
 
 KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and where the loops stand
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_entropy.strategies.compression import Format, Sum
+from lightning_entropy.strategies.options import Grid
 
 Naming = Callable[[RuntimeError], RuntimeError]
 
@@ -244,8 +245,14 @@ class Round:
         return torch.cat(parts)[: sum(t.numel() for t in self.tensors)]
 
 
+def data_parallel_group(grid: Grid) -> dist.ProcessGroup | None:
+    """Open a process group for each replica's ranks and return this rank's; None if a replica is one rank."""
+    rows = [[r * grid.data_parallel + d for d in range(grid.data_parallel)] for r in range(grid.replicas)]
+    return own_group(rows, None) if grid.data_parallel > 1 else None
+
+
 def own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
-    """Open all the groups and give the one this rank is in."""
+    """Open all the groups and return the one this rank is in."""
     mine = None
     for ranks in groups:
         group = dist.new_group(ranks, timeout=timeout)

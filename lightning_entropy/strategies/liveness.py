@@ -9,12 +9,14 @@ from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lightning_entropy.strategies.options import Grid
 
 PERIOD = 0.5  # seconds between two beats
 PATIENCE = 5.0  # seconds without a beat after which a rank is gone, once a collective has failed
 LIMIT = 30.0  # seconds after which a rank that is stuck because of it ends itself
-
 
 DONE = "done"
 _kept: list[dist.TCPStore] = []
@@ -173,3 +175,15 @@ class Heartbeat:
 
 def _ranks(text: bytes) -> list[int]:
     return [int(rank) for rank in text.decode().split(",") if rank]
+
+
+def watch(grid: Grid, environment: ClusterEnvironment) -> Heartbeat | None:
+    """Start this rank's heartbeat; None if it is alone. A collective.
+
+    Args:
+        grid: where this rank stands.
+        environment: knows the host of rank 0.
+    """
+    if grid.world_size == 1:
+        return None
+    return Heartbeat(grid.rank, grid.world_size, environment.main_address, grid.data_parallel)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -11,46 +11,10 @@ from torch.optim import Optimizer
 from lightning_entropy.engine.module_loops import Loops
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods.relaxation import Relaxation
-from lightning_entropy.strategies.compression import FORMATS, Format
+from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
-from lightning_entropy.strategies.exchange import Coupling, Links, Naming, Round, own_group
-
-SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
-
-
-class Grid(NamedTuple):
-    """Where a process stands: R replicas of D ranks, rank = replica * D + position.
-
-    Example:
-        >>> grid = Grid(rank=5, world_size=8, replicas=4)
-        >>> grid.data_parallel, grid.replica, grid.position
-        (2, 2, 1)
-    """
-
-    rank: int
-    world_size: int
-    replicas: int
-
-    @property
-    def data_parallel(self) -> int:
-        """D, ranks of one replica."""
-        return self.world_size // self.replicas
-
-    @property
-    def replica(self) -> int:
-        """The replica of this rank, in [0, R)."""
-        return self.rank // self.data_parallel
-
-    @property
-    def position(self) -> int:
-        """Its place in the replica, in [0, D)."""
-        return self.rank % self.data_parallel
-
-
-def data_parallel_group(grid: Grid) -> Any:
-    """Open the process groups of all replicas' ranks, and give this one's; None where a replica is one rank."""
-    rows = [[r * grid.data_parallel + d for d in range(grid.data_parallel)] for r in range(grid.replicas)]
-    return own_group(rows, None) if grid.data_parallel > 1 else None
+from lightning_entropy.strategies.exchange import Coupling, Links, Naming, Round
+from lightning_entropy.strategies.options import SEED_STRIDE, Grid, ReplicaOptions
 
 
 class ReplicaLoops:
@@ -213,24 +177,27 @@ class ReplicaLoops:
             links.close()
 
 
-def check_arguments(relaxation: Any, replicas: Any, data: Any, communication_dtype: Any, seed: Any) -> None:
-    """Check what both strategies take.
-
-    Raises:
-        ValueError: outside its range, or a relaxation that perturbs instead of looping.
-        TypeError: ``relaxation`` is not one.
-    """
-    if not isinstance(relaxation, Relaxation):
-        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-    if relaxation.perturb:
-        raise ValueError(
-            "relaxation must have perturb=False for replicas, got True: it has no anchors to pull together"
-        )
-    if replicas != "auto" and (isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1):
-        raise ValueError(f"replicas must be 'auto' or an int >= 1, got {replicas!r}")
-    if data not in ("all", "shard"):
-        raise ValueError(f"data must be 'all' or 'shard', got {data!r}")
-    if communication_dtype not in FORMATS:
-        raise ValueError(f"communication_dtype must be one of {FORMATS}, got {communication_dtype!r}")
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
+def replica_loops(
+    module: Module,
+    optimizers: Sequence[Optimizer],
+    options: ReplicaOptions,
+    grid: Grid,
+    *,
+    seed: int,
+    timeout: timedelta | None,
+    naming: Naming,
+) -> ReplicaLoops:
+    """Return the loops of this rank's optimizers, as the options say; for the arguments see :class:`ReplicaLoops`."""
+    return ReplicaLoops(
+        module,
+        optimizers,
+        options.relaxation,
+        grid,
+        outer=options.outer,
+        seed=seed,
+        communication_dtype=options.communication_dtype,
+        overlap=options.overlap,
+        apart=options.independent_init,
+        timeout=timeout,
+        naming=naming,
+    )

@@ -1,21 +1,12 @@
 """Replicas that share no gradients: every device, or group of devices, trains one, elastically tied to their mean."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies import _StrategyRegistry
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
@@ -26,26 +17,26 @@ from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies import checkpoint as replica_files
 from lightning_entropy.strategies.checkpoint import ReplicaFiles
 from lightning_entropy.strategies.compression import Format
-from lightning_entropy.strategies.fabric import register
-from lightning_entropy.strategies.liveness import Heartbeat
-from lightning_entropy.strategies.loaders import (
-    GroupSyncBatchNorm,
-    even_end,
-    initialize_apart,
-    rng_state,
-    seed_all,
-    set_rng_state,
-    sync_weights,
+from lightning_entropy.strategies.consensus_callback import ShowConsensus
+from lightning_entropy.strategies.lightning_internals import (
+    confine_sync_batchnorm,
+    put_first,
+    set_device_mesh,
+    timeout,
+    wrap_in_group,
 )
-from lightning_entropy.strategies.rendezvous import join_after_restart
-from lightning_entropy.strategies.replica import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
+from lightning_entropy.strategies.loaders import even_end, own_order
+from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
+from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
+from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
+from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, log_outer_step, release
 
 # In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
 
 
-class ElasticEntropyStrategy(DDPStrategy):
+class ElasticEntropyStrategy(WatchedDDPStrategy):
     r"""Train R replicas that share no gradients and pull each other's anchors together at outer steps.
 
     ``Trainer(strategy="elastic_entropy")`` is Parle, ``"elastic_sgd"`` Elastic-SGD; with :func:`local_sgd` or
@@ -90,15 +81,10 @@ class ElasticEntropyStrategy(DDPStrategy):
         communication_dtype: ``"float32"``; ``"bfloat16"`` sends half and ``"int8"`` a quarter, with what the rounding
             leaves out added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
-        accelerator: this and the following as for Lightning's ``DDPStrategy``.
-        parallel_devices: may name one CUDA device several times; replicas that share one use gloo.
-        cluster_environment: who is who.
-        checkpoint_io: writes the main checkpoint.
-        precision_plugin: of the Trainer.
-        process_group_backend: ``"nccl"`` or ``"gloo"``.
-        timeout: after which a rank that does not answer counts as gone.
-        start_method: of the processes.
-        **kwargs: of ``DistributedDataParallel`` inside a replica; without effect where a replica is one process.
+        **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
+            not answer counts as gone), ``start_method``, ``checkpoint_io`` (writes the main checkpoint),
+            ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
+            and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
@@ -123,50 +109,40 @@ class ElasticEntropyStrategy(DDPStrategy):
         seed: int | None = None,
         communication_dtype: Format = "float32",
         overlap: bool = True,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
-        relaxation = presets.parle() if relaxation is None else relaxation
-        check_arguments(relaxation, replicas, data, communication_dtype, seed)
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-            **kwargs,
+        self.options = ReplicaOptions(
+            presets.parle() if relaxation is None else relaxation,
+            replicas,
+            data,
+            independent_init,
+            outer,
+            seed,
+            communication_dtype,
+            overlap,
         )
-        self.relaxation = relaxation
-        self.replicas: int | Literal["auto"] = replicas
-        self.data = data
-        self.independent_init = independent_init
-        self.outer = outer
-        self.seed = seed
-        self.communication_dtype: Format = communication_dtype
-        self.overlap = overlap
+        super().__init__(**kwargs)
         self._loops: ReplicaLoops | None = None
         self._files: ReplicaFiles | None = None
-        self._heartbeat: Heartbeat | None = None
         self._base_seed = 0  # common to all ranks
         self._resumed = False
         self._restored: dict[str, Any] | None = None  # loaded for the fit that begins
         self._left: dict[str, Any] | None = None  # by the fit that has ended
         self._logged = (0, 0.0, 0.0)  # at the last log: global step, bytes sent, seconds waited
 
+    relaxation = property(attrgetter("options.relaxation"))
+    replicas = property(attrgetter("options.replicas"))
+    data = property(attrgetter("options.data"))
+    independent_init = property(attrgetter("options.independent_init"))
+    outer = property(attrgetter("options.outer"))
+    seed = property(attrgetter("options.seed"))
+    communication_dtype = property(attrgetter("options.communication_dtype"))
+    overlap = property(attrgetter("options.overlap"))
+
     @property
     def grid(self) -> Grid:
         """Where this process stands among replicas."""
-        return Grid(self.global_rank, self.world_size, self.world_size if self.replicas == "auto" else self.replicas)
+        return self.options.grid(self.global_rank, self.world_size)
 
     @property
     def _trainer(self) -> Trainer:
@@ -179,90 +155,65 @@ class ElasticEntropyStrategy(DDPStrategy):
 
     # Set-up
 
-    def _get_process_group_backend(self) -> str:
-        devices = self.parallel_devices or []
-        if self._process_group_backend is None and len(set(devices)) < len(devices) and self.root_device.type == "cuda":
-            return "gloo"  # nccl refuses two ranks on one device
-        return super()._get_process_group_backend()
-
-    def setup_distributed(self) -> None:
-        """Join the process group, also after torchrun has started the ranks again."""
-        assert self.cluster_environment is not None
-        backend = self._get_process_group_backend()
-        join_after_restart(self.cluster_environment, backend, self.root_device, self._timeout)
-        super().setup_distributed()
-
     def setup_environment(self) -> None:
         """Join the process group, refuse what cannot work, and lay the grid of replicas."""
         if self.root_device.type == "mps":
             raise MisconfigurationException(f"{type(self).__name__} needs CPU or CUDA devices, got mps")
         super().setup_environment()
-        if self.world_size % self.grid.replicas:
-            raise MisconfigurationException(
-                f"replicas must divide the number of processes ({self.world_size}), got {self.grid.replicas}"
-            )
-        if self.world_size > 1 and self._heartbeat is None:
-            assert self.cluster_environment is not None
-            host = self.cluster_environment.main_address
-            self._heartbeat = Heartbeat(self.global_rank, self.world_size, host, self.grid.data_parallel)
+        self.grid.check(MisconfigurationException)
+        self._watch(self.grid)
         if not self._fitting:
             return
         assert self.lightning_module is not None
         self._own_the_loop()
         self._left, self._restored, self._resumed = None, None, False
-        self._base_seed = int(self.broadcast(torch.initial_seed() if self.seed is None else self.seed))
+        self._base_seed = self.options.common_seed(self.broadcast)
         self._files = ReplicaFiles(self.grid, replica_files.new_run(self.broadcast), self.barrier)
-        self.lightning_module._device_mesh = dist.init_device_mesh(
-            self.root_device.type,
-            (self.grid.replicas, self.grid.data_parallel),
-            mesh_dim_names=("replica", "data_parallel"),
-        )
+        shape = (self.grid.replicas, self.grid.data_parallel)
+        mesh = dist.init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replica", "data_parallel"))
+        set_device_mesh(self.lightning_module, mesh)
 
     def _own_the_loop(self) -> None:
-        """Refuse callbacks that would move or save other weights, and look first at every moment."""
+        """Refuse callbacks that would move or save other weights, and show the consensus before any callback looks."""
         claim(self._trainer, self)
-        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} would put the average of one replica's inner weights in the place of "
                     f"the consensus of {type(self).__name__}: remove one of them"
                 )
-        others = [callback for callback in callbacks if not isinstance(callback, ShowConsensus)]
-        self._trainer.callbacks = [ShowConsensus(self), *others]  # type: ignore[attr-defined]
+        put_first(self._trainer, ShowConsensus(self.show_consensus))
 
     @property
     def _inside(self) -> Any:
         """The process group of this replica's ranks."""
         assert self.lightning_module is not None
-        assert self.lightning_module._device_mesh is not None
-        return self.lightning_module._device_mesh.get_group("data_parallel")
+        assert self.lightning_module.device_mesh is not None
+        return self.lightning_module.device_mesh.get_group("data_parallel")
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap inside the replica, and let every replica's random numbers go their own way."""
-        if self._fitting and self._layer_sync:
-            self._layer_sync = GroupSyncBatchNorm(self._inside) if self.grid.data_parallel > 1 else None
+        if self._fitting:
+            confine_sync_batchnorm(self, self._inside if self.grid.data_parallel > 1 else None)
         super().setup(trainer)
-        if self._fitting and (self.grid.replica > 0 or self.grid.data_parallel > 1):
-            seed_all(self._base_seed + self.grid.replica * SEED_STRIDE)
+        if self._fitting:
+            seed_apart(self.grid, self._base_seed)
 
     def configure_ddp(self) -> None:
-        """Give all replicas the same weights, or each its own, and wrap in DDP what shares gradients."""
+        """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
         assert self.lightning_module is not None
-        sync_weights(self.lightning_module)
-        if self.independent_init and not self._resumed and self.grid.replica > 0:
-            initialize_apart(self.lightning_module, self._base_seed + self.grid.replica * SEED_STRIDE)
+        apart = self.options.independent_init and not self._resumed
+        initialize(self.lightning_module, self.grid, self._base_seed, apart=apart)
         if self.grid.data_parallel > 1:
-            self._ddp_kwargs = {**self._ddp_kwargs, "process_group": self._inside}
+            wrap_in_group(self, self._inside)
             super().configure_ddp()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Training: the whole set in an order of its own for every replica, or a shard. Evaluation: a shard."""
-        if not self._trainer.training or self.data == "shard":
+        if not self._trainer.training or self.options.data == "shard":
             return super().distributed_sampler_kwargs
-        seed = int(os.getenv("PL_GLOBAL_SEED", "0")) + self.grid.replica * SEED_STRIDE
-        return {"num_replicas": self.grid.data_parallel, "rank": self.grid.position, "seed": seed}
+        return own_order(self.grid)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Refuse training loaders that end at different steps; those of unknown length end with the first."""
@@ -276,17 +227,13 @@ class ElasticEntropyStrategy(DDPStrategy):
         """Attach the loops: everything is restored and on its device."""
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
-        self._loops = ReplicaLoops(
+        self._loops = replica_loops(
             self.lightning_module,
             self.optimizers,
-            self.relaxation,
+            self.options,
             self.grid,
-            outer=self.outer,
             seed=self._base_seed,
-            communication_dtype=self.communication_dtype,
-            overlap=self.overlap,
-            apart=self.independent_init,
-            timeout=self._timeout,
+            timeout=timeout(self),
             naming=self._named,
         )
         self._logged = (self._trainer.global_step, 0.0, 0.0)
@@ -342,14 +289,6 @@ class ElasticEntropyStrategy(DDPStrategy):
         state = super().lightning_module_state_dict()
         return state if self._loops is None else self._loops.consensus.fill(state, alone=self._trainer.interrupted)
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Say which rank is gone, where that is what happened."""
-        super().on_exception(exception)
-        if isinstance(exception, RuntimeError):
-            named = self._named(exception)
-            if named is not exception:
-                exception.args = named.args
-
     def teardown(self) -> None:
         """Leave the consensus in the module and no hook behind."""
         if self._loops is not None:
@@ -357,9 +296,6 @@ class ElasticEntropyStrategy(DDPStrategy):
             self._loops.detach(close=not self._leaving)
             self._loops = None
             release(self._trainer, self)
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-            self._heartbeat = None
         super().teardown()
 
     # Checkpoints
@@ -402,70 +338,7 @@ class ElasticEntropyStrategy(DDPStrategy):
         if self.is_global_zero:
             replica_files.remove(filepath)
 
-    # Collectives: errors that name a rank, and none on the way out of an exception, where the others may not come
-
-    def _named(self, error: RuntimeError) -> RuntimeError:
-        return error if self._heartbeat is None else self._heartbeat.named(error)
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            named = self._named(error)
-            if named is error:
-                raise
-            raise named from error
-
-    @property
-    def _leaving(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module._trainer is not None and module._trainer.interrupted
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks."""
-        if not self._leaving:
-            with self._naming():
-                super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give rank ``src``'s object."""
-        if self._leaving:
-            return obj
-        with self._naming():
-            return super().broadcast(obj, src)
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over all ranks."""
-        if self._leaving:
-            return tensor
-        with self._naming():
-            return super().reduce(tensor, group, reduce_op)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Agree on a decision."""
-        return decision if self._leaving else super().reduce_boolean_decision(decision, all)
-
     @classmethod
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: Any) -> None:
         """Register ``elastic_entropy`` and ``elastic_sgd`` with the forms that Lightning's ``ddp`` has."""
         register(cls, strategy_registry)
-
-
-class ShowConsensus(Callback):
-    """The moments for which a strategy has no hook, before every other callback's."""
-
-    def __init__(self, strategy: ElasticEntropyStrategy) -> None:
-        self._strategy = strategy
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show it to whoever looks at the end of an epoch."""
-        self._strategy.show_consensus()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it in the module."""
-        self._strategy.show_consensus()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave in the module what is known without the others."""
-        self._strategy.show_consensus()

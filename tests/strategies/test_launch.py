@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 import lightning_entropy as le
 from lightning_entropy import ElasticEntropyStrategy
 from lightning_entropy.methods import presets
+from lightning_entropy.strategies.lightning_internals import backend
 from tests.strategies.runs import FORK_WARNINGS, fit
 from tests.strategies.streams import Streaming
 
@@ -79,9 +80,9 @@ def test_replicas_divide_the_processes(tmp_path: Path) -> None:
 def test_replicas_that_share_a_gpu_use_gloo() -> None:
     cuda = torch.device("cuda:0")
     shared = ElasticEntropyStrategy(parallel_devices=[cuda, cuda])
-    assert shared._get_process_group_backend() == "gloo"
+    assert backend(shared) == "gloo"
     apart = ElasticEntropyStrategy(parallel_devices=[cuda, torch.device("cuda:1")])
-    assert apart._get_process_group_backend() == "nccl"
+    assert backend(apart) == "nccl"
 
 
 @pytest.mark.parametrize("strategy", ["elastic_entropy", "elastic_entropy_spawn"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import lightning_entropy as le
-from lightning_entropy.strategies.replica import SEED_STRIDE
+from lightning_entropy.strategies.options import SEED_STRIDE
 from tests import reference
 from tests.strategies.runs import FORK_WARNINGS, Net, data, fit, strategy
 

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 import lightning_entropy as le
-from lightning_entropy.strategies.loaders import GroupSyncBatchNorm, initialize_apart
+from lightning_entropy.strategies.lightning_internals import GroupSyncBatchNorm
+from lightning_entropy.strategies.start import initialize_apart
 from tests.strategies.runs import FORK_WARNINGS, SAMPLES, Net, external, fit, strategy, trainer
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
