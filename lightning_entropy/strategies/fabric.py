@@ -1,4 +1,4 @@
-"""Replicas under Lightning Fabric: the sibling of the Trainer's strategy, over the same loops and exchanges."""
+"""Replicas under Lightning Fabric: the same loops and exchanges as under the Trainer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +35,9 @@ from lightning_entropy.strategies.start import initialize, seed_apart
 class ElasticEntropyFabricStrategy(DDPStrategy):
     """``Fabric(strategy="elastic_entropy")``: see :class:`lightning_entropy.ElasticEntropyStrategy`.
 
-    Set up the module and its optimizers together, ``fabric.setup(module, optimizer)``, once. Look at the consensus in
-    ``with fabric.strategy.consensus():``, on all ranks. ``fabric.save`` writes the consensus, and each replica's own
-    state beside it; ``fabric.load`` with the same module and optimizers goes on exactly.
+    Set up the module and its optimizers together and once: ``fabric.setup(module, optimizer)``. Evaluate the consensus
+    in ``with fabric.strategy.consensus():``, on all ranks. ``fabric.save`` writes the consensus, and each replica's own
+    state beside it; ``fabric.load`` with the same module and optimizers resumes exactly.
 
     Args:
         relaxation: the method; None: ``parle()``.
@@ -45,7 +45,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         data: ``"all"`` or ``"shard"``: for ``fabric.setup_dataloaders``.
         independent_init: replicas start from different weights.
         outer: makes the outer optimizer from the list of anchors.
-        seed: of noise and order, >= 0; None: rank 0's seed of torch's generator.
+        seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
         communication_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         overlap: False waits for every exchange at once.
         **kwargs: of Fabric's ``DDPStrategy``, and of ``DistributedDataParallel`` inside a replica.
@@ -144,7 +144,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         return error if self._heartbeat is None else self._heartbeat.named(error)
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Step, and count the attempt; the outer step follows the last one."""
+        """Step, and count the attempt; the outer step follows the last inner step."""
         if self._loops is not None:
             self._loops.begin()
         output = super().optimizer_step(optimizer, **kwargs)
@@ -153,7 +153,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         return output
 
     def metrics(self) -> dict[str, Any]:
-        """Give gamma, rho, the outer step and the replicas' spread, for a logger."""
+        """Return gamma, rho, the outer step and the replicas' spread, for a logger."""
         return {} if self._loops is None else self._loops.metrics()
 
     @contextmanager
@@ -161,7 +161,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         """Put the consensus into the module, and the replica's own weights back at the end. A collective.
 
         Yields:
-            Nothing. Weights that are changed in here become this replica's x.
+            Nothing. Weights that are changed inside the block become this replica's x.
         """
         if self._loops is None:
             yield
@@ -173,7 +173,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
             self._loops.consensus.hide()
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        """Give the state dict of the consensus; a collective."""
+        """Return the state dict of the consensus. A collective."""
         state = super().get_module_state_dict(module)
         ours = getattr(module, "module", module) is self._module
         return self._loops.consensus.fill(state, alone=False) if ours and self._loops is not None else state
@@ -199,7 +199,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load the main file and, where the module and its optimizers are asked for, this replica's own."""
+        """Load the main file and, if the state has the module and its optimizers, this replica's own."""
         rest = super().load_checkpoint(path, state, strict, weights_only)
         restored = replica_files.load(rest, path, self.grid, weights_only)
         if restored is None or self._loops is None or not isinstance(state, dict):
@@ -211,7 +211,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         return rest
 
     def teardown(self) -> None:
-        """End the heartbeat."""
+        """Stop the heartbeat."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None

@@ -1,4 +1,4 @@
-"""The loops of one replica, its exchanges with the others, and the consensus: what both strategies drive."""
+"""The loops of one replica, its exchanges with the others, and the consensus, as both strategies use them."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -130,7 +130,7 @@ class ReplicaLoops:
             coupling.round = None  # nobody will ask again, and it holds a copy of the weights
 
     def metrics(self) -> dict[str, Any]:
-        """Give what is logged at outer steps, with the replicas' spread."""
+        """Return what is logged at outer steps, with the replicas' spread."""
         values = self.loops.metrics()
         for i, coupling in enumerate(self.couplings):
             if coupling.spread is not None:
@@ -138,7 +138,7 @@ class ReplicaLoops:
         return values
 
     def traffic(self) -> tuple[float, float]:
-        """Give the bytes that this rank has sent to other replicas, and the seconds it has waited for theirs."""
+        """Return the bytes that this rank has sent to other replicas, and the seconds it has waited for theirs."""
         return sum(c.sent for c in self.couplings), sum(c.waited for c in self.couplings)
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class ReplicaLoops:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, or, from :meth:`counters`, at the module's weights."""
+        """Restore :meth:`state_dict`; or only :meth:`counters`, and start from the module's weights."""
         if "counters" in state:
             for loop, counters in zip(self.loops.loops, state["counters"], strict=True):
                 loop.load_state_dict({**loop.state_dict(), **counters, "inner_step": 0, "slots": {}})
@@ -163,14 +163,14 @@ class ReplicaLoops:
 
     @staticmethod
     def counters(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Give of a state what any number of replicas can go on from: t, and the measured gamma."""
+        """Return the part of a state that does not depend on the number of replicas: t and the measured gamma."""
         return [{key: loop[key] for key in ("outer_step", "gamma_start")} for loop in state["loops"]]
 
     def detach(self, *, close: bool) -> None:
         """Leave in the parameters what they show, or x, and no hook behind.
 
         Args:
-            close: give the process groups back, on all ranks.
+            close: destroy the process groups. All ranks do.
         """
         self.loops.detach()
         for links in self._links if close else []:

@@ -1,4 +1,4 @@
-"""Replicas that share no gradients: every device, or group of devices, trains one, elastically tied to their mean."""
+"""Replicas under the Trainer: every device, or group of devices, trains one, elastically tied to their mean."""
 
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -27,10 +27,11 @@ from lightning_entropy.strategies.lightning_internals import (
 )
 from lightning_entropy.strategies.loaders import even_end, own_order
 from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
+from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
-from lightning_entropy.trainer.ownership import check_optimizers, claim, log_outer_step, release
+from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 
 # In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
@@ -48,38 +49,39 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     The mean is taken of the anchors as the last outer step left them, so it travels while the inner steps run, with no
     change in the result (``elastic_target="anchor"``; the other targets wait for it).
 
-    The consensus, mean of x over replicas with floating-point buffers averaged, is what everyone sees who looks: the
-    module from the start of validation, and from the end of an epoch, to the next training batch; every checkpoint,
-    weights-only included; the module after fit. A replica's own state goes to ``<checkpoint>.replicas/<r>.pt``; with it
-    a resume is exact, without it, or with another R, all replicas start from the consensus, with a warning.
+    What you evaluate, save and keep is the consensus: the mean of x over replicas, with floating-point buffers
+    averaged. The module holds it from the start of validation, and from the end of an epoch, to the next training
+    batch, and after fit; every checkpoint has it, weights-only included. A replica's own state goes to
+    ``<checkpoint>.replicas/<r>.pt``: with it a resume is exact; without it, or with another R, all replicas start from
+    the consensus, with a warning.
 
-    A replica whose weights become nan or inf is left out of the mean and put back to it, with fresh momentum. A rank
+    A replica whose weights become nan or inf is left out of the mean and restarts from it, with fresh momentum. A rank
     that dies ends the job, within the process-group timeout and with an error that names it.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
-    ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the outer step before),
+    ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
     ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
-    (per training step, for exchanges to arrive; on CUDA, what the host waits).
+    (per training step, for exchanges to arrive; on CUDA, as seen by the host).
 
-    Saving is a collective, so it does not belong into a signal handler: on SLURM, give the Trainer
+    Saving is a collective, so it does not belong in a signal handler: on SLURM, use
     ``SLURMEnvironment(auto_requeue=False)``. Lightning itself broadcasts a flag before every batch of every
-    multi-process fit: replicas run batch by batch together, and a link's latency is paid once a batch.
+    multi-process fit, so replicas advance batch by batch together and pay a link's latency once a batch.
 
-    Optimizers are to be stepped through the Trainer, as automatic optimization and ``self.optimizers()`` do: replicas
-    count attempted steps, so that they stay together when a gradient scaler skips one.
+    Step optimizers through the Trainer, as automatic optimization and ``self.optimizers()`` do: replicas count
+    attempted steps, so that they stay together when a gradient scaler skips one.
 
     Args:
         relaxation: the method; None: ``parle()``.
         replicas: R, which divides the number of processes; each replica is then DDP over the others' share of it.
             ``"auto"``: every process is one.
-        data: ``"all"``: every replica sees the whole training set in its own order, as Parle does. ``"shard"``: each
-            sees another R-th of every epoch. Loaders with a distributed sampler of their own are left alone.
-        independent_init: replicas start from different weights (``reset_parameters`` of every submodule, or of the
-            module itself), all but the first, instead of from the same.
+        data: ``"all"``: every replica sees the whole training set in its own order, as in Parle. ``"shard"``: each
+            sees a different R-th of every epoch. Loaders with a distributed sampler of their own are left alone.
+        independent_init: all replicas but the first draw their own initial weights (by ``reset_parameters`` of the
+            module itself or else of every submodule), instead of starting from the same.
         outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
-        seed: of noise and order, >= 0; None: rank 0's seed of torch's generator.
-        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half and ``"int8"`` a quarter, with what the rounding
-            leaves out added to the next round.
+        seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
+        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes and ``"int8"`` a quarter, with the
+            rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
             not answer counts as gone), ``start_method``, ``checkpoint_io`` (writes the main checkpoint),
@@ -128,7 +130,6 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._resumed = False
         self._restored: dict[str, Any] | None = None  # loaded for the fit that begins
         self._left: dict[str, Any] | None = None  # by the fit that has ended
-        self._logged = (0, 0.0, 0.0)  # at the last log: global step, bytes sent, seconds waited
 
     relaxation = property(attrgetter("options.relaxation"))
     replicas = property(attrgetter("options.replicas"))
@@ -156,7 +157,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     # Set-up
 
     def setup_environment(self) -> None:
-        """Join the process group, refuse what cannot work, and lay the grid of replicas."""
+        """Join the process group, refuse what cannot work, and arrange the processes into replicas."""
         if self.root_device.type == "mps":
             raise MisconfigurationException(f"{type(self).__name__} needs CPU or CUDA devices, got mps")
         super().setup_environment()
@@ -192,7 +193,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         return self.lightning_module.device_mesh.get_group("data_parallel")
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrap inside the replica, and let every replica's random numbers go their own way."""
+        """Wrap inside the replica, and seed every replica's random numbers apart."""
         if self._fitting:
             confine_sync_batchnorm(self, self._inside if self.grid.data_parallel > 1 else None)
         super().setup(trainer)
@@ -216,7 +217,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         return own_order(self.grid)
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Refuse training loaders that end at different steps; those of unknown length end with the first."""
+        """Refuse training loaders of different lengths; those of unknown length end with the shortest."""
         if self._trainer.training and self.world_size > 1:
             return even_end(dataloader, self._trainer.limit_train_batches)
         return dataloader
@@ -224,7 +225,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     # Training
 
     def on_train_start(self) -> None:
-        """Attach the loops: everything is restored and on its device."""
+        """Attach the loops: by now everything is restored and on its device."""
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
         self._loops = replica_loops(
@@ -236,7 +237,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             timeout=timeout(self),
             naming=self._named,
         )
-        self._logged = (self._trainer.global_step, 0.0, 0.0)
+        self._log = OuterStepLog(self._trainer)
         if self._restored is None:
             return
         self._loops.load_state_dict(self._restored)
@@ -246,34 +247,23 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._restored = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Go on with y."""
+        """Put y back into the parameters."""
         if self._loops is None:
             return
         self._loops.begin()
-        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = bool(self._trainer.loggers) and 0 < every <= self._trainer.global_step + 1 - self._logged[0]
+        due = self._log.due
         for loop in self._loops.loops.loops:
             loop.measure = due
             loop.distances = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Step, and count the attempt; the outer step follows the last one."""
+        """Step, and count the attempt; the outer step follows the last inner step."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._loops is not None and self._loops.count(optimizer) and self._loops.loops.loops[0].measure:
-            self._log(self._loops)
+            self._log.write(self._loops)
         return output
 
-    def _log(self, loops: ReplicaLoops) -> None:
-        trainer = self._trainer
-        metrics = loops.metrics()
-        now = (trainer.global_step + 1, *loops.traffic())
-        steps, sent, waited = (new - old for new, old in zip(now, self._logged, strict=True))
-        metrics["entropy/bytes_per_step"] = sent / max(steps, 1)
-        metrics["entropy/seconds_waited"] = waited / max(steps, 1)
-        log_outer_step(trainer, metrics)
-        self._logged = now
-
-    # Who sees the consensus
+    # The consensus
 
     def show_consensus(self) -> None:
         """Put the consensus into the module until the next training batch. A collective, unless it is there already."""
@@ -285,7 +275,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self.show_consensus()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Give the state dict of the consensus; a collective, but on the way out of an exception."""
+        """Return the state dict of the consensus. A collective, except after an exception."""
         state = super().lightning_module_state_dict()
         return state if self._loops is None else self._loops.consensus.fill(state, alone=self._trainer.interrupted)
 
@@ -307,7 +297,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the main file and every replica's own, so that a crash leaves the last ones whole."""
         if self._leaving and not dist.is_initialized():
-            return  # the parent of spawned processes, which have saved what they trained; here is nothing trained
+            return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         state = self._left if self._loops is None else self._replica_state(self._loops)
         if state is None or self._files is None or "optimizer_states" not in checkpoint:
             if self.is_global_zero:
@@ -318,7 +308,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._files.save(self.checkpoint_io, checkpoint, {"checkpoint": own, **state}, info, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the main file and, to fit, this replica's own."""
+        """Read the main file and, in fit, this replica's own."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._fitting:
             self._resumed = True

@@ -1,4 +1,4 @@
-"""Who drives the loops of a Trainer, and what every driver checks and logs."""
+"""Which object drives the loops of a Trainer, and what each such object checks and logs."""
 
 import weakref
 from collections import Counter
@@ -10,11 +10,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_entropy.trainer.lightning_internals import logger_step
+
 _owners: "weakref.WeakKeyDictionary[Trainer, Any]" = weakref.WeakKeyDictionary()
 
 
 def claim(trainer: Trainer, owner: Any) -> None:
-    """Make ``owner`` (a callback or a strategy) the one that drives the loops of this trainer.
+    """Make ``owner`` (a callback or a strategy) the only object that drives the loops of this trainer.
 
     Raises:
         MisconfigurationException: another object does already; the message says what to remove.
@@ -28,13 +30,13 @@ def claim(trainer: Trainer, owner: Any) -> None:
 
 
 def release(trainer: Trainer, owner: Any) -> None:
-    """Undo :func:`claim`; another owner's claim stays."""
+    """Undo :func:`claim`, unless another object is the owner."""
     if _owners.get(trainer) is owner:
         del _owners[trainer]
 
 
 def check_optimizers(module: Module | LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse a parameter that several optimizers have: it would have several x.
+    """Refuse a parameter that is in several optimizers: it would have several x.
 
     Raises:
         MisconfigurationException: with the names of such parameters.
@@ -47,7 +49,7 @@ def check_optimizers(module: Module | LightningModule, optimizers: Sequence[Opti
 
 
 def check_states(states: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse a checkpoint of another number of optimizers.
+    """Refuse a checkpoint with a different number of optimizers.
 
     Raises:
         MisconfigurationException: with both numbers.
@@ -61,9 +63,9 @@ def check_states(states: Sequence[Any], optimizers: Sequence[Optimizer]) -> None
 
 def log_outer_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
     """Log the metrics of an outer step and the effective epochs. Synchronizes with the device."""
-    epoch_loop = trainer.fit_loop.epoch_loop
     values = {key: float(value) for key, value in metrics.items()}
     if trainer.num_training_batches != float("inf"):
-        values["entropy/effective_epochs"] = (epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        values["entropy/effective_epochs"] = batches / trainer.num_training_batches
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=epoch_loop._batches_that_stepped)
+        logger.log_metrics(values, step=logger_step(trainer))
