@@ -200,15 +200,15 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load the main file and, if the state has the module and its optimizers, this replica's own."""
-        rest = super().load_checkpoint(path, state, strict, weights_only)
-        restored = replica_files.load(rest, path, self.grid, weights_only)
+        remainder = super().load_checkpoint(path, state, strict, weights_only)
+        restored = replica_files.load(remainder, path, self.grid, weights_only)
         if restored is None or self._loops is None or not isinstance(state, dict):
-            return rest
+            return remainder
         for key, optimizer_state in restored.pop("optimizers", {}).items():
             if key in state:
                 state[key].load_state_dict(optimizer_state)
         self._loops.load_state_dict(restored)
-        return rest
+        return remainder
 
     def teardown(self) -> None:
         """Stop the heartbeat."""

@@ -20,7 +20,7 @@ AnyDDPStrategy = DDPStrategy | FabricDDPStrategy
 
 
 def backend(strategy: AnyDDPStrategy) -> str:
-    """Return the process group's backend, and choose gloo where ranks share a CUDA device: nccl refuses that.
+    """Return the process group's backend, and choose gloo if ranks share a CUDA device: nccl refuses that.
 
     ``DDPStrategy`` resolves its default in ``_get_process_group_backend`` when the process group is opened, from
     ``_process_group_backend``, which only the constructor sets; the devices become known in between.

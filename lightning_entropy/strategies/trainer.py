@@ -33,7 +33,7 @@ from lightning_entropy.strategies.start import initialize, rng_state, seed_apart
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 
-# In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
+# In a checkpoint, what is the same for all replicas; everything else is in each replica's own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
 
 

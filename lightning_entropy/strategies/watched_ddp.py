@@ -1,4 +1,4 @@
-"""The Trainer's DDP strategy where ranks may die: its errors name them, and nobody waits for them."""
+"""A DDP strategy for the Trainer whose errors name the rank that died, and that does not wait for it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
