@@ -40,3 +40,13 @@ def test_what_is_logged(tmp_path: Path, format: Any) -> None:
     # The weights are float64, which goes as it is; rounded, there is a block for each of the two.
     payload = {"float32": 8 * weights, "bfloat16": 2 * 2 * 1024, "int8": 2 * (1024 + 4)}[format]
     assert sent == pytest.approx((payload + 8) / 4)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [3, 7, 11, 15]), (5, [7, 15]), (6, [7, 15]), (9, [11]), (0, [])])
+def test_outer_steps_are_logged_at_most_every_so_many_steps(tmp_path: Path, every: int, steps: list[int]) -> None:
+    logger = CSVLogger(tmp_path, "logs", "0")
+    fit(tmp_path, strategy(le.parle(4, 0.1, 0.3)), 2, logger=logger, log_every_n_steps=every)
+    file = tmp_path / "logs" / "0" / "metrics.csv"
+    lines = file.read_text().splitlines() if file.exists() else [""]
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    assert [int(row["step"]) for row in rows if row["entropy/outer_step"]] == steps

@@ -105,6 +105,7 @@ def test_all_ranks_get_the_weights_of_the_first(tmp_path: Path) -> None:
         assert pointers == [p.data_ptr() for p in module.parameters()]
         assert module.strided.is_contiguous(memory_format=torch.channels_last)
         torch.save(module.state_dict(), tmp_path / f"{rank}.pt")
+        torch.distributed.barrier()  # rank 0 has the store, which the others need until they have met
 
     assert external(3, work) == [""] * 3
     first = Kinds(0).state_dict()
