@@ -1,4 +1,4 @@
-"""Kill a rank of a job of replicas at any moment; the job ends by itself, and goes on to where an undisturbed one ends.
+"""Kill a rank of a job of replicas at any moment; the job ends by itself, and resumes to where an undisturbed one ends.
 
 ``python -m tests.kill_and_resume --rounds 20`` kills at random moments; the tests use :func:`kill_and_resume`.
 """
@@ -71,7 +71,7 @@ class Suicide(L.Callback):
 
 
 def job(folder: Path, method: str, suicide: Suicide | None = None) -> list[str]:
-    """Train to the end from the last checkpoint, if there is one; give what every rank said."""
+    """Train to the end from the last checkpoint, if there is one, and return how every rank ended."""
     relaxation, kwargs = METHODS[method]
 
     def work(rank: int) -> None:
@@ -121,7 +121,7 @@ def kill_and_resume(
 
 
 def undisturbed(folder: Path, method: str) -> dict[str, Any]:
-    """Give the final weights of a run that nobody kills."""
+    """Return the final weights of a run that nobody kills."""
     said = job(folder, method)
     assert said == [""] * RANKS, said
     return torch.load(folder / "final.0.pt", weights_only=True)

@@ -346,6 +346,10 @@ class InnerOuter:
             self.optimizer.state.pop(w.param, None)
         self._outer.load_state_dict(None)
 
+    def forget_mean(self) -> None:
+        """Drop the mean over replicas that is under way, once it has arrived."""
+        self._replicas.forget()
+
     @property
     def _measures_gamma(self) -> bool:
         return self.relaxation.auto_gamma and self.gamma_start is None

@@ -1,8 +1,8 @@
 """What belongs to one replica, in a file of its own beside the checkpoint: ``<file>.replicas/<r>.pt``.
 
-A save is whole or absent. The replicas write their files under a provisional name that carries the save's token, then
-the checkpoint with the same token replaces the old one, and then the files take their own names. A crash before the
-replacement leaves the old checkpoint and the old files; one after it leaves the new ones, some still provisional.
+A save is complete or absent. The replicas write their files under provisional names that contain the save's token;
+then the checkpoint with the same token replaces the old one; then the files get their final names. A crash before the
+replacement leaves the old checkpoint and the old files; one after it leaves the new ones, some under provisional names.
 """
 
 import os
@@ -16,9 +16,9 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-from lightning_entropy.strategies.replica import Grid
+from lightning_entropy.strategies.options import Grid
 
-KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and where the loops stand
+KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and the loops' counters
 
 
 class ReplicaFileError(RuntimeError):
@@ -26,22 +26,22 @@ class ReplicaFileError(RuntimeError):
 
 
 def folder(checkpoint: Any) -> str:
-    """Give the folder of a checkpoint's replica files."""
+    """Return the folder of a checkpoint's replica files."""
     return f"{os.fspath(checkpoint)}.replicas"
 
 
 def is_local(path: Any) -> bool:
-    """Whether files there can be renamed in one step."""
+    """Whether files there can be renamed atomically."""
     return "://" not in str(path)
 
 
 def save_whole(io: CheckpointIO, content: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-    """Write a checkpoint so that at every moment the old one or the new one is there, never a part.
+    """Write a checkpoint atomically: at every moment the file is the old one or the new one, never a part.
 
     Args:
-        io: writes it. One that is not Lightning's own (asynchronous, remote) keeps its own promises.
+        io: writes it. One that is not Lightning's own (asynchronous, remote) is as atomic as it is.
         content: the checkpoint.
-        path: where to.
+        path: of the file.
         storage_options: for ``io``.
     """
     if type(io) is not TorchCheckpointIO or not is_local(path):
@@ -62,7 +62,7 @@ def stage(content: dict[str, Any], checkpoint: Any, replica: int, token: str) ->
 
 
 def commit(checkpoint: Any, replica: int, token: str) -> None:
-    """Give a replica's file its own name, and remove what earlier saves left half done."""
+    """Move a replica's file to its final name, and remove what interrupted saves have left."""
     if is_local(checkpoint):
         os.replace(_provisional(checkpoint, replica, token), _final(checkpoint, replica))
     else:
@@ -71,7 +71,7 @@ def commit(checkpoint: Any, replica: int, token: str) -> None:
 
 
 def tidy(checkpoint: Any, replica: int, keep: Collection[str]) -> None:
-    """Remove a replica's provisional files, but those with the tokens to keep."""
+    """Remove a replica's provisional files, except those with the tokens to keep."""
     fs = get_filesystem(folder(checkpoint))
     for path in _listed(checkpoint):
         name, _, token = os.path.basename(path).partition(".")
@@ -80,7 +80,7 @@ def tidy(checkpoint: Any, replica: int, keep: Collection[str]) -> None:
 
 
 def find(checkpoint: Any, replica: int, token: str) -> str | None:
-    """Give the path of a replica's file, under either name; None where there is none."""
+    """Return the path of a replica's file, under either name; None if there is none."""
     fs = get_filesystem(folder(checkpoint))
     for path in (_provisional(checkpoint, replica, token), _final(checkpoint, replica)):
         if fs.exists(path):
@@ -89,7 +89,7 @@ def find(checkpoint: Any, replica: int, token: str) -> str | None:
 
 
 def surplus(checkpoint: Any, replicas: int) -> list[str]:
-    """Give the files of replicas that the checkpoint does not have."""
+    """Return the files of replicas that the checkpoint does not have."""
     known = {str(r) for r in range(replicas)}
     return [path for path in _listed(checkpoint) if os.path.basename(path).split(".")[0] not in known]
 
@@ -132,12 +132,12 @@ def _listed(checkpoint: Any) -> list[str]:
 
 
 def new_run(broadcast: Callable[[str], str]) -> str:
-    """Give a name that no other run has, the first rank's on all; a collective."""
+    """Return a name that no other run has, the first rank's on all ranks. A collective."""
     return str(broadcast(uuid.uuid4().hex[:12]))
 
 
 class ReplicaFiles:
-    """Saves and loads a checkpoint in its parts: one main file, and one for every replica.
+    """Saves a checkpoint in parts: one main file, and one for every replica.
 
     Args:
         grid: where this rank stands.
@@ -163,13 +163,13 @@ class ReplicaFiles:
 
         Args:
             io: writes the main file.
-            checkpoint: what goes there; only the first rank's is written.
-            own: this replica's.
-            info: put into the main file, for a load with another number of replicas.
+            checkpoint: the main file's content; only the first rank's is written.
+            own: the content of this replica's file.
+            info: added to the main file, for a load with another number of replicas.
             path: of the main file.
             storage_options: for ``io``.
         """
-        self._saves += 1  # saves are counted alike on all ranks, so the token needs no message
+        self._saves += 1  # the same on all ranks, so the token needs no message
         token = f"{self._run}-{self._saves}"
         writes = self._grid.position == 0
         if writes:
@@ -181,7 +181,7 @@ class ReplicaFiles:
         self._barrier()
         if writes and type(io) is TorchCheckpointIO:
             commit(path, self._grid.replica, token)
-        elif writes:  # the main file may be written later: both saves' files stay, and a load picks by the token
+        elif writes:  # the main file may be written later: both saves' files stay, and a load picks those of its token
             tidy(path, self._grid.replica, keep={token, self._last.get(str(path), "")})
         self._last[str(path)] = token
 
@@ -190,14 +190,14 @@ def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool |
     """Read this replica's file of a checkpoint that has some. A collective.
 
     Args:
-        checkpoint: the main file's content. What :meth:`ReplicaFiles.save` added is taken out.
+        checkpoint: the main file's content. What :meth:`ReplicaFiles.save` added is removed.
         path: the main file.
         grid: where this rank stands.
         weights_only: as for ``torch.load``.
 
     Returns:
-        The replica's own state, or ``{"counters": ...}`` where all start from the consensus, with a warning that says
-        why; None where the checkpoint has no replicas.
+        The replica's own state, or ``{"counters": ...}`` if all start from the consensus, with a warning that says
+        why; None if the checkpoint has no replicas.
 
     Raises:
         ReplicaFileError: a file cannot be read or is of another save; on all ranks.

@@ -1,4 +1,4 @@
-"""How a flat tensor is summed over replicas: whole, or rounded to bfloat16 or int8 with what is left out kept."""
+"""How a flat tensor is summed over replicas: as it is, or rounded to bfloat16 or int8 with the rounding error kept."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,21 +15,21 @@ LEVELS = 127
 
 
 class Sum:
-    """One sum over a process group, under way.
+    """One sum over a process group, in progress.
 
-    ``"float32"`` sends the values as they are, in one all-reduce. The others send bytes in two halves: every rank gets
-    the others' values of its share and sums them in float32, and then hands the rounded sum round.
+    ``"float32"`` sends the values as they are, in one all-reduce. The others send bytes in two halves: every rank
+    receives the others' values of its share and sums them in float32, and then sends the rounded sum to all.
 
     Args:
         values: what this rank adds, flat.
         group: over which.
         format: of what is sent.
-        residual: what rounding left out of this rank's share of the last sum, added to this one; None: nothing.
+        residual: the rounding error of this rank's share of the last sum, added to this one; None: nothing.
 
     Attributes:
-        sent: what of ``values`` the others receive.
+        sent: ``values`` as the others receive them.
         payload: bytes of ``values`` in this format.
-        residual: to be given to the next sum.
+        residual: for the next sum.
     """
 
     def __init__(self, values: Tensor, group: dist.ProcessGroup, format: Format, residual: Tensor | None) -> None:
@@ -67,7 +67,7 @@ class Sum:
             self._start_second()
 
     def result(self) -> Tensor:
-        """Wait for the sum.
+        """Wait for the sum and return it.
 
         Raises:
             RuntimeError: a rank of the group is gone.
@@ -95,7 +95,7 @@ class Sum:
 
 
 def to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Round every block of 1024 to 127 steps of its largest magnitude, to either side.
+    """Round every block of 1024 values to multiples of 1/127 of its largest magnitude.
 
     Args:
         values: shape (rows, n), n a multiple of the block.
@@ -117,20 +117,20 @@ def to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_int8(packed: Tensor, n: int) -> Tensor:
-    """Give the values, shape (rows, n), that :func:`to_int8` packed."""
+    """Return the values, shape (rows, n), that :func:`to_int8` packed."""
     steps = packed[:, :n].contiguous().view(torch.int8).view(packed.shape[0], -1, BLOCK)
     scales = packed[:, n:].contiguous().view(torch.float32)
     return (steps * scales.unsqueeze(-1)).view(packed.shape[0], n)
 
 
 def to_bfloat16(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to bfloat16: bytes of shape (rows, 2 n), and the values they stand for."""
+    """Round to bfloat16; return bytes of shape (rows, 2 n), and the values they stand for."""
     rounded = values.to(torch.bfloat16)
     return rounded.view(torch.uint8), rounded.to(values.dtype)
 
 
 def from_bfloat16(packed: Tensor, n: int) -> Tensor:
-    """Give the values, shape (rows, n), that :func:`to_bfloat16` packed."""
+    """Return the values, shape (rows, n), that :func:`to_bfloat16` packed."""
     return packed.view(torch.bfloat16).to(torch.float32)
 
 

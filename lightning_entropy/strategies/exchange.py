@@ -1,4 +1,4 @@
-"""The mean over replicas of a list of tensors, as one flat exchange that runs while they train."""
+"""The mean over replicas of a list of tensors, in one flat exchange that runs while they train."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,22 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_entropy.strategies.compression import Format, Sum
+from lightning_entropy.strategies.options import Grid
 
 Naming = Callable[[RuntimeError], RuntimeError]
 
-DIVERGED = "the weights of every replica are nan or inf"  # begins the error that says so
+DIVERGED = "the weights of every replica are nan or inf"  # how the error begins
 
 
 class Links:
     """The process groups of one stream of exchanges, this rank's row and column of the replicas x data-parallel grid.
 
-    They are nobody else's, so that an exchange under way meets no other collective. Opening them is a collective: every
-    rank of the world does it at the same point.
+    No other stream uses them, so that an exchange in progress cannot mix with another collective. Opening them is a
+    collective of the whole world.
 
     Args:
         replicas: R, rows of the grid; rank = replica * D + position.
         data_parallel: D, ranks of one replica.
-        timeout: after which a wait for a rank that does not answer is an error.
+        timeout: after which waiting for a rank that does not answer is an error.
     """
 
     def __init__(self, replicas: int, data_parallel: int, timeout: timedelta | None = None) -> None:
@@ -38,7 +39,7 @@ class Links:
         self.by_host = dist.get_backend(self.across) == "gloo"
 
     def close(self) -> None:
-        """Give the groups back."""
+        """Destroy the groups."""
         for group in (self.across, self.inside):
             if group is not None and dist.is_initialized():
                 dist.destroy_process_group(group)
@@ -46,12 +47,12 @@ class Links:
 
 @dataclass(frozen=True)
 class Memory:
-    """What rounding remembers from one round to the next. Its tensors are replaced, never written to.
+    """The state of a compressed stream between two rounds. Its tensors are replaced, never written to.
 
     Attributes:
         mean: the last mean; None before the first.
-        residual: what rounding left out of this replica's values.
-        share: what the second rounding left out of this rank's share of the sum.
+        residual: the rounding error of this replica's values.
+        share: the rounding error of this rank's share of the sum.
     """
 
     mean: Tensor | None = None
@@ -62,23 +63,23 @@ class Memory:
 class Coupling:
     """Means over replicas, one exchange after the other: the engine's ``replica_mean``.
 
-    A replica with a value that is not finite is left out of the round: it sends zeros of weight zero. Where several
-    ranks share a replica, each exchanges its part of the weights and they hand the parts round, so that the replica's
-    ranks get the same bits and the replica sends its weights once.
+    A replica with a value that is not finite is left out of the round: it sends zeros of weight zero. If a replica has
+    several ranks, each exchanges its part of the weights and they gather the parts, so that the replica's ranks get the
+    same bits and the replica sends its weights once.
 
     Args:
         links: process groups of its own.
-        format: of what is sent. Less than float32 is sent as the difference from the last mean, which all have, with
-            what the rounding left out added to the next round (error feedback); the first round is sent whole.
+        format: of what is sent. Formats below float32 send the difference from the last mean, which all replicas have,
+            and add the rounding error to the next round (error feedback); the first round is sent in float32.
         differences: False sends the values themselves: for pseudo-gradients, which the last mean does not predict.
-        overlap: False waits at once, with the same result.
+        overlap: False waits for every exchange at once, with the same result.
         naming: turns the error of a collective into one that names the rank that is gone.
 
     Attributes:
         round: the last exchange; None before the first.
-        sent: bytes this rank has sent to other replicas, by the count of a ring: 2 (R - 1) / R of the payload.
+        sent: bytes this rank has sent to other replicas, counted as for a ring: 2 (R - 1) / R of the payload.
         waited: seconds this rank has waited for exchanges to end.
-        spread: rms per weight, over replicas, of their distance to the mean, one round ago; None before.
+        spread: rms per weight, over replicas, of their distance to the mean in the previous round; None before that.
     """
 
     def __init__(
@@ -104,14 +105,14 @@ class Coupling:
         self._before = Memory()
 
     def __call__(self, tensors: Sequence[Tensor], judged: int | None = None) -> Callable[[], list[Tensor]]:
-        """Start the mean; the result waits for it.
+        """Start a mean over replicas.
 
         Args:
-            tensors: any shapes, the same on all replicas. They do not change until the mean is waited for.
-            judged: how many of them must be finite for the replica to count; None: all.
+            tensors: any shapes, the same on all replicas. They must not change until the mean has been waited for.
+            judged: how many of them, from the first, must be finite for the replica to count; None: all.
 
         Returns:
-            Gives the means in float32, or all in float64 where a tensor is.
+            A function that waits for the means and returns them, in float64 if any tensor is, else in float32.
 
         Raises:
             RuntimeError: a rank is gone.
@@ -123,16 +124,16 @@ class Coupling:
         return self.round.wait
 
     def progress(self) -> None:
-        """Let the exchange go on, where it has two halves."""
+        """Start the second half of the exchange, if it has one and the first has arrived."""
         if self.round is not None and self.links.by_host:
             self.round.progress()
 
     def state_dict(self, *, repeat: bool) -> dict[str, Tensor | None]:
-        """Give the memory; with ``repeat``, that before the last round, which whoever loads starts again."""
+        """Return the memory, or with ``repeat`` the one before the last round, which is started again after loading."""
         return dict(vars(self._before if repeat else self.memory))
 
     def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore the memory that :meth:`state_dict` returned."""
         self.memory = Memory(**state)
 
 
@@ -140,8 +141,8 @@ class Round:
     """One exchange.
 
     Attributes:
-        tensors: what this replica gave.
-        finite: whether it counts.
+        tensors: this replica's.
+        finite: whether they are, so that the replica counts.
     """
 
     def __init__(self, coupling: Coupling, tensors: list[Tensor], judged: int) -> None:
@@ -153,7 +154,7 @@ class Round:
         own = self._part(flat)
         memory = coupling.memory
         if memory.mean is not None and memory.mean.numel() != own.numel():
-            memory = Memory()  # parameters have been added: start again
+            memory = Memory()  # parameters have been added: start afresh
         self._compressed = coupling.format != "float32"
         self._reference = memory.mean.to(own) if coupling.differences and memory.mean is not None else None
         whole = self._compressed and coupling.differences and self._reference is None
@@ -177,18 +178,18 @@ class Round:
 
     @property
     def in_halves(self) -> bool:
-        """Whether every rank must start a second half, at a later call."""
+        """Whether there is a second half, which every rank must start in a later call."""
         return self._sum.in_halves
 
     @property
     def arrived(self) -> bool:
-        """Whether :meth:`wait` returns at once and meets nobody."""
+        """Whether :meth:`wait` returns at once, without a collective."""
         if self._means is not None:
             return True
         return self._coupling.links.inside is None and self._header_work.is_completed() and self._sum.done
 
     def progress(self) -> None:
-        """Go on, where there are two halves."""
+        """Start the second half, if there is one and the first has arrived."""
         if self._means is None:
             try:
                 self._sum.progress()
@@ -196,7 +197,7 @@ class Round:
                 raise self._coupling.naming(error) from error
 
     def wait(self) -> list[Tensor]:
-        """Wait for the means; may be called again.
+        """Wait for the means and return them; may be called again.
 
         Raises:
             RuntimeError: a rank is gone, or no replica has finite values.
@@ -228,14 +229,14 @@ class Round:
         return means
 
     def _part(self, flat: Tensor) -> Tensor:
-        """Give this rank's part of its replica's values, on the device they are sent from."""
+        """Return this rank's part of its replica's values, on the device they are sent from."""
         links = self._coupling.links
         size = -(-flat.numel() // links.data_parallel)
         padded = torch.nn.functional.pad(flat, (0, size * links.data_parallel - flat.numel()))
         return padded[links.position * size : (links.position + 1) * size].to("cpu" if links.by_host else flat.device)
 
     def _whole(self, part: Tensor) -> Tensor:
-        """Hand the parts round inside the replica."""
+        """Gather the parts of the replica's ranks."""
         links = self._coupling.links
         if links.inside is None:
             return part
@@ -244,8 +245,14 @@ class Round:
         return torch.cat(parts)[: sum(t.numel() for t in self.tensors)]
 
 
+def data_parallel_group(grid: Grid) -> dist.ProcessGroup | None:
+    """Open a process group for each replica's ranks and return this rank's; None if a replica is one rank."""
+    rows = [[r * grid.data_parallel + d for d in range(grid.data_parallel)] for r in range(grid.replicas)]
+    return own_group(rows, None) if grid.data_parallel > 1 else None
+
+
 def own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
-    """Open all the groups and give the one this rank is in."""
+    """Open all the groups and return the one this rank is in."""
     mine = None
     for ranks in groups:
         group = dist.new_group(ranks, timeout=timeout)

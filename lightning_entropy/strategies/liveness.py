@@ -1,4 +1,4 @@
-"""Who is alive, known without a collective."""
+"""Which ranks are alive, known without a collective."""
 
 import atexit
 import os
@@ -9,12 +9,14 @@ from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lightning_entropy.strategies.options import Grid
 
 PERIOD = 0.5  # seconds between two beats
 PATIENCE = 5.0  # seconds without a beat after which a rank is gone, once a collective has failed
 LIMIT = 30.0  # seconds after which a rank that is stuck because of it ends itself
-
 
 DONE = "done"
 _kept: list[dist.TCPStore] = []
@@ -25,27 +27,27 @@ class ReplicaLost(RuntimeError):
 
 
 class Heartbeat:
-    """Every rank counts up in a store, from a thread; a rank whose count stands still is gone.
+    """A thread of every rank increments a counter in a store; a rank whose counter has stopped is gone.
 
-    The thread goes on while its process waits in a collective, so that one that waits is not taken for one that died.
-    The store is on rank 0; where it cannot be reached, rank 0 is the one that is gone.
+    The thread keeps counting while its process waits in a collective, so a waiting rank is not taken for a dead one.
+    The store is on rank 0; if it cannot be reached, rank 0 is gone.
 
-    A collective that meets a dead rank mostly fails at once, but some ranks may be left waiting for others that gave up
-    (Lightning's broadcast before every batch swallows errors), until the process group's timeout. So the thread ends
-    its process, with a message that names the rank, where a rank is silent and the main thread stands on one spot for
+    A collective with a dead rank mostly fails at once, but some ranks may be left waiting, until the process group's
+    timeout, for others that have given up (Lightning's broadcast before every batch swallows errors). So the thread
+    ends its process, with a message that names the rank, if a rank is silent and the main thread has not moved for
     30 seconds.
 
     Args:
         rank: this rank.
-        world_size: ranks.
-        host: where rank 0 is, as the others reach it.
+        world_size: number of ranks.
+        host: rank 0's, as the others reach it.
         data_parallel: ranks of one replica, for messages.
     """
 
     def __init__(self, rank: int, world_size: int, host: str, data_parallel: int = 1) -> None:
         self._rank, self._data_parallel = rank, data_parallel
         self._keys = [f"beat/{r}" for r in range(world_size)]
-        self._lost: list[int] = []  # ranks that someone found gone; those that end because of it are not counted
+        self._lost: list[int] = []  # ranks that some rank found gone, without those that end because of it
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -56,7 +58,7 @@ class Heartbeat:
             self._ended.set()
 
     def _connect(self, host: str) -> bool:
-        """Reach the store, on all ranks or on none."""
+        """Connect to the store, on all ranks or on none."""
         wait = timedelta(seconds=LIMIT)
         port, error = [0], None
         try:
@@ -71,7 +73,7 @@ class Heartbeat:
             if port[0]:
                 if self._rank != 0:
                     self._store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-                # The thread needs a connection of its own: a call that waits holds it.
+                # The thread needs a connection of its own: a call that waits blocks the connection.
                 self._thread_store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
                 self._thread_store.set(self._keys[self._rank], "0")
         except RuntimeError as caught:
@@ -99,7 +101,7 @@ class Heartbeat:
                 *latest, lost = self._thread_store.multi_get([*self._keys, "lost"])
                 self._lost = _ranks(lost)
             except RuntimeError:
-                latest = [beats[0], *(b"?" for _ in beats[1:])]  # rank 0 stands still; of the others nothing is known
+                latest = [beats[0], *(b"?" for _ in beats[1:])]  # rank 0 has stopped; the others are unknown
             pairs = zip(latest, beats, changed, strict=True)
             changed = [now if new != old or new in (b"?", DONE.encode()) else at for new, old, at in pairs]
             beats = latest
@@ -111,9 +113,9 @@ class Heartbeat:
                 os._exit(1)
 
     def silent(self, patience: float | None = None) -> list[int]:
-        """Give the ranks that someone has found gone, or that do not count up within ``patience`` seconds.
+        """Return the ranks that some rank has found gone, or whose counter stands still for ``patience`` seconds.
 
-        Returns as soon as all do.
+        Returns as soon as all have counted.
         """
         try:
             lost = _ranks(self._store.get("lost")) or self._watch(PATIENCE if patience is None else patience)
@@ -134,7 +136,7 @@ class Heartbeat:
         return sorted(silent)
 
     def _tell(self, store: dist.TCPStore, lost: list[int]) -> None:
-        """Tell the others who is gone; on rank 0, with which the store ends, wait until their threads have read it."""
+        """Tell the others who is gone. Rank 0, whose store ends with it, waits until their threads have read it."""
         store.set("lost", ",".join(map(str, lost)))
         if self._rank != 0:
             return
@@ -143,11 +145,11 @@ class Heartbeat:
         end = time.monotonic() + PATIENCE
         while others and time.monotonic() < end:
             time.sleep(PERIOD / 5)
-            now = store.multi_get(self._keys)  # two beats on, a thread has read what was there before them
+            now = store.multi_get(self._keys)  # after two more beats a thread has read what was written before them
             others = {r for r in others if now[r] != DONE.encode() and int(now[r]) < int(first[r]) + 2}
 
     def named(self, error: RuntimeError) -> RuntimeError:
-        """Give, for the error of a collective, one that names the ranks that are gone; the same error where none is."""
+        """Return an error that names the ranks that are gone, for a collective's error; the same error if none is."""
         known = self._ended.is_set() or isinstance(error, ReplicaLost)
         silent = [] if known else self.silent()
         return ReplicaLost(f"{self._message(silent)}: {error}") if silent else error
@@ -157,19 +159,31 @@ class Heartbeat:
         return f"{ranks} stopped answering, and rank {self._rank} cannot go on"
 
     def stop(self) -> None:
-        """End the thread, and say so: a rank that is done is not gone."""
+        """Stop the thread and tell the others: a rank that is done is not gone."""
         if self._ended.is_set():
             return
         atexit.unregister(self.stop)
         self._ended.set()
-        self._thread.join()  # an interpreter that ends under a thread in a C++ call aborts
+        self._thread.join()  # an interpreter that exits while a thread is in a C++ call aborts
         try:
             self._store.set(self._keys[self._rank], DONE)
         except RuntimeError:
             return  # rank 0 is gone
         if self._rank == 0:
-            _kept.append(self._store)  # the others may still look
+            _kept.append(self._store)  # the others may still read it
 
 
 def _ranks(text: bytes) -> list[int]:
     return [int(rank) for rank in text.decode().split(",") if rank]
+
+
+def watch(grid: Grid, environment: ClusterEnvironment) -> Heartbeat | None:
+    """Start this rank's heartbeat; None if it is alone. A collective.
+
+    Args:
+        grid: where this rank stands.
+        environment: knows the host of rank 0.
+    """
+    if grid.world_size == 1:
+        return None
+    return Heartbeat(grid.rank, grid.world_size, environment.main_address, grid.data_parallel)

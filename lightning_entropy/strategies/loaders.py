@@ -1,40 +1,32 @@
-"""What replicas see and start from: loaders that end together, BatchNorm inside a replica, weights of their own."""
+"""What replicas see: batches in an order of their own, and loaders that end together."""
 
-import random
+import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.utilities.data import sized_len
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.nn import Module
+
+from lightning_entropy.strategies.options import Grid
 
 
-class GroupSyncBatchNorm(TorchSyncBatchNorm):
-    """SyncBatchNorm among the ranks of one process group."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def apply(self, model: Module) -> Module:
-        """Convert every BatchNorm layer."""
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, self._group)
+def own_order(grid: Grid) -> dict[str, Any]:
+    """Return a ``DistributedSampler``'s arguments: every replica sees the whole set, in an order of its own."""
+    seed = grid.seed(int(os.getenv("PL_GLOBAL_SEED", "0")))
+    return {"num_replicas": grid.data_parallel, "rank": grid.position, "seed": seed}
 
 
 def even_end(loader: object, limit: int | float | None) -> object:
-    """Give a training loader that ends at the same batch on every rank. A collective.
+    """Return a training loader that ends at the same batch on every rank. A collective.
 
     Args:
         loader: this rank's.
-        limit: batches of an epoch at most, or a fraction; the Trainer's ``limit_train_batches``.
+        limit: the Trainer's ``limit_train_batches``: at most so many batches an epoch, or a fraction of them.
 
     Returns:
-        The loader itself, where its length is known; else one that ends when the first rank's does.
+        The loader itself if the length is known on all ranks, else one that ends when the shortest does.
 
     Raises:
         MisconfigurationException: the lengths are known and differ; all ranks raise it.
@@ -55,10 +47,10 @@ def even_end(loader: object, limit: int | float | None) -> object:
 
 
 class EvenEnd:
-    """A loader that ends when the first rank's does: before every batch the ranks agree that all have one.
+    """A loader that ends when the shortest rank's does: before every batch the ranks agree that all have one.
 
     Args:
-        loader: of unknown length. Its other attributes are this one's too.
+        loader: of unknown length. Its other attributes can be read here too.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -80,58 +72,3 @@ class EvenEnd:
         if name.startswith("__") or name == "_loader":
             raise AttributeError(name)
         return getattr(self._loader, name)
-
-
-def initialize_apart(module: Module, seed: int) -> None:
-    """Draw new weights, by ``reset_parameters`` of the module or else of every submodule with parameters of its own.
-
-    Args:
-        module: whose weights. The global random state is left as it was.
-        seed: of the draw.
-
-    Raises:
-        MisconfigurationException: a submodule with parameters has no such method.
-    """
-    whole = getattr(module, "reset_parameters", None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if callable(whole):
-            whole()
-            return
-        for name, submodule in module.named_modules():
-            if next(submodule.parameters(recurse=False), None) is None:
-                continue
-            reset = getattr(submodule, "reset_parameters", None) or getattr(submodule, "_reset_parameters", None)
-            if not callable(reset):
-                raise MisconfigurationException(
-                    f"independent_init needs reset_parameters() of every submodule with parameters, and {name!r} "
-                    f"({type(submodule).__name__}) has none: give it one, or give the LightningModule one"
-                )
-            reset()
-
-
-def sync_weights(module: Module) -> None:
-    """Give all ranks of the world the first's parameters and buffers. A collective."""
-    _sync_module_states(module)
-
-
-def seed_all(seed: int) -> None:
-    """Seed every global generator: Python's, NumPy's and torch's."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict[str, Tensor]:
-    """Give the state of torch's generators, from which dropout and shuffling draw."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_rng_state(states: dict[str, Tensor]) -> None:
-    """Go on from :func:`rng_state`."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())

@@ -1,4 +1,4 @@
-"""How ranks that torchrun has started again find each other."""
+"""How ranks that torchrun has restarted find each other."""
 
 import os
 from datetime import timedelta
@@ -12,13 +12,13 @@ from lightning.fabric.plugins import ClusterEnvironment
 def join_after_restart(
     environment: ClusterEnvironment, backend: str, device: torch.device, timeout: timedelta | None
 ) -> None:
-    """Make the process group under keys of this restart, where torchrun has restarted the ranks; else do nothing.
+    """Create the process group under keys of this restart, if torchrun has restarted the ranks; else do nothing.
 
-    The ranks meet in the agent's store, which outlives them. Without keys of its own a restarted rank may read the
-    address that a dead one has left there, and try to reach it in vain ("Connection refused").
+    The ranks meet in the agent's store, which outlives them. Without keys of its own a restarted rank may read an
+    address that a dead one has left there and fail to connect ("Connection refused").
 
     Args:
-        environment: who is who.
+        environment: the cluster's.
         backend: of the process group.
         device: of this rank.
         timeout: of the process group; None: torch's own.

@@ -1,56 +1,23 @@
-"""The loops of one replica, its exchanges with the others, and the consensus: what both strategies drive."""
+"""The loops of one replica, its exchanges with the others, and the consensus, as both strategies use them."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_entropy.engine.formats import check_format
 from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods.relaxation import Relaxation
-from lightning_entropy.strategies.compression import FORMATS, Format
+from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
-from lightning_entropy.strategies.exchange import Coupling, Links, Naming, Round, own_group
+from lightning_entropy.strategies.exchange import Coupling, Links, Naming, Round
+from lightning_entropy.strategies.options import Grid, ReplicaOptions
 
-SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
-
-
-class Grid(NamedTuple):
-    """Where a process stands: R replicas of D ranks, rank = replica * D + position.
-
-    Example:
-        >>> grid = Grid(rank=5, world_size=8, replicas=4)
-        >>> grid.data_parallel, grid.replica, grid.position
-        (2, 2, 1)
-    """
-
-    rank: int
-    world_size: int
-    replicas: int
-
-    @property
-    def data_parallel(self) -> int:
-        """D, ranks of one replica."""
-        return self.world_size // self.replicas
-
-    @property
-    def replica(self) -> int:
-        """The replica of this rank, in [0, R)."""
-        return self.rank // self.data_parallel
-
-    @property
-    def position(self) -> int:
-        """Its place in the replica, in [0, D)."""
-        return self.rank % self.data_parallel
-
-
-def data_parallel_group(grid: Grid) -> Any:
-    """Open the process groups of all replicas' ranks, and give this one's; None where a replica is one rank."""
-    rows = [[r * grid.data_parallel + d for d in range(grid.data_parallel)] for r in range(grid.replicas)]
-    return own_group(rows, None) if grid.data_parallel > 1 else None
+FORMAT = 1  # of ReplicaLoops.state_dict()
 
 
 class ReplicaLoops:
@@ -68,6 +35,7 @@ class ReplicaLoops:
         apart: parameters that no optimizer has may differ between replicas.
         timeout: of the exchanges.
         naming: turns the error of a collective into one that names the rank that is gone.
+        bystander: whether a step passes the loops by, as in :class:`InnerOuter`.
 
     Attributes:
         loops: of the optimizers.
@@ -89,36 +57,41 @@ class ReplicaLoops:
         apart: bool,
         timeout: timedelta | None,
         naming: Naming,
+        bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         self._relaxation, self._grid = relaxation, grid
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
-        target = relaxation.outer_target
+        self._timeout, self._naming, self._overlap, self._format = timeout, naming, overlap, communication_dtype
         self._links: list[Links] = []
-        if grid.replicas > 1:
-            self._links = [Links(grid.replicas, grid.data_parallel, timeout) for _ in range(len(optimizers) + 1)]
-        self.couplings = [
-            Coupling(
-                links,
-                format=communication_dtype,
-                differences=target.near,
-                overlap=overlap,
-                naming=naming,
-            )
-            for links in self._links[1:]
-        ]
+        # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
+        mean = Coupling(self._open(), overlap=False, naming=naming) if grid.replicas > 1 else None
+        self.couplings = [self._coupling() for _ in optimizers if grid.replicas > 1]
         self.loops = ModuleLoops(
             module,
             optimizers,
             relaxation,
             outer=outer,
-            replica_mean=self.couplings or None,
-            seed=seed + grid.replica * SEED_STRIDE,
+            replica_mean=self.couplings if grid.replicas > 1 else None,
+            seed=grid.seed(seed),
             count_attempts=True,
+            bystander=bystander,
         )
-        # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
-        mean = Coupling(self._links[0], overlap=False, naming=naming) if self._links else None
-        streams = self.couplings if target.early else []
+        streams = self.couplings if relaxation.outer_target.early else []
         self.consensus = Consensus(module, self.loops, mean, streams, every=apart)
+
+    def _open(self) -> Links:
+        links = Links(self._grid.replicas, self._grid.data_parallel, self._timeout)
+        self._links.append(links)
+        return links
+
+    def _coupling(self) -> Coupling:
+        return Coupling(
+            self._open(),
+            format=self._format,
+            differences=self._relaxation.outer_target.near,
+            overlap=self._overlap,
+            naming=self._naming,
+        )
 
     def begin(self) -> None:
         """Put y into the parameters and start the exchanges that can travel early. All ranks call it together."""
@@ -176,8 +149,33 @@ class ReplicaLoops:
             loop.restart(target)
             self.consensus.mend_buffers()
 
+    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Attach to optimizers that have come and detach from those that are gone. All ranks call it together.
+
+        Args:
+            optimizers: that are to be stepped now.
+
+        Returns:
+            Whether there were any.
+        """
+        if [id(loop.optimizer) for loop in self.loops.loops] == [id(optimizer) for optimizer in optimizers]:
+            return False
+        self.loops.resume()
+        for loop in self.loops.loops:
+            loop.forget_mean()
+        while self._grid.replicas > 1 and len(self.couplings) < len(optimizers):
+            self.couplings.append(self._coupling())
+        self._diverged = {}
+        return self.loops.follow(optimizers)
+
+    def close(self) -> None:
+        """End every unfinished loop with what it has, at the end of training. All ranks call it together."""
+        self.loops.close()
+        for coupling in self.couplings:
+            coupling.round = None
+
     def metrics(self) -> dict[str, Any]:
-        """Give what is logged at outer steps, with the replicas' spread."""
+        """Return what is logged at outer steps, with the replicas' spread."""
         values = self.loops.metrics()
         for i, coupling in enumerate(self.couplings):
             if coupling.spread is not None:
@@ -185,24 +183,26 @@ class ReplicaLoops:
         return values
 
     def traffic(self) -> tuple[float, float]:
-        """Give the bytes that this rank has sent to other replicas, and the seconds it has waited for theirs."""
+        """Return the bytes that this rank has sent to other replicas, and the seconds it has waited for theirs."""
         return sum(c.sent for c in self.couplings), sum(c.waited for c in self.couplings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give this replica's own state, from which :meth:`load_state_dict` goes on exactly."""
+        """Return this replica's own state, from which :meth:`load_state_dict` goes on exactly."""
         repeat = self._relaxation.outer_target.early
         return {
+            "format": FORMAT,
             "loops": [loop.state_dict(anchor=True) for loop in self.loops.loops],
             "couplings": [coupling.state_dict(repeat=repeat) for coupling in self.couplings],
             "module": self.consensus.own(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, or, from :meth:`counters`, at the module's weights."""
+        """Restore :meth:`state_dict`; or only :meth:`counters`, and start from the module's weights."""
         if "counters" in state:
             for loop, counters in zip(self.loops.loops, state["counters"], strict=True):
                 loop.load_state_dict({**loop.state_dict(), **counters, "inner_step": 0, "slots": {}})
             return
+        check_format("the state of a replica", state, FORMAT)
         self.consensus.load_own(state["module"])
         self.loops.load_state_dict(state["loops"])
         for coupling, memory in zip(self.couplings, state["couplings"], strict=True):
@@ -210,38 +210,43 @@ class ReplicaLoops:
 
     @staticmethod
     def counters(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Give of a state what any number of replicas can go on from: t, and the measured gamma."""
+        """Return the part of a state that does not depend on the number of replicas: t and the measured gamma."""
         return [{key: loop[key] for key in ("outer_step", "gamma_start")} for loop in state["loops"]]
 
     def detach(self, *, close: bool) -> None:
         """Leave in the parameters what they show, or x, and no hook behind.
 
         Args:
-            close: give the process groups back, on all ranks.
+            close: destroy the process groups. All ranks do.
         """
         self.loops.detach()
         for links in self._links if close else []:
             links.close()
 
 
-def check_arguments(relaxation: Any, replicas: Any, data: Any, communication_dtype: Any, seed: Any) -> None:
-    """Check what both strategies take.
-
-    Raises:
-        ValueError: outside its range, or a relaxation that perturbs instead of looping.
-        TypeError: ``relaxation`` is not one.
-    """
-    if not isinstance(relaxation, Relaxation):
-        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-    if not relaxation.has_anchor:
-        raise ValueError(
-            "relaxation must have perturb=False for replicas, got True: it has no anchors to pull together"
-        )
-    if replicas != "auto" and (isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1):
-        raise ValueError(f"replicas must be 'auto' or an int >= 1, got {replicas!r}")
-    if data not in ("all", "shard"):
-        raise ValueError(f"data must be 'all' or 'shard', got {data!r}")
-    if communication_dtype not in FORMATS:
-        raise ValueError(f"communication_dtype must be one of {FORMATS}, got {communication_dtype!r}")
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
+def replica_loops(
+    module: Module,
+    optimizers: Sequence[Optimizer],
+    options: ReplicaOptions,
+    grid: Grid,
+    *,
+    seed: int,
+    timeout: timedelta | None,
+    naming: Naming,
+    bystander: Callable[[], bool] = lambda: False,
+) -> ReplicaLoops:
+    """Return the loops of this rank's optimizers, as the options say; for the arguments see :class:`ReplicaLoops`."""
+    return ReplicaLoops(
+        module,
+        optimizers,
+        options.relaxation,
+        grid,
+        outer=options.outer,
+        seed=seed,
+        communication_dtype=options.communication_dtype,
+        overlap=options.overlap,
+        apart=options.independent_init,
+        timeout=timeout,
+        naming=naming,
+        bystander=bystander,
+    )

@@ -1,23 +1,16 @@
-"""Replicas that share no gradients: every device, or group of devices, trains one, elastically tied to their mean."""
+"""Replicas under the Trainer: every device, or group of devices, trains one, elastically tied to their mean."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+import copy
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies import _StrategyRegistry
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.outer_rules import OuterFactory
@@ -26,27 +19,29 @@ from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies import checkpoint as replica_files
 from lightning_entropy.strategies.checkpoint import ReplicaFiles
 from lightning_entropy.strategies.compression import Format
-from lightning_entropy.strategies.fabric import register
-from lightning_entropy.strategies.liveness import Heartbeat
-from lightning_entropy.strategies.loaders import (
-    GroupSyncBatchNorm,
-    even_end,
-    initialize_apart,
-    rng_state,
-    seed_all,
-    set_rng_state,
-    sync_weights,
+from lightning_entropy.strategies.consensus_callback import ShowConsensus
+from lightning_entropy.strategies.lightning_internals import (
+    confine_sync_batchnorm,
+    put_first,
+    set_device_mesh,
+    timeout,
+    wrap_in_group,
 )
-from lightning_entropy.strategies.rendezvous import join_after_restart
-from lightning_entropy.strategies.replica import SEED_STRIDE, Grid, ReplicaLoops, check_arguments
+from lightning_entropy.strategies.loaders import even_end, own_order
+from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
+from lightning_entropy.strategies.outer_step_log import OuterStepLog
+from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
+from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
+from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
-from lightning_entropy.trainer.progress import log_outer_step
+from lightning_entropy.trainer.progress import training_is_complete
+from lightning_entropy.trainer.resume import check_method
 
-# In a checkpoint, what is the same for all replicas; the rest each keeps in its own file too.
+# In a checkpoint, what is the same for all replicas; everything else is in each replica's own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
 
 
-class ElasticEntropyStrategy(DDPStrategy):
+class ElasticEntropyStrategy(WatchedDDPStrategy):
     r"""Train R replicas that share no gradients and pull each other's anchors together at outer steps.
 
     ``Trainer(strategy="elastic_entropy")`` is Parle, ``"elastic_sgd"`` Elastic-SGD; with :func:`local_sgd` or
@@ -58,48 +53,44 @@ class ElasticEntropyStrategy(DDPStrategy):
     The mean is taken of the anchors as the last outer step left them, so it travels while the inner steps run, with no
     change in the result (``elastic_target="anchor"``; the other targets wait for it).
 
-    The consensus, mean of x over replicas with floating-point buffers averaged, is what everyone sees who looks: the
-    module from the start of validation, and from the end of an epoch, to the next training batch; every checkpoint,
-    weights-only included; the module after fit. A replica's own state goes to ``<checkpoint>.replicas/<r>.pt``; with it
-    a resume is exact, without it, or with another R, all replicas start from the consensus, with a warning.
+    What you evaluate, save and keep is the consensus: the mean of x over replicas, with floating-point buffers
+    averaged. The module holds it from the start of validation, and from the end of an epoch, to the next training
+    batch, and after fit; every checkpoint has it, weights-only included. A replica's own state goes to
+    ``<checkpoint>.replicas/<r>.pt``: with it a resume is exact; without it, or with another R, all replicas start from
+    the consensus, with a warning.
 
-    A replica whose weights become nan or inf is left out of the mean and put back to it, with fresh momentum. A rank
+    A replica whose weights become nan or inf is left out of the mean and restarts from it, with fresh momentum. A rank
     that dies ends the job, within the process-group timeout and with an error that names it.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
-    ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the outer step before),
+    ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
     ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
-    (per training step, for exchanges to arrive; on CUDA, what the host waits).
+    (per training step, for exchanges to arrive; on CUDA, as seen by the host).
 
-    Saving is a collective, so it does not belong into a signal handler: on SLURM, give the Trainer
+    Saving is a collective, so it does not belong in a signal handler: on SLURM, use
     ``SLURMEnvironment(auto_requeue=False)``. Lightning itself broadcasts a flag before every batch of every
-    multi-process fit: replicas run batch by batch together, and a link's latency is paid once a batch.
+    multi-process fit, so replicas advance batch by batch together and pay a link's latency once a batch.
 
-    Optimizers are to be stepped through the Trainer, as automatic optimization and ``self.optimizers()`` do: replicas
-    count attempted steps, so that they stay together when a gradient scaler skips one.
+    Step optimizers through the Trainer, as automatic optimization and ``self.optimizers()`` do: replicas count
+    attempted steps, so that they stay together when a gradient scaler skips one.
 
     Args:
         relaxation: the method; None: ``parle()``.
         replicas: R, which divides the number of processes; each replica is then DDP over the others' share of it.
             ``"auto"``: every process is one.
-        data: ``"all"``: every replica sees the whole training set in its own order, as Parle does. ``"shard"``: each
-            sees another R-th of every epoch. Loaders with a distributed sampler of their own are left alone.
-        independent_init: replicas start from different weights (``reset_parameters`` of every submodule, or of the
-            module itself), all but the first, instead of from the same.
+        data: ``"all"``: every replica sees the whole training set in its own order, as in Parle. ``"shard"``: each
+            sees a different R-th of every epoch. Loaders with a distributed sampler of their own are left alone.
+        independent_init: all replicas but the first draw their own initial weights (by ``reset_parameters`` of the
+            module itself or else of every submodule), instead of starting from the same.
         outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
-        seed: of noise and order, >= 0; None: rank 0's seed of torch's generator.
-        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half and ``"int8"`` a quarter, with what the rounding
-            leaves out added to the next round.
+        seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
+        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes and ``"int8"`` a quarter, with the
+            rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
-        accelerator: this and the following as for Lightning's ``DDPStrategy``.
-        parallel_devices: may name one CUDA device several times; replicas that share one use gloo.
-        cluster_environment: who is who.
-        checkpoint_io: writes the main checkpoint.
-        precision_plugin: of the Trainer.
-        process_group_backend: ``"nccl"`` or ``"gloo"``.
-        timeout: after which a rank that does not answer counts as gone.
-        start_method: of the processes.
-        **kwargs: of ``DistributedDataParallel`` inside a replica; without effect where a replica is one process.
+        **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
+            not answer counts as gone), ``start_method``, ``checkpoint_io`` (writes the main checkpoint),
+            ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
+            and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
@@ -124,50 +115,41 @@ class ElasticEntropyStrategy(DDPStrategy):
         seed: int | None = None,
         communication_dtype: Format = "float32",
         overlap: bool = True,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
-        relaxation = presets.parle() if relaxation is None else relaxation
-        check_arguments(relaxation, replicas, data, communication_dtype, seed)
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-            **kwargs,
+        self.options = ReplicaOptions(
+            presets.parle() if relaxation is None else relaxation,
+            replicas,
+            data,
+            independent_init,
+            outer,
+            seed,
+            communication_dtype,
+            overlap,
         )
-        self.relaxation = relaxation
-        self.replicas: int | Literal["auto"] = replicas
-        self.data = data
-        self.independent_init = independent_init
-        self.outer = outer
-        self.seed = seed
-        self.communication_dtype: Format = communication_dtype
-        self.overlap = overlap
+        super().__init__(**kwargs)
         self._loops: ReplicaLoops | None = None
         self._files: ReplicaFiles | None = None
-        self._heartbeat: Heartbeat | None = None
         self._base_seed = 0  # common to all ranks
         self._resumed = False
         self._restored: dict[str, Any] | None = None  # loaded for the fit that begins
         self._left: dict[str, Any] | None = None  # by the fit that has ended
-        self._logged = (0, 0.0, 0.0)  # at the last log: global step, bytes sent, seconds waited
+        self._unclosed: dict[str, Any] | None = None  # this replica's state before its loops were closed
+        self._epoch_rng: dict[str, Any] | None = None  # of a checkpoint from an epoch's last batch, until the next one
+
+    relaxation = property(attrgetter("options.relaxation"))
+    replicas = property(attrgetter("options.replicas"))
+    data = property(attrgetter("options.data"))
+    independent_init = property(attrgetter("options.independent_init"))
+    outer = property(attrgetter("options.outer"))
+    seed = property(attrgetter("options.seed"))
+    communication_dtype = property(attrgetter("options.communication_dtype"))
+    overlap = property(attrgetter("options.overlap"))
 
     @property
     def grid(self) -> Grid:
         """Where this process stands among replicas."""
-        return Grid(self.global_rank, self.world_size, self.world_size if self.replicas == "auto" else self.replicas)
+        return self.options.grid(self.global_rank, self.world_size)
 
     @property
     def _trainer(self) -> Trainer:
@@ -180,176 +162,195 @@ class ElasticEntropyStrategy(DDPStrategy):
 
     # Set-up
 
-    def _get_process_group_backend(self) -> str:
-        devices = self.parallel_devices or []
-        if self._process_group_backend is None and len(set(devices)) < len(devices) and self.root_device.type == "cuda":
-            return "gloo"  # nccl refuses two ranks on one device
-        return super()._get_process_group_backend()
-
-    def setup_distributed(self) -> None:
-        """Join the process group, also after torchrun has started the ranks again."""
-        assert self.cluster_environment is not None
-        backend = self._get_process_group_backend()
-        join_after_restart(self.cluster_environment, backend, self.root_device, self._timeout)
-        super().setup_distributed()
-
     def setup_environment(self) -> None:
-        """Join the process group, refuse what cannot work, and lay the grid of replicas."""
+        """Join the process group, refuse what cannot work, and arrange the processes into replicas."""
         if self.root_device.type == "mps":
             raise MisconfigurationException(f"{type(self).__name__} needs CPU or CUDA devices, got mps")
         super().setup_environment()
-        if self.world_size % self.grid.replicas:
-            raise MisconfigurationException(
-                f"replicas must divide the number of processes ({self.world_size}), got {self.grid.replicas}"
-            )
-        if self.world_size > 1 and self._heartbeat is None:
-            assert self.cluster_environment is not None
-            host = self.cluster_environment.main_address
-            self._heartbeat = Heartbeat(self.global_rank, self.world_size, host, self.grid.data_parallel)
+        self.grid.check(MisconfigurationException)
+        self._watch(self.grid)
         if not self._fitting:
             return
         assert self.lightning_module is not None
         self._own_the_loop()
         self._left, self._restored, self._resumed = None, None, False
-        self._base_seed = int(self.broadcast(torch.initial_seed() if self.seed is None else self.seed))
+        self._unclosed, self._epoch_rng = None, None
+        self._base_seed = self.options.common_seed(self.broadcast)
         self._files = ReplicaFiles(self.grid, replica_files.new_run(self.broadcast), self.barrier)
-        self.lightning_module._device_mesh = dist.init_device_mesh(
-            self.root_device.type,
-            (self.grid.replicas, self.grid.data_parallel),
-            mesh_dim_names=("replica", "data_parallel"),
-        )
+        shape = (self.grid.replicas, self.grid.data_parallel)
+        mesh = dist.init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replica", "data_parallel"))
+        set_device_mesh(self.lightning_module, mesh)
 
     def _own_the_loop(self) -> None:
-        """Refuse callbacks that would move or save other weights, and look first at every moment."""
+        """Refuse callbacks that would move or save other weights, and show the consensus before any callback looks."""
         claim(self._trainer, self)
-        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} would put the average of one replica's inner weights in the place of "
                     f"the consensus of {type(self).__name__}: remove one of them"
                 )
-        others = [callback for callback in callbacks if not isinstance(callback, ShowConsensus)]
-        self._trainer.callbacks = [ShowConsensus(self), *others]  # type: ignore[attr-defined]
+        put_first(self._trainer, ShowConsensus(self))
 
     @property
     def _inside(self) -> Any:
         """The process group of this replica's ranks."""
         assert self.lightning_module is not None
-        assert self.lightning_module._device_mesh is not None
-        return self.lightning_module._device_mesh.get_group("data_parallel")
+        assert self.lightning_module.device_mesh is not None
+        return self.lightning_module.device_mesh.get_group("data_parallel")
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrap inside the replica, and let every replica's random numbers go their own way."""
-        if self._fitting and self._layer_sync:
-            self._layer_sync = GroupSyncBatchNorm(self._inside) if self.grid.data_parallel > 1 else None
+        """Wrap inside the replica, and seed every replica's random numbers apart."""
+        if self._fitting:
+            confine_sync_batchnorm(self, self._inside if self.grid.data_parallel > 1 else None)
         super().setup(trainer)
-        if self._fitting and (self.grid.replica > 0 or self.grid.data_parallel > 1):
-            seed_all(self._base_seed + self.grid.replica * SEED_STRIDE)
+        if self._fitting:
+            seed_apart(self.grid, self._base_seed)
 
     def configure_ddp(self) -> None:
-        """Give all replicas the same weights, or each its own, and wrap in DDP what shares gradients."""
+        """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
         assert self.lightning_module is not None
-        sync_weights(self.lightning_module)
-        if self.independent_init and not self._resumed and self.grid.replica > 0:
-            initialize_apart(self.lightning_module, self._base_seed + self.grid.replica * SEED_STRIDE)
+        apart = self.options.independent_init and not self._resumed
+        initialize(self.lightning_module, self.grid, self._base_seed, apart=apart)
         if self.grid.data_parallel > 1:
-            self._ddp_kwargs = {**self._ddp_kwargs, "process_group": self._inside}
+            wrap_in_group(self, self._inside)
             super().configure_ddp()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Training: the whole set in an order of its own for every replica, or a shard. Evaluation: a shard."""
-        if not self._trainer.training or self.data == "shard":
+        if not self._trainer.training or self.options.data == "shard":
             return super().distributed_sampler_kwargs
-        seed = int(os.getenv("PL_GLOBAL_SEED", "0")) + self.grid.replica * SEED_STRIDE
-        return {"num_replicas": self.grid.data_parallel, "rank": self.grid.position, "seed": seed}
+        return own_order(self.grid)
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Refuse training loaders that end at different steps; those of unknown length end with the first."""
+        """Refuse training loaders of different lengths; those of unknown length end with the shortest."""
         if self._trainer.training and self.world_size > 1:
             return even_end(dataloader, self._trainer.limit_train_batches)
         return dataloader
 
     # Training
 
+    @property
+    def _tries(self) -> bool:
+        """Whether the Trainer runs without its callbacks, as a finder's trial does: of the plain optimizer."""
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        return not any(isinstance(callback, ShowConsensus) for callback in callbacks)
+
     def on_train_start(self) -> None:
-        """Attach the loops: everything is restored and on its device."""
+        """Attach the loops: by now everything is restored and on its device."""
+        if self._tries:
+            return
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
-        self._loops = ReplicaLoops(
+        self._loops = replica_loops(
             self.lightning_module,
             self.optimizers,
-            self.relaxation,
+            self.options,
             self.grid,
-            outer=self.outer,
             seed=self._base_seed,
-            communication_dtype=self.communication_dtype,
-            overlap=self.overlap,
-            apart=self.independent_init,
-            timeout=self._timeout,
+            timeout=timeout(self),
             naming=self._named,
+            bystander=lambda: self._tries,
         )
-        self._logged = (self._trainer.global_step, 0.0, 0.0)
+        self._log = OuterStepLog(self._trainer)
         if self._restored is None:
             return
         self._loops.load_state_dict(self._restored)
+        if "method" in self._restored:
+            check_method(self._restored, self._method(), self.options.seed)
         if self._restored.get("mid_epoch"):
             # Making the loader's iterator has drawn a number, as it did at the start of the interrupted epoch.
             set_rng_state(self._restored["rng"])
+        else:
+            self._epoch_rng = self._restored.get("rng")
         self._restored = None
 
+    def _method(self) -> dict[str, Any]:
+        """Return what a resumed run should have in common with this one, as plain values."""
+        return {
+            **self.options.relaxation.describe(),
+            "data": self.options.data,
+            "communication_dtype": self.options.communication_dtype,
+            "data_parallel": self.grid.data_parallel,
+        }
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Go on with y."""
-        if self._loops is None:
+        """Put y back into the parameters, of the optimizers that there are now."""
+        if self._loops is None or self._tries:
             return
+        self._epoch_rng = None
+        if self._unclosed is not None:  # training goes on after all
+            self._loops.loops.resume()
+            self._loops.load_state_dict(self._unclosed)
+            self._unclosed = None
+        if self._loops.follow(self.optimizers):
+            assert self.lightning_module is not None
+            check_optimizers(self.lightning_module, self.optimizers)
+            rank_zero_info(f"{type(self).__name__}: the Trainer's optimizers have changed; new loops begin at x")
         self._loops.begin()
-        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = bool(self._trainer.loggers) and 0 < every <= self._trainer.global_step + 1 - self._logged[0]
+        due = self._log.due
         for loop in self._loops.loops.loops:
             loop.measure = due
             loop.distances = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Step, and count the attempt; the outer step follows the last one."""
+        """Step, and count the attempt; the outer step follows the last inner step."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._loops is not None and self._loops.count(optimizer) and self._loops.loops.loops[0].measure:
-            self._log(self._loops)
+        if self._loops is None or self._tries:
+            return output
+        if self._loops.count(optimizer) and self._loops.loops.loops[0].measure:
+            self._log.write(self._loops)
         return output
 
-    def _log(self, loops: ReplicaLoops) -> None:
-        trainer = self._trainer
-        metrics = loops.metrics()
-        now = (trainer.global_step + 1, *loops.traffic())
-        steps, sent, waited = (new - old for new, old in zip(now, self._logged, strict=True))
-        metrics["entropy/bytes_per_step"] = sent / max(steps, 1)
-        metrics["entropy/seconds_waited"] = waited / max(steps, 1)
-        log_outer_step(trainer, metrics)
-        self._logged = now
+    def training_batch_ended(self, batch_idx: int) -> None:
+        """Close the loops if this was the last batch, before the last validation and checkpoint."""
+        if training_is_complete(self._trainer, batch_idx):
+            self._close()
 
-    # Who sees the consensus
+    def training_epoch_ended(self) -> None:
+        """Close the loops if the Trainer stops here; go back to the random numbers of an epoch that had ended."""
+        if self._trainer.should_stop:
+            self._close()
+        if self._epoch_rng is not None:
+            # Resumed from the validation of an epoch's last batch: making its iterator again has drawn a number.
+            set_rng_state(self._epoch_rng)
+            self._epoch_rng = None
+
+    def training_ended(self) -> None:
+        """Close the loops, wherever they are."""
+        self._close()
+
+    def _close(self) -> None:
+        """Close unfinished loops, and keep the state from which a resume goes on. A collective."""
+        if self._loops is None or self._unclosed is not None or self._trainer.interrupted:
+            return
+        loops = self._loops.loops
+        if not any(loop.inner_step for loop in loops.loops):
+            return
+        shown = loops.shown
+        loops.resume()
+        self._unclosed = copy.deepcopy(self._replica_state(self._loops))
+        self._loops.close()
+        if shown:
+            self.show_consensus()
+
+    # The consensus
 
     def show_consensus(self) -> None:
         """Put the consensus into the module until the next training batch. A collective, unless it is there already."""
         if self._loops is not None:
             self._loops.consensus.show(alone=self._trainer.interrupted)
 
-    def on_validation_start(self) -> None:
-        """Show the consensus."""
-        self.show_consensus()
+    def on_validation_end(self) -> None:
+        """Put y back, behind every callback and before the module puts back its own."""
+        if self._loops is not None and not self._tries:
+            self._loops.consensus.hide()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Give the state dict of the consensus; a collective, but on the way out of an exception."""
+        """Return the state dict of the consensus. A collective, except after an exception."""
         state = super().lightning_module_state_dict()
         return state if self._loops is None else self._loops.consensus.fill(state, alone=self._trainer.interrupted)
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Say which rank is gone, where that is what happened."""
-        super().on_exception(exception)
-        if isinstance(exception, RuntimeError):
-            named = self._named(exception)
-            if named is not exception:
-                exception.args = named.args
 
     def teardown(self) -> None:
         """Leave the consensus in the module and no hook behind."""
@@ -358,21 +359,18 @@ class ElasticEntropyStrategy(DDPStrategy):
             self._loops.detach(close=not self._leaving)
             self._loops = None
             release(self._trainer, self)
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-            self._heartbeat = None
         super().teardown()
 
     # Checkpoints
 
     def _replica_state(self, loops: ReplicaLoops) -> dict[str, Any]:
-        mid_epoch = not self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        return {**loops.state_dict(), "rng": rng_state(), "mid_epoch": mid_epoch}
+        state = loops.state_dict() if self._unclosed is None else self._unclosed
+        return {**state, "rng": rng_state(), "mid_epoch": not self._trainer.is_last_batch, "method": self._method()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the main file and every replica's own, so that a crash leaves the last ones whole."""
         if self._leaving and not dist.is_initialized():
-            return  # the parent of spawned processes, which have saved what they trained; here is nothing trained
+            return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         state = self._left if self._loops is None else self._replica_state(self._loops)
         if state is None or self._files is None or "optimizer_states" not in checkpoint:
             if self.is_global_zero:
@@ -383,7 +381,7 @@ class ElasticEntropyStrategy(DDPStrategy):
         self._files.save(self.checkpoint_io, checkpoint, {"checkpoint": own, **state}, info, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the main file and, to fit, this replica's own."""
+        """Read the main file and, in fit, this replica's own."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._fitting:
             self._resumed = True
@@ -396,6 +394,8 @@ class ElasticEntropyStrategy(DDPStrategy):
         super().load_optimizer_state_dict(checkpoint)
         if self._restored is not None and "rng" in self._restored:
             set_rng_state(self._restored["rng"])
+        if self._loops is not None:  # a finder puts back what its trial has changed; the loops have not been in it
+            self._restored = None
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove the main file and the replicas' files."""
@@ -403,70 +403,7 @@ class ElasticEntropyStrategy(DDPStrategy):
         if self.is_global_zero:
             replica_files.remove(filepath)
 
-    # Collectives: errors that name a rank, and none on the way out of an exception, where the others may not come
-
-    def _named(self, error: RuntimeError) -> RuntimeError:
-        return error if self._heartbeat is None else self._heartbeat.named(error)
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            named = self._named(error)
-            if named is error:
-                raise
-            raise named from error
-
-    @property
-    def _leaving(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module._trainer is not None and module._trainer.interrupted
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks."""
-        if not self._leaving:
-            with self._naming():
-                super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give rank ``src``'s object."""
-        if self._leaving:
-            return obj
-        with self._naming():
-            return super().broadcast(obj, src)
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over all ranks."""
-        if self._leaving:
-            return tensor
-        with self._naming():
-            return super().reduce(tensor, group, reduce_op)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Agree on a decision."""
-        return decision if self._leaving else super().reduce_boolean_decision(decision, all)
-
     @classmethod
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: Any) -> None:
         """Register ``elastic_entropy`` and ``elastic_sgd`` with the forms that Lightning's ``ddp`` has."""
         register(cls, strategy_registry)
-
-
-class ShowConsensus(Callback):
-    """The moments for which a strategy has no hook, before every other callback's."""
-
-    def __init__(self, strategy: ElasticEntropyStrategy) -> None:
-        self._strategy = strategy
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show it to whoever looks at the end of an epoch."""
-        self._strategy.show_consensus()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it in the module."""
-        self._strategy.show_consensus()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave in the module what is known without the others."""
-        self._strategy.show_consensus()

@@ -124,7 +124,7 @@ class InnerOuterCallback(Callback):
         self._loops.show()
         if self._state:
             self._resumed, self._state = self._state, {}
-            check_method(self._resumed, self.relaxation, self.seed)
+            check_method(self._resumed, self.relaxation.describe(), self.seed)
             if len(self._resumed["loops"]) == len(trainer.optimizers):
                 self._loops.load_state_dict(self._resumed["loops"])
         self._logged_at = trainer.global_step

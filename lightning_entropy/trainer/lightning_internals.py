@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 
-def logging_step(trainer: Trainer) -> int:
+def logger_step(trainer: Trainer) -> int:
     """Return the step at which Lightning logs in a training batch: batches that stepped, whatever the optimizers."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 

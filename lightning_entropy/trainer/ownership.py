@@ -1,4 +1,4 @@
-"""Who drives the loops of a Trainer, and what every driver checks and logs."""
+"""Which object drives the loops of a Trainer, and what each such object checks and logs."""
 
 import weakref
 from collections import Counter
@@ -14,7 +14,7 @@ _owners: "weakref.WeakKeyDictionary[Trainer, Any]" = weakref.WeakKeyDictionary()
 
 
 def claim(trainer: Trainer, owner: Any) -> None:
-    """Make ``owner`` (a callback or a strategy) the one that drives the loops of this trainer.
+    """Make ``owner`` (a callback or a strategy) the only object that drives the loops of this trainer.
 
     Raises:
         MisconfigurationException: another object does already; the message says what to remove.
@@ -28,13 +28,13 @@ def claim(trainer: Trainer, owner: Any) -> None:
 
 
 def release(trainer: Trainer, owner: Any) -> None:
-    """Undo :func:`claim`; another owner's claim stays."""
+    """Undo :func:`claim`, unless another object is the owner."""
     if _owners.get(trainer) is owner:
         del _owners[trainer]
 
 
 def check_optimizers(module: Module | LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse a parameter that several optimizers have: it would have several x.
+    """Refuse a parameter that is in several optimizers: it would have several x.
 
     Raises:
         MisconfigurationException: with the names of such parameters.

@@ -28,4 +28,4 @@ def log_outer_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         values["entropy/effective_epochs"] = batches / trainer.num_training_batches
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=lightning_internals.logging_step(trainer))
+        logger.log_metrics(values, step=lightning_internals.logger_step(trainer))

@@ -7,21 +7,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_entropy.methods.relaxation import Relaxation
 
-
-def check_method(state: Mapping[str, Any], relaxation: Relaxation, seed: int | None) -> None:
+def check_method(state: Mapping[str, Any], now: Mapping[str, Any], seed: int | None) -> None:
     """Warn, in one line, of settings that differ from the checkpoint's.
 
     Args:
         state: of a callback or strategy, with its "method" (a checkpoint of version 0.1 has none).
-        relaxation: of this run.
+        now: this run's: :meth:`Relaxation.describe` and what else matters, as plain values.
         seed: of this run, where it was given.
 
     Raises:
         MisconfigurationException: a method whose state cannot be used.
     """
-    then, now = state.get("method"), relaxation.describe()
+    then = state.get("method")
     if then is not None:
         if then.get("perturb", False) != now["perturb"]:
             raise MisconfigurationException(

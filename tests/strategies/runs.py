@@ -1,12 +1,14 @@
-"""Small fits in several processes, and what every rank saw.
+"""Small fits in several processes, and what every rank recorded.
 
-Nothing here, and no test, opens a process group in the test's own process: one that is left for the garbage collector
-of a forked child would be waited for there, for ever.
+Nothing here, and no test, opens a process group in the test's own process: the garbage collector of a forked child
+would wait for ever for one that is left over.
 """
 
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_entropy as le
 from lightning_entropy.strategies import ElasticEntropyStrategy
 
+ROOT = Path(__file__).parents[2]
 SAMPLES, FEATURES, CLASSES = 64, 5, 3
 
-# Of Lightning and torch themselves, in the parent and in the children.
+# Lightning's and torch's own, in the parent and in the children.
 FORK_WARNINGS = [
     "ignore:.*isinstance.treespec, LeafSpec.*:",
     "ignore:.*does not have many workers.*",
@@ -41,7 +44,7 @@ def data(n: int = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that keep a list of those that were asked for."""
+    """Samples that record which of them were read."""
 
     def __init__(self, n: int = SAMPLES) -> None:
         self.inputs, self.targets = data(n)
@@ -157,13 +160,31 @@ def fit(
     make: Callable[[], L.LightningModule] = Net,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
-    """Fit and give what every rank recorded."""
+    """Fit, and return what every rank recorded."""
     folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(7, verbose=False)
     module = make() if module is None else module
     run = trainer(folder, strategy, devices, callbacks=[Record(folder), *(callbacks or [])], **kwargs)
     run.fit(module, ckpt_path=ckpt_path)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(devices)]
+
+
+def script(*arguments: str | Path, timeout: float = 100) -> "subprocess.CompletedProcess[str]":
+    """Run Python with these arguments, such as ``-m tests.strategies.job``, as a user does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def final_weights(folder: Path) -> list[dict[str, Any]]:
+    """Return the weights that the two ranks of ``tests.strategies.job`` have written."""
+    return [torch.load(folder / f"final.{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def external(
@@ -173,16 +194,16 @@ def external(
     timeout: float = 60.0,
     until: int | None = None,
 ) -> list[str]:
-    """Run ``work(rank)`` in n processes that the Trainer takes for a cluster's, as torchrun's are.
+    """Run ``work(rank)`` in n processes that look to the Trainer like a cluster's, as torchrun's do.
 
     Args:
-        n: processes.
+        n: number of processes.
         work: of each.
         timeout: seconds after which those that have not ended are killed.
-        until: they are killed as soon as this rank has ended.
+        until: a rank; all are killed as soon as it has ended.
 
     Returns:
-        What each said last: "" where it came to its end, the exception's type and message, "exit <code>", or "hung".
+        How each ended: "" if normally, the exception's type and message, "exit <code>", or "hung".
     """
     context = multiprocessing.get_context("fork")
     with socket.socket() as probe:

@@ -1,21 +1,20 @@
 """Whoever looks sees the consensus; a replica's own state stays beside it."""
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import lightning_entropy as le
 from tests.strategies.runs import FORK_WARNINGS, Net, Record, Samples, external, fit, strategy, trainer
 
-pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
+
 
 PARLE = le.parle(3, 0.1, 0.3, 0.25)
 
@@ -148,28 +147,6 @@ class Anchors(Record):
         self.extra["x"].append({**x, **buffers})
 
 
-def test_the_main_file_loads_without_us(tmp_path: Path) -> None:
-    fit(tmp_path, strategy(PARLE), 2, callbacks=[ModelCheckpoint(tmp_path, filename="last")], max_epochs=1)
-    module = Net()
-    run = trainer(tmp_path / "plain", "auto", 1, max_epochs=2)
-    run.fit(module, ckpt_path=tmp_path / "last.ckpt")
-    assert run.global_step == 16
-    assert Net.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu") is not None
-
-
-def test_a_checkpoint_is_removed_whole(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=1, save_last=True)
-    fit(tmp_path, strategy(PARLE), 2, callbacks=[keep])
-    assert sorted(f.name for f in tmp_path.glob("*.ckpt*")) == sorted(
-        [
-            Path(keep.best_model_path).name,
-            f"{Path(keep.best_model_path).name}.replicas",
-            "last.ckpt",
-            "last.ckpt.replicas",
-        ]
-    )
-
-
 class Breaks(L.Callback):
     """Raise on some ranks after some step, in training or in validation."""
 
@@ -221,19 +198,6 @@ class Stored(L.Callback):
         torch.save([x, y, held], self.folder / f"{trainer.global_rank}.pt")
 
 
-@pytest.mark.parametrize(
-    ("callback", "what"),
-    [
-        (le.EntropySGD(), "ElasticEntropyStrategy and EntropySGD"),
-        (le.HeatSmoothing(), "ElasticEntropyStrategy and HeatSmoothing"),
-        (EMAWeightAveraging(), "EMAWeightAveraging would put"),
-    ],
-)
-def test_one_owner_of_the_weights(tmp_path: Path, callback: L.Callback, what: str) -> None:
-    with pytest.raises(Exception, match=f"MisconfigurationException: .*{what}"):
-        fit(tmp_path, strategy(PARLE), 1, callbacks=[callback])
-
-
 class Changes(L.Callback):
     """Give the module other weights at the end of the first epoch."""
 
@@ -283,25 +247,3 @@ def test_batchnorm_is_refreshed_at_the_consensus(tmp_path: Path) -> None:
             refreshed = rank["refreshed"][epoch]
             torch.testing.assert_close(refreshed[0], layer.running_mean, rtol=0, atol=1e-12)
             torch.testing.assert_close(refreshed[0], saved["net.1.running_mean"], rtol=0, atol=0)
-
-
-def test_the_trainer_goes_on_with_the_consensus(tmp_path: Path) -> None:
-    """Test, prediction and another fit in the same processes, and strategies for them alone."""
-
-    def work(rank: int) -> None:
-        warnings.simplefilter("ignore")
-        run = trainer(tmp_path, strategy(PARLE, start_method="popen"), 2, max_epochs=1)
-        module = Net(bn=True)
-        run.fit(module)
-        after = {k: v.clone() for k, v in module.state_dict().items()}
-        validated = run.validate(module, DataLoader(Samples(16), 8), verbose=False)
-        assert all(torch.equal(v, after[k]) for k, v in module.state_dict().items())
-        run.fit_loop.max_epochs = 2
-        run.fit(module)
-        assert run.global_step == 16
-        torch.save((after, validated), tmp_path / f"{rank}.pt")
-
-    assert external(2, work) == ["", ""]
-    left, right = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert left[1] == right[1]
-    assert all(torch.equal(v, right[0][k]) for k, v in left[0].items())

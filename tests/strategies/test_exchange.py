@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_entropy.strategies.compression import BLOCK, LEVELS, from_int8, to_int8
+from lightning_entropy.strategies.compression import LEVELS
 from lightning_entropy.strategies.exchange import Coupling, Links
 from tests.strategies.runs import FORK_WARNINGS, external
 
-pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
 
 
 def values(rank: int, *, scale: float = 1.0) -> list[Tensor]:
@@ -103,13 +103,3 @@ def test_a_replica_that_is_not_finite_does_not_count(tmp_path: Path) -> None:
         torch.testing.assert_close(rank[:3], mean)
         assert rank[3] == (r != 1)
         assert rank[4].tolist() == [0, -torch.inf]
-
-
-def test_int8() -> None:
-    x = torch.randn(3, 4 * BLOCK)
-    x[1, BLOCK : 2 * BLOCK] = 0
-    packed, sent = to_int8(x)
-    assert packed.shape == (3, 4 * BLOCK + 16)
-    assert torch.equal(from_int8(packed, 4 * BLOCK), sent)
-    largest = x.view(3, 4, BLOCK).abs().amax(-1, keepdim=True).expand(3, 4, BLOCK).reshape(3, -1)
-    assert ((x - sent).abs() <= largest / LEVELS / 2 * 1.001).all()

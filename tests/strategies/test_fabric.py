@@ -1,18 +1,22 @@
 """The Fabric sibling trains what the Trainer's strategy trains."""
 
+import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric import Fabric, seed_everything
+from lightning.fabric.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader
 
 import lightning_entropy as le
+from lightning_entropy.strategies import fabric as fabric_strategy
 from lightning_entropy.strategies.fabric import ElasticEntropyFabricStrategy
-from tests.strategies.runs import FORK_WARNINGS, Net, Samples, external, fit, strategy
+from tests.strategies.runs import FORK_WARNINGS, Net, Samples, data, external, fit, strategy
 
-pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
 
 PARLE = le.parle(3, 0.1, 0.3, 0.25)
 
@@ -96,3 +100,83 @@ def test_fabric_goes_on_exactly(tmp_path: Path) -> None:
         own = [torch.load(tmp_path / f"{n}.ckpt.replicas/{r}.pt", weights_only=True) for n in ("whole", "again")]
         for name, slot in own[0]["loops"][0]["slots"].items():
             assert torch.equal(slot["inner"], own[1]["loops"][0]["slots"][name]["inner"])
+
+
+def test_random_numbers_differ_between_replicas_and_agree_inside(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        seed_everything(7, verbose=False)
+        fabric = launch(ElasticEntropyFabricStrategy(PARLE, replicas=2), 4)
+        torch.save(torch.rand(3), tmp_path / f"{rank}.pt")
+        fabric.barrier()  # rank 0 has the store, which the others need until they have met
+
+    assert external(4, work) == [""] * 4
+    draws = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[2], draws[3])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("data", ["all", "shard"])
+def test_what_replicas_see(tmp_path: Path, data: Any) -> None:
+    def work(rank: int) -> None:
+        seed_everything(7, verbose=False)
+        fabric = launch(ElasticEntropyFabricStrategy(PARLE, data=data), 2)
+        loader: Any = fabric.setup_dataloaders(DataLoader(range(16), 4, shuffle=True))  # type: ignore[arg-type]
+        torch.save(torch.cat(list(loader)), tmp_path / f"{rank}.pt")
+        fabric.barrier()
+
+    assert external(2, work) == ["", ""]
+    seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True).tolist() for rank in range(2)]
+    if data == "all":
+        assert sorted(seen[0]) == sorted(seen[1]) == list(range(16))
+        assert seen[0] != seen[1]
+    else:
+        assert sorted(seen[0] + seen[1]) == list(range(16))
+
+
+def test_replicas_divide_the_processes() -> None:
+    def work(rank: int) -> None:
+        with pytest.raises(ValueError, match=r"replicas must divide the number of processes \(3\), got 2"):
+            launch(ElasticEntropyFabricStrategy(PARLE, replicas=2), 3)
+        torch.distributed.barrier()
+
+    assert external(3, work) == [""] * 3
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_gradients_can_be_accumulated(replicas: int) -> None:
+    """Also where a replica is one process, which has no synchronization to skip."""
+
+    def work(rank: int) -> None:
+        fabric = launch(ElasticEntropyFabricStrategy(PARLE, replicas=replicas), 2)
+        _, model, _ = train(fabric, 0)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with fabric.no_backward_sync(model):
+                fabric.backward(model.training_step(data(8), 0))
+        assert any("does not support skipping" in str(w.message) for w in said) == (replicas == 2)
+        fabric.barrier()
+
+    assert external(2, work) == ["", ""]
+
+
+def test_ranks_that_torchrun_has_restarted_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Fabric itself opens the process group."""
+    calls = []
+
+    class Joined(Exception):
+        pass
+
+    def join(environment: Any, backend: str, device: torch.device, timeout: timedelta | None) -> None:
+        calls.append((environment, backend, device, timeout))
+        raise Joined
+
+    monkeypatch.setattr(fabric_strategy, "join_after_restart", join)
+    own = ElasticEntropyFabricStrategy(
+        parallel_devices=[torch.device("cpu")],
+        cluster_environment=LightningEnvironment(),
+        timeout=timedelta(seconds=9),
+    )
+    with pytest.raises(Joined):
+        own.setup_environment()
+    assert calls == [(own.cluster_environment, "gloo", torch.device("cpu"), timedelta(seconds=9))]

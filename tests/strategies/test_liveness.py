@@ -1,4 +1,4 @@
-"""What a job of replicas survives, and how it ends where it does not: never by hanging, never silently."""
+"""A rank that dies or hangs: how the job ends, never by hanging and never silently."""
 
 import os
 import signal
@@ -11,15 +11,14 @@ from typing import Any, ClassVar
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_entropy as le
 from lightning_entropy.strategies import liveness as heartbeat
 from tests.kill_and_resume import MAIN, RENAME, UPDATE, WRITE, kill_and_resume
-from tests.strategies.runs import FORK_WARNINGS, Net, Record, Samples, data, external, fit, strategy, trainer
+from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
+
 
 PARLE = le.parle(3, 0.1, 0.3, 0.25)
 
@@ -31,6 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "PATIENCE", 2.0)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("method", "rank", "step", "moment"),
     [("parle", 1, 7, UPDATE), ("int8", 0, 5, WRITE), ("diloco", 0, 8, MAIN), ("parle", 1, 9, RENAME)],
@@ -53,6 +53,7 @@ class Dies(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("dead", "relaxation"), [(0, PARLE), (2, PARLE), (2, le.entropy_sgd(3))])
 def test_all_survivors_name_the_dead(
     tmp_path: Path, dead: int, relaxation: le.Relaxation, monkeypatch: pytest.MonkeyPatch, capfd: Any
@@ -124,6 +125,7 @@ class Waits(L.Callback):
             torch.distributed.barrier()
 
 
+@pytest.mark.processes
 def test_a_rank_that_is_stuck_ends_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
 
@@ -135,6 +137,7 @@ def test_a_rank_that_is_stuck_ends_itself(tmp_path: Path, monkeypatch: pytest.Mo
     assert "rank 1 (replica 1) stopped answering, and rank 0 cannot go on, stuck" in capfd.readouterr().err
 
 
+@pytest.mark.processes
 def test_without_a_store_one_trains_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(torch.distributed.TCPStore):
         def __init__(self, host: str, port: int, *args: Any, **kwargs: Any) -> None:
@@ -150,98 +153,6 @@ def test_without_a_store_one_trains_and_is_told(tmp_path: Path, monkeypatch: pyt
         assert len(fit(tmp_path, strategy(PARLE), 2)) == 2
 
 
-class Poisons(L.Callback):
-    """A loss that is nan, once, on one rank."""
-
-    def __init__(self, rank: int, step: int) -> None:
-        self.rank, self.step = rank, step
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.global_rank == self.rank and trainer.global_step == self.step:
-            with torch.no_grad():
-                for p in pl_module.parameters():
-                    p.grad.fill_(float("nan"))
-                for b in pl_module.buffers():
-                    if b.is_floating_point():
-                        b.fill_(float("nan"))
-
-    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_rank == self.rank and trainer.global_step == self.step + 2:  # the next loop begins
-            record = next(c for c in trainer.callbacks if isinstance(c, Record))  # type: ignore[attr-defined]
-            record.extra["started"] = [p.detach().clone() for p in pl_module.parameters()]
-
-
-@pytest.mark.parametrize("format", ["float32", "int8"])
-@pytest.mark.parametrize("method", ["anchor", "average", "diloco"])
-@pytest.mark.filterwarnings("ignore:replica 1 has nan or inf")
-def test_a_nan_is_left_out_and_put_back(tmp_path: Path, method: str, format: Any) -> None:
-    relaxation = le.diloco(3) if method == "diloco" else le.parle(3, 0.1, 0.3, elastic_target=method)  # type: ignore[arg-type]
-    kwargs: dict[str, Any] = {"make": lambda: Net(bn=True), "limit_val_batches": 2}
-    ranks = fit(tmp_path, strategy(relaxation, communication_dtype=format), 3, callbacks=[Poisons(1, 4)], **kwargs)
-    for rank in ranks:
-        assert all(torch.isfinite(x).all() for step in rank["anchors"] for x in step) or rank is ranks[1]
-        assert all(torch.isfinite(v).all() for v in rank["final"].values())
-    # It is poisoned at step 5 of the second loop, and trains on from the others' mean after that loop.
-    # In int8 an exchange has two halves, and it takes the step after to come back.
-    poisoned = ranks[1]["iterates"]
-    assert not torch.isfinite(poisoned[4][0]).all()
-    assert all(torch.isfinite(y).all() for step in poisoned[9 if format == "int8" else 6 :] for y in step)
-    assert torch.isfinite(torch.tensor(list(ranks[0]["metrics"].values()))).all()
-    if format == "float32" and method == "anchor":
-        others = [(a + b) / 2 for a, b in zip(ranks[0]["anchors"][1], ranks[2]["anchors"][1], strict=True)]
-        torch.testing.assert_close(ranks[1]["started"], others, rtol=0, atol=1e-14)
-
-
-def test_a_nan_is_said(tmp_path: Path) -> None:
-    # Warnings are errors here, in the children too.
-    with pytest.raises(Exception, match=r"replica 1 has nan or inf in its weights at outer step 2: it is left out"):
-        fit(tmp_path, strategy(PARLE), 2, callbacks=[Poisons(1, 4)])
-
-
-@pytest.mark.filterwarnings("ignore:replica . has nan or inf")
-def test_nan_everywhere_is_an_error(tmp_path: Path) -> None:
-    callbacks: list[L.Callback] = [Poisons(0, 4), Poisons(1, 4)]
-    with pytest.raises(Exception, match="the weights of every replica are nan or inf"):
-        fit(tmp_path, strategy(PARLE), 2, callbacks=callbacks)
-
-
-class Uneven(Net):
-    """As many batches as the rank says; without a length, or with."""
-
-    def __init__(self, batches: list[int | None], sized: bool) -> None:
-        super().__init__()
-        self.batches, self.sized = batches, sized
-
-    def train_dataloader(self) -> Any:
-        n = self.batches[self.trainer.global_rank]
-        return DataLoader(Samples(8 * (n or 0)), 8) if self.sized else DataLoader(Endless(n), batch_size=None)
-
-
-class Endless(IterableDataset[tuple[Tensor, Tensor]]):
-    def __init__(self, n: int | None) -> None:
-        self.n = n
-
-    def __iter__(self) -> Any:
-        i = 0
-        while self.n is None or i < self.n:
-            yield data(8, seed=i)
-            i += 1
-
-
-def test_loaders_of_different_lengths_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"as many batches on every rank, got \[8, 5\] by rank: .* to 5"):
-        fit(tmp_path, strategy(PARLE), 2, make=lambda: Uneven([8, 5], sized=True))
-    ranks = fit(tmp_path, strategy(PARLE), 2, make=lambda: Uneven([8, 5], sized=True), limit_train_batches=5)
-    assert [len(rank["iterates"]) for rank in ranks] == [10, 10]
-
-
-@pytest.mark.parametrize("batches", [[8, 5], [4, 9], [None, 6]])
-def test_loaders_of_unknown_length_end_with_the_first(tmp_path: Path, batches: list[int | None]) -> None:
-    ranks = fit(tmp_path, strategy(PARLE), 2, make=lambda: Uneven(batches, sized=False), max_epochs=2)
-    shortest = min(n for n in batches if n is not None)
-    assert [len(rank["iterates"]) for rank in ranks] == [2 * shortest, 2 * shortest]
-
-
 class Stalls(L.Callback):
     """SIGSTOP: alive for the operating system, and for nobody else."""
 
@@ -250,6 +161,7 @@ class Stalls(L.Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@pytest.mark.processes
 def test_a_rank_that_stands_still_is_named_after_the_timeout(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         warnings.simplefilter("ignore")

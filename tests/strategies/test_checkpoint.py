@@ -1,4 +1,4 @@
-"""A replica's state goes on exactly from its own file, and never from a wrong one."""
+"""A replica's state resumes exactly from its own file, and never from a wrong one."""
 
 import os
 import shutil
@@ -21,9 +21,10 @@ from tests.strategies.streams import Loading, Streaming, Two
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 
-SHORT: dict[str, Any] = {"max_steps": 9, "max_epochs": -1}
-PARLE = le.parle(3, le.Scoping(0.1, 0.2), le.Scoping(0.2, 0.2), 0.25)
 
+SHORT: dict[str, Any] = {"max_steps": 9, "max_epochs": -1}
+
+PARLE = le.parle(3, le.Scoping(0.1, 0.2), le.Scoping(0.2, 0.2), 0.25)
 
 METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "parle": (PARLE, {}, Streaming),
@@ -51,6 +52,7 @@ def assert_goes_on(whole: list[dict[str, Any]], again: list[dict[str, Any]], ste
         assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "n"), [*((name, 2) for name in METHODS), ("parle", 3), ("int8", 3)])
 def test_resume_in_the_middle_of_an_inner_loop_and_of_an_epoch(tmp_path: Path, name: str, n: int) -> None:
     relaxation, kwargs, make = METHODS[name]
@@ -63,6 +65,7 @@ def test_resume_in_the_middle_of_an_inner_loop_and_of_an_epoch(tmp_path: Path, n
     assert_goes_on(whole, again, 12 if name == "two optimizers" else 11)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("at", ["epoch", "validation"])
 def test_resume_at_the_end_of_an_epoch(tmp_path: Path, at: str) -> None:
     """With Lightning's own sampler; saved by the epoch, with dropout, or by its validation."""
@@ -86,6 +89,7 @@ class Doubles(L.Callback):
                 pl_module.net[1].running_mean.add_(1)
 
 
+@pytest.mark.processes
 def test_what_is_changed_while_the_consensus_is_shown_is_in_the_checkpoint(tmp_path: Path) -> None:
     """Weights too, where no mean of the old ones is under way."""
     relaxation = le.diloco(3)
@@ -96,6 +100,7 @@ def test_what_is_changed_while_the_consensus_is_shown_is_in_the_checkpoint(tmp_p
     assert_goes_on(whole, fit(tmp_path / "again", strategy(relaxation), 2, ckpt_path=file, **kwargs), 16)
 
 
+@pytest.mark.processes
 def test_resume_of_groups(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1)
     whole = fit(tmp_path, strategy(PARLE, replicas=2), 4, make=Streaming, callbacks=[keep], **SHORT)
@@ -142,6 +147,7 @@ class Start(L.Callback):
             torch.save(([x.clone() for x in loop.anchor], loop.outer_step), path)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.filterwarnings("ignore:.*has 2 replicas")
 def test_another_number_of_replicas_starts_from_the_consensus(copy: Path, n: int) -> None:
@@ -153,12 +159,14 @@ def test_another_number_of_replicas_starts_from_the_consensus(copy: Path, n: int
         assert t == 2
 
 
+@pytest.mark.processes
 def test_another_number_of_replicas_is_said(copy: Path) -> None:
     # Warnings are errors here, in the children too.
     with pytest.raises(Exception, match=r"at.ckpt has 2 replicas, and there are 1: .* from the consensus"):
         go_on(copy, 1)
 
 
+@pytest.mark.processes
 def test_a_missing_file_is_named_and_all_start_from_the_consensus(copy: Path) -> None:
     os.remove(f"{copy}.replicas/1.pt")
     with pytest.raises(Exception, match=r"at.ckpt.replicas/1.pt, of one of 2 replicas, is missing: .* consensus"):
@@ -176,6 +184,7 @@ def test_a_missing_file_is_named_and_all_start_from_the_consensus(copy: Path) ->
         assert all(torch.equal(a, b) for a, b in zip(x, consensus(copy), strict=True))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("damage", ["half", "empty", "another", "pickle"])
 def test_a_wrong_file_is_an_error_that_names_it(copy: Path, damage: str) -> None:
     path = Path(f"{copy}.replicas/1.pt")
@@ -191,12 +200,14 @@ def test_a_wrong_file_is_an_error_that_names_it(copy: Path, damage: str) -> None
         go_on(copy)
 
 
+@pytest.mark.processes
 def test_a_surplus_file_is_said_and_not_read(copy: Path) -> None:
     shutil.copy(f"{copy}.replicas/1.pt", f"{copy}.replicas/2.pt")
     with pytest.raises(Exception, match=r"2.pt belongs to none of the 2 replicas"):
         go_on(copy)
 
 
+@pytest.mark.processes
 def test_a_link_is_followed(copy: Path) -> None:
     link = copy.parent / "last.ckpt"
     link.symlink_to(copy)
@@ -204,9 +215,6 @@ def test_a_link_is_followed(copy: Path) -> None:
     linked = fit(copy.parent / "linked", strategy(PARLE), 2, make=Streaming, ckpt_path=link, **SHORT)
     for left, right in zip(straight, linked, strict=True):
         assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
-
-
-# A crash at any moment of a save. Every write and rename is one moment.
 
 
 class Crash(BaseException):
@@ -268,6 +276,7 @@ def test_reading_names_the_file(tmp_path: Path) -> None:
         replica_files.read(str(tmp_path / "0.pt"), "token", True)
 
 
+@pytest.mark.processes
 def test_saving_after_fit_can_be_resumed(tmp_path: Path) -> None:
     """By Trainer.save_checkpoint, in the processes that trained."""
 
@@ -281,3 +290,27 @@ def test_saving_after_fit_can_be_resumed(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", strategy(PARLE), 2, make=Streaming, **SHORT)
     for left, right in zip(whole, again, strict=True):
         assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
+
+
+@pytest.mark.processes
+def test_the_main_file_loads_without_us(tmp_path: Path) -> None:
+    fit(tmp_path, strategy(PARLE), 2, callbacks=[ModelCheckpoint(tmp_path, filename="last")], max_epochs=1)
+    module = Net()
+    run = trainer(tmp_path / "plain", "auto", 1, max_epochs=2)
+    run.fit(module, ckpt_path=tmp_path / "last.ckpt")
+    assert run.global_step == 16
+    assert Net.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu") is not None
+
+
+@pytest.mark.processes
+def test_a_checkpoint_is_removed_whole(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=1, save_last=True)
+    fit(tmp_path, strategy(PARLE), 2, callbacks=[keep])
+    assert sorted(f.name for f in tmp_path.glob("*.ckpt*")) == sorted(
+        [
+            Path(keep.best_model_path).name,
+            f"{Path(keep.best_model_path).name}.replicas",
+            "last.ckpt",
+            "last.ckpt.replicas",
+        ]
+    )

@@ -1,0 +1,117 @@
+"""Every private name of Lightning and torch that the strategies use, one function each.
+
+Checked against lightning 2.6.6 and torch 2.14.1; ``tests/strategies/test_lightning_internals.py`` fails when one of
+them changes. No private method of a parent class is overridden.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn import Module
+
+AnyDDPStrategy = DDPStrategy | FabricDDPStrategy
+
+
+def backend(strategy: AnyDDPStrategy) -> str:
+    """Return the process group's backend, and choose gloo if ranks share a CUDA device: nccl refuses that.
+
+    ``DDPStrategy`` resolves its default in ``_get_process_group_backend`` when the process group is opened, from
+    ``_process_group_backend``, which only the constructor sets; the devices become known in between.
+    """
+    devices = strategy.parallel_devices or []
+    shared = strategy.root_device.type == "cuda" and len(set(devices)) < len(devices)
+    if shared and strategy.process_group_backend is None:
+        strategy._process_group_backend = "gloo"
+    return strategy._get_process_group_backend()
+
+
+def timeout(strategy: AnyDDPStrategy) -> timedelta | None:
+    """Return the process group's timeout: ``DDPStrategy`` keeps its argument in ``_timeout`` alone."""
+    return strategy._timeout
+
+
+def wrap_in_group(strategy: AnyDDPStrategy, group: dist.ProcessGroup) -> None:
+    """Let ``DistributedDataParallel`` share gradients in one process group rather than in the whole world.
+
+    ``DDPStrategy`` keeps DDP's arguments in ``_ddp_kwargs``; groups exist only after its constructor has run.
+    """
+    strategy._ddp_kwargs = {**strategy._ddp_kwargs, "process_group": group}
+
+
+def without_gradient_sync(strategy: FabricDDPStrategy) -> None:
+    """Make ``Fabric.no_backward_sync`` accept a module that is not wrapped in DDP.
+
+    Fabric asks ``_backward_sync_control`` to block the synchronization; DDP's raises for any other module.
+    """
+    strategy._backward_sync_control = None  # type: ignore[assignment]
+
+
+def converted(
+    strategy: FabricDDPStrategy, state: dict[str, Any], filter: Mapping[str, Callable[[str, Any], bool]] | None
+) -> dict[str, Any]:
+    """Return what ``Fabric.save`` writes for ``state``: state dicts of modules and optimizers, filtered.
+
+    ``Strategy.save_checkpoint`` does this in ``_convert_stateful_objects_in_state`` and writes the result at once.
+    """
+    return strategy._convert_stateful_objects_in_state(state, filter=dict(filter or {}))
+
+
+class GroupSyncBatchNorm(TorchSyncBatchNorm):
+    """SyncBatchNorm among the ranks of one process group."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def apply(self, model: Module) -> Module:
+        """Convert every BatchNorm layer."""
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, self._group)
+
+
+def confine_sync_batchnorm(strategy: DDPStrategy, group: dist.ProcessGroup | None) -> None:
+    """Confine ``Trainer(sync_batchnorm=True)`` to one process group; None: leave BatchNorm as it is.
+
+    The Trainer puts its ``LayerSync`` into the strategy's ``_layer_sync``, which ``DDPStrategy.setup`` applies.
+    """
+    if strategy._layer_sync:
+        strategy._layer_sync = None if group is None else GroupSyncBatchNorm(group)
+
+
+def set_device_mesh(module: LightningModule, mesh: dist.DeviceMesh) -> None:
+    """Set what ``LightningModule.device_mesh`` returns, as Lightning's own strategies do."""
+    module._device_mesh = mesh
+
+
+def put_first(trainer: Trainer, callback: Callback) -> None:
+    """Make a callback the first to be called; one of the same type that is there already is replaced.
+
+    A Trainer calls its ``callbacks`` in their order. The list is an attribute without an underscore, but neither
+    documented nor declared by the class.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [other for other in callbacks if type(other) is not type(callback)]
+    trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+
+
+def replace_message(exception: BaseException, message: str) -> None:
+    """Change the message of an exception that is already on its way.
+
+    ``Strategy.on_exception`` cannot raise another one (the Trainer would not be torn down), and notes need Python 3.11
+    and are not part of ``str(exception)``. Lightning rewrites ``args`` in the same hook.
+    """
+    exception.args = (message,)
+
+
+def reset_method(module: Module) -> Callable[[], Any] | None:
+    """Return the method that draws a module's own parameters anew, if it has one.
+
+    ``torch.nn.MultiheadAttention`` and ``torch.nn.Transformer`` call it ``_reset_parameters``.
+    """
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    return reset if callable(reset) else None

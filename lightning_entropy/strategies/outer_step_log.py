@@ -1,0 +1,34 @@
+"""What is logged at outer steps, and when."""
+
+from lightning.pytorch import Trainer
+
+from lightning_entropy.strategies.replica import ReplicaLoops
+from lightning_entropy.trainer.progress import log_outer_step
+
+
+class OuterStepLog:
+    """Log outer steps, not more often than the Trainer's ``log_every_n_steps``, with what was sent since the last time.
+
+    Args:
+        trainer: whose loggers.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._last = (trainer.global_step, 0.0, 0.0)  # at the last log: global step, bytes sent, seconds waited
+
+    @property
+    def due(self) -> bool:
+        """Whether the outer step of the batch that begins, if it has one, is to be logged."""
+        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(self._trainer.loggers) and 0 < every <= self._trainer.global_step + 1 - self._last[0]
+
+    def write(self, loops: ReplicaLoops) -> None:
+        """Log the metrics of an outer step, and the traffic per training step since the last log."""
+        now = (self._trainer.global_step + 1, *loops.traffic())
+        steps, sent, waited = (new - old for new, old in zip(now, self._last, strict=True))
+        metrics = loops.metrics()
+        metrics["entropy/bytes_per_step"] = sent / max(steps, 1)
+        metrics["entropy/seconds_waited"] = waited / max(steps, 1)
+        log_outer_step(self._trainer, metrics)
+        self._last = now

@@ -1,0 +1,42 @@
+"""The private names of Lightning that the trainer's floor relies on."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_entropy.trainer.lightning_internals import logger_step
+from tests.lightning_modules import LIGHTNING_WARNINGS, Pair, loader, trainer
+
+pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
+
+
+class Logs(CSVLogger):
+    """Compare the step of every record of Lightning's own with ours."""
+
+    trainer: Any
+    steps: list[tuple[int, int]]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        assert step is not None
+        self.steps.append((step, logger_step(self.trainer)))
+
+
+class LogsLoss(Pair):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.log("seen", float(batch_idx))
+
+
+def test_logger_step_is_the_step_of_lightnings_own_records(tmp_path: Path) -> None:
+    """With two optimizers ``global_step`` is another number."""
+    logger = Logs(tmp_path)
+    logger.steps = []
+    run: L.Trainer = trainer(tmp_path, logger=logger, max_epochs=2, log_every_n_steps=1)
+    logger.trainer = run
+    run.fit(LogsLoss(), loader())
+    assert len(logger.steps) == 24
+    assert all(theirs == ours for theirs, ours in logger.steps)
+    assert run.global_step > max(ours for _, ours in logger.steps) + 1
