@@ -131,6 +131,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._restored: dict[str, Any] | None = None  # loaded for the fit that begins
         self._left: dict[str, Any] | None = None  # by the fit that has ended
 
+    # Public attributes; the code itself reads the options.
     relaxation = property(attrgetter("options.relaxation"))
     replicas = property(attrgetter("options.replicas"))
     data = property(attrgetter("options.data"))

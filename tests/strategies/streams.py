@@ -33,7 +33,7 @@ class Stream:
 
 
 class Resumable(DataLoader[Any]):
-    """A DataLoader that resumes after the batches it has yielded; its iterator draws a number, as every DataLoader's."""
+    """A DataLoader that resumes after the batches it has yielded; its iterator draws a number, as any does."""
 
     position = 0
 
