@@ -82,6 +82,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         self._module: Module | None = None
         self._heartbeat: Heartbeat | None = None
 
+    # Public attributes; the code itself reads the options.
     relaxation = property(attrgetter("options.relaxation"))
     replicas = property(attrgetter("options.replicas"))
     data = property(attrgetter("options.data"))

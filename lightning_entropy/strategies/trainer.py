@@ -137,6 +137,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._unclosed: dict[str, Any] | None = None  # this replica's state before its loops were closed
         self._epoch_rng: dict[str, Any] | None = None  # of a checkpoint from an epoch's last batch, until the next one
 
+    # Public attributes; the code itself reads the options.
     relaxation = property(attrgetter("options.relaxation"))
     replicas = property(attrgetter("options.replicas"))
     data = property(attrgetter("options.data"))

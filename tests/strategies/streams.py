@@ -11,7 +11,7 @@ from tests.strategies.runs import Net, Samples, data
 
 
 class Stream:
-    """A loader that a checkpoint can resume in the middle of an epoch, another for every rank."""
+    """A loader that a checkpoint can resume in the middle of an epoch, a different one on every rank."""
 
     def __init__(self, batches: int = 8) -> None:
         self.batches, self.position, self.rank = batches, 0, 0
@@ -33,14 +33,14 @@ class Stream:
 
 
 class Resumable(DataLoader[Any]):
-    """A DataLoader that goes on after the batches it has given; its iterator draws a number, as every DataLoader's."""
+    """A DataLoader that resumes after the batches it has yielded; its iterator draws a number, as any does."""
 
     position = 0
 
     def __iter__(self) -> Any:
-        return self._rest(super().__iter__())
+        return self._resume(super().__iter__())
 
-    def _rest(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _resume(self, batches: Iterator[Any]) -> Iterator[Any]:
         first = self.position % len(self)
         for i, batch in enumerate(batches):
             if i >= first:

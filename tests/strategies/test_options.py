@@ -108,13 +108,12 @@ def test_a_configuration_names_lightnings_arguments() -> None:
         config = {"class_path": "lightning_entropy.ElasticEntropyStrategy", "init_args": init_args}
         return parser.parse_object({"strategy": config}).strategy.init_args
 
-    parsed = parse(replicas=2, start_method="fork", timeout="0:05:00", process_group_backend="gloo", static_graph=True)
+    parsed = parse(replicas=2, start_method="fork", timeout="0:05:00", process_group_backend="gloo")
     assert (parsed.replicas, parsed.start_method, parsed.process_group_backend) == (2, "fork", "gloo")
     assert parsed.timeout == timedelta(minutes=5)
-    assert parsed.static_graph is True
     with pytest.raises(Exception, match="start_method"):
         parse(start_method="never")
-    with pytest.raises(Exception, match="'nonsense' is not accepted"):
+    with pytest.raises(Exception, match="nonsense"):
         parse(nonsense=1)
 
 
