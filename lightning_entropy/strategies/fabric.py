@@ -157,6 +157,14 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         """Return gamma, rho, the outer step and the replicas' spread, for a logger."""
         return {} if self._loops is None else self._loops.metrics()
 
+    def close_loops(self) -> None:
+        """End unfinished loops with what they have, so that the last steps of a training count. A collective.
+
+        Call it when training has ended; what is saved after it cannot go on as if it had not been called.
+        """
+        if self._loops is not None:
+            self._loops.close()
+
     @contextmanager
     def consensus(self) -> Iterator[None]:
         """Put the consensus into the module, and the replica's own weights back at the end. A collective.

@@ -52,6 +52,7 @@ def test_fabric_is_the_trainer(tmp_path: Path, n: int, replicas: Any) -> None:
         own = ElasticEntropyFabricStrategy(PARLE, replicas=replicas)
         fabric = launch(own, n)
         net, _, _ = train(fabric, 2, module=Net(batch=batch))
+        own.close_loops()
         with own.consensus():
             shown = {k: v.clone() for k, v in net.state_dict().items()}
         torch.save((shown, [p.detach().clone() for p in net.parameters()]), tmp_path / f"fabric.{rank}.pt")
