@@ -92,7 +92,7 @@ class Weights:
         self._optimizer = optimizer
         self._names = names or {}
         self._weights: dict[Tensor, Weight] = {}
-        self._before: list[Holds] = []  # what they held when they were shown, outermost first
+        self._before: list[tuple[Holds, Holds]] = []  # per call of show: what hide is to return, and what they held
 
     @property
     def params(self) -> list[Tensor]:
@@ -132,7 +132,7 @@ class Weights:
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
         """Return x of a parameter that holds another value in training; None where it holds x, or what is shown."""
-        if self._before or p not in self._weights or self.holds not in (Holds.INNER, Holds.OTHER):
+        if self.shown or p not in self._weights or self.holds not in (Holds.INNER, Holds.OTHER):
             return None
         return self._weights[p].anchor
 
@@ -194,10 +194,11 @@ class Weights:
         """
         if self.holds is Holds.DETACHED:
             return
+        held = self.holds
         if self._before:
-            self._before.append(before)
+            self._before.append((before, held))
             return
-        if self.holds is Holds.INNER:
+        if held is Holds.INNER:
             # All copies before the first write: there may be no memory for them, and parameters may share theirs.
             for w, y in zip(self, [w.param.detach().clone() for w in self], strict=True):
                 w.kept = y
@@ -205,7 +206,7 @@ class Weights:
                 w.param.copy_(w.anchor)
         elif instead:
             self.settle()
-        self._before.append(before)
+        self._before.append((before, held))
         self.holds = Holds.ANCHOR
         for w in self:
             if w.param in instead:
@@ -234,16 +235,15 @@ class Weights:
         """
         if not self._before:
             return None
-        before = self._before.pop()
+        before, held = self._before.pop()
         if self._before:
             return None
         self.adopt()
-        now = Holds.INNER if self._apart else Holds.ANCHOR
         for w in self:
             if w.kept is not None or w.stand_in is not None:
                 w.param.copy_(w.anchor if w.kept is None else w.kept)
             w.kept = w.stand_in = None
-        self.holds = now
+        self.holds = held
         return before
 
     def detach(self) -> None:
@@ -292,12 +292,18 @@ class Weights:
                 entry["anchor"] = w.anchor
             if self.tied:
                 entry |= {} if w.gradient is None else {"gradient": w.gradient}
-            elif self.holds in (Holds.INNER, Holds.DETACHED) or self._apart:
+            elif self._begun:
                 entry |= {"moved": w.moved, "inner": w.inner}
                 entry |= {} if w.average is None else {"average": w.average}
                 entry |= {} if w.gradient is None else {"gradient": w.gradient}
             entries[name] = entry
         return entries
+
+    @property
+    def _begun(self) -> bool:
+        """Whether y is, or may be, another than x when training goes on."""
+        held = self._before[0][1] if self._before else self.holds
+        return held in (Holds.INNER, Holds.DETACHED) or self._apart
 
     def load_state_dict(self, entries: Mapping[str, Mapping[str, Any]], *, before: Holds | None = None) -> None:
         """Track the parameters again from saved entries: x from ``anchor``, or else from the parameter.
@@ -340,7 +346,7 @@ class Weights:
                     p.copy_(entry["inner"])
         now = Holds.INNER if apart else Holds.ANCHOR
         if self._before:
-            self._before[0] = before or now
+            self._before[0] = (before or now, now)
         else:
             self.holds = now
 
