@@ -24,6 +24,7 @@ from lightning_entropy.engine.noise import NoiseStreams
 from lightning_entropy.engine.optimizer_hooks import OptimizerHooks
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep, ReplicaMean, Replicas
 from lightning_entropy.engine.step import Step
+from lightning_entropy.engine.torch_internals import version
 from lightning_entropy.engine.weights import Holds, Weight, Weights
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
@@ -42,6 +43,8 @@ class InnerOuter:
         inner_step: k, inner steps since the last outer step, in [0, L).
         outer_step: t, outer steps done.
         gamma_start: what ``gamma="auto"`` measured; None before.
+        perturbs: whether gradients are taken at other weights than y.
+        due: whether a step was taken since the parameters were last perturbed, and they are to be perturbed again.
         measure: whether outer steps take :attr:`distances` (two passes over the weights, no device is waited for).
         distances: rms per weight of y - x and z - x, as scalars, at the last outer step with ``measure``.
     """
@@ -59,6 +62,7 @@ class InnerOuter:
         count_attempts: bool = False,
         prepare_after_step: bool = True,
         self_writing: Collection[Tensor] = (),
+        watch_writes: bool = False,
         bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         """Attach to the optimizer.
@@ -74,8 +78,9 @@ class InnerOuter:
             count_attempts: leave the counter to the caller, who calls :meth:`advance` after every attempted step, so
                 that replicas stay in step when a gradient scaler skips an update on one of them.
             prepare_after_step: perturb the parameters anew at the end of every step, where the method does so; False:
-                whoever drives the loop calls :meth:`prepare` before the next forward pass.
+                whoever drives the loop calls :meth:`prepare` before the next forward pass, where :attr:`due` says so.
             self_writing: parameters that their module's forward pass writes into (an embedding with ``max_norm``).
+            watch_writes: note which weights are written after a step, for :meth:`close`.
             bystander: asked at every step whether it passes the loop by: somebody tries the plain optimizer, and will
                 put back what it did.
 
@@ -92,6 +97,7 @@ class InnerOuter:
         self.inner_step = 0
         self.outer_step = 0
         self.gamma_start: float | None = None
+        self.due = False
         self.measure = False
         self.distances: tuple[Tensor, Tensor] | None = None
         self._seed(torch.initial_seed() if seed is None else check_integer("seed", seed, 0))
@@ -99,10 +105,13 @@ class InnerOuter:
         self._replicas = Replicas(replica_mean, relaxation.outer_target)
         native = NativeStep(self.params) if check_bool("compile", compile) else None
         self._rules = inner_rules(relaxation, self.weights, native, self_writing)
-        self._perturbs = any(rule.perturbs for rule in self._rules)
+        self.perturbs = any(rule.perturbs for rule in self._rules)
         self._count_attempts = count_attempts
+        self._watches = watch_writes
+        self._versions: dict[Tensor, int] = {}  # of the parameters, as the last step left them
         self._prepare_after_step = prepare_after_step
         self._stepping: Step | None = None
+        self._moving: list[Weight] = []  # whose outer step is counted, and not taken yet
         self._measurement = GammaMeasurement()
         self._hooks = OptimizerHooks(
             optimizer,
@@ -124,15 +133,20 @@ class InnerOuter:
     @torch.no_grad()
     def anchor(self) -> list[Tensor]:
         """x, a tensor per parameter in the optimizer's order; the parameter itself where it has not moved yet."""
-        self.weights.settle()
+        self.settle()
         return [self.weights[p].anchor if p in self.weights else p.detach() for p in self.params]
 
     @property
     @torch.no_grad()
     def average(self) -> list[Tensor]:
         """z, a tensor per parameter in the optimizer's order; y where the mean is the last iterate."""
-        self.weights.settle()
+        self.settle()
         return [self.weights[p].mean if p in self.weights else p.detach() for p in self.params]
+
+    def anchor_of(self, p: Tensor) -> Tensor | None:
+        """Return x of one parameter that holds another value in training; None where it holds x, or what is shown."""
+        self._move_anchors()
+        return self.weights.anchor_of(p)
 
     @property
     def shows_anchor(self) -> bool:
@@ -166,6 +180,7 @@ class InnerOuter:
         """
         before = self.weights.holds
         self.unperturb()
+        self._move_anchors()
         self.weights.show(before, instead or {})
 
     @torch.no_grad()
@@ -178,6 +193,7 @@ class InnerOuter:
     def detach(self) -> None:
         """Leave x in the parameters and no hook behind. May be called twice."""
         self.unperturb(check=False)
+        self._move_anchors()
         self.weights.detach()
         self._hooks.remove()
 
@@ -192,8 +208,10 @@ class InnerOuter:
         """
         if self.weights.shown:
             return
+        self._move_anchors()
+        self.due = False
         self._begin_together()
-        if self._perturbs:
+        if self.perturbs:
             self._read_settings()
             step = self._step([], [], self._forward_noise)
             for rule in self._rules:
@@ -229,6 +247,7 @@ class InnerOuter:
         if self.weights.shown:
             raise RuntimeError("optimizer.step() while the parameters show the anchor: leave at_anchor() first")
         self._stepping = None
+        self._move_anchors()
         self._read_settings()
 
     def _read_settings(self) -> None:
@@ -258,7 +277,9 @@ class InnerOuter:
                 w.moved = True
             if not self._count_attempts:
                 self.advance()
-        if self._perturbs and self._prepare_after_step:
+        self._versions = {w.param: version(w.param) for w in self.weights} if self._watches else {}
+        self.due = self.perturbs
+        if self.due and self._prepare_after_step:
             self.prepare()
 
     def _step(self, weights: list[Weight], rates: list[Any], noise: NoiseStreams, *, first: bool = True) -> Step:
@@ -281,15 +302,22 @@ class InnerOuter:
         """End an unfinished loop with what it has: the outer step comes early, and momentum is left alone.
 
         For the end of training, so that its last steps count. A state saved before goes on as if this had not been.
+        Weights that somebody has written since their last step (to keep a constraint) are kept as they are.
         """
         if not self.inner_step:
             return
         self.unperturb()
+        constrained = [w for w in self.weights if self._versions.get(w.param, version(w.param)) != version(w.param)]
+        projected = [w.param.detach().clone() for w in constrained]
         step = self._step(list(self.weights), [], self._noise)
         with self._hooks.ignored():
             for rule in self._rules:
                 rule.close(step)
         self._outer_step(closing=True)
+        # Whoever writes weights after a step keeps a constraint, and is not called again: x is y, which obeys it.
+        for w, y in zip(constrained, projected, strict=True):
+            w.anchor.copy_(y)
+            w.restart()
 
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""
@@ -312,19 +340,34 @@ class InnerOuter:
             )
         if self._measures_gamma:
             self.gamma_start = self._measurement.take(weights)
-        if apart:
-            means, pulls = self._replicas.agree(weights, self.settings.rho)
-            self._outer.step(weights, self.weights.named(), means, pulls, self.settings.outer_lr)
+        self._moving = weights if apart else []
         self.inner_step = 0
         self.outer_step += 1
         for w in weights:
             w.moved = False
-            if self.relaxation.reset and apart:
-                w.param.copy_(w.anchor)
-        if self.relaxation.reset:
-            self.weights.rest()
         if self.relaxation.reset_momentum and not closing:
             self._reset_momentum(weights)
+        if self.relaxation.reset or self._replicas or closing:
+            self._move_anchors()
+        if self.relaxation.reset:
+            self.weights.rest()
+        # Else y goes on where it is, and x follows it when the next step begins or someone looks: at a y that has seen
+        # the constraints that are put back after a step. An x that y restarts at is in the parameters for them to see.
+
+    @torch.no_grad()
+    def _move_anchors(self) -> None:
+        """Take the outer step of the loop that has ended, if it is not taken yet."""
+        weights, self._moving = self._moving, []
+        if weights:
+            means, pulls = self._replicas.agree(weights, self.settings.rho)
+            self._outer.step(weights, self.weights.named(), means, pulls, self.settings.outer_lr)
+            for w in weights if self.relaxation.reset else ():
+                w.param.copy_(w.anchor)
+
+    def settle(self) -> None:
+        """Bring x up to date: with an outer step that is not taken yet, and with what was written at rest."""
+        self._move_anchors()
+        self.weights.settle()
 
     def _reset_momentum(self, weights: Iterable[Weight]) -> None:
         for w in weights:
@@ -363,6 +406,7 @@ class InnerOuter:
         Args:
             anchor: with x; without it, whoever loads has put x into the parameters.
         """
+        self._move_anchors()
         return {
             "format": FORMAT,
             "inner_step": self.inner_step,
@@ -386,7 +430,8 @@ class InnerOuter:
         """
         check_format("state_dict of a loop", state, FORMAT)
         self.unperturb(check=False)
-        self.weights.load_state_dict(state["slots"], before=Holds.OTHER if self._perturbs else None)
+        self._moving = []
+        self.weights.load_state_dict(state["slots"], before=Holds.OTHER if self.perturbs else None)
         self._outer.load_state_dict(state["outer"])
         self.inner_step, self.outer_step = state["inner_step"], state["outer_step"]
         self._seed(state["seed"])
@@ -394,7 +439,7 @@ class InnerOuter:
         self._replicas.forget()
         if self.inner_step:  # or else they are read when the loop begins, if it does: a schedule may have ended
             self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
-        if self._perturbs:
+        if self.perturbs:
             self.prepare()
 
     def _seed(self, seed: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_entropy.engine.forward_hooks import listen
 from lightning_entropy.engine.loop import InnerOuter
 from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMean
 from lightning_entropy.engine.relax import make_loop
@@ -38,7 +39,7 @@ class ModuleLoops:
         seed: int = 0,
         compile: bool = False,
         count_attempts: bool = False,
-        prepare_after_step: bool = False,
+        several_steps: bool = False,
         bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         """Attach; optimizer i draws its noise from (seed, i).
@@ -52,7 +53,8 @@ class ModuleLoops:
             seed: of the noise, the same on all ranks that share gradients, >= 0.
             compile: see :func:`lightning_entropy.relax`.
             count_attempts: see :class:`InnerOuter`.
-            prepare_after_step: see :class:`InnerOuter`: a batch may have several steps, as in manual optimization.
+            several_steps: a batch may have several steps, as in manual optimization: a method that perturbs does so
+                anew before the first forward pass of a submodule after each.
             bystander: see :class:`InnerOuter`.
 
         Raises:
@@ -69,7 +71,8 @@ class ModuleLoops:
             "outer": outer,
             "compile": compile,
             "count_attempts": count_attempts,
-            "prepare_after_step": prepare_after_step,
+            "prepare_after_step": False,
+            "watch_writes": True,
             "bystander": bystander,
         }
         try:
@@ -80,6 +83,8 @@ class ModuleLoops:
                 loop.detach()
             raise
         self._hooks = StateDictHooks(module, self)
+        perturbs = any(loop.perturbs for loop in self.loops)
+        self._forward_hooks = listen(module, self) if several_steps and perturbs else []
 
     def _attach(self, i: int, optimizer: Optimizer) -> InnerOuter:
         normed = [m for m in self._module.modules() if getattr(m, "max_norm", None) is not None]
@@ -155,6 +160,14 @@ class ModuleLoops:
         """
         for loop in self.loops:
             loop.unperturb(check=check)
+            loop.due = False
+
+    @torch.no_grad()
+    def before_forward(self) -> None:
+        """Perturb the parameters of an optimizer that has stepped since they were."""
+        for loop in self.loops:
+            if loop.due:
+                loop.prepare()
 
     @torch.no_grad()
     def show(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:
@@ -207,7 +220,7 @@ class ModuleLoops:
         self._loading = max(self._loading - 1, 0)
         if self._loading == 0:
             for loop in self.loops:
-                loop.weights.settle()
+                loop.settle()
             self._take_written()
         self.hide()
 
@@ -221,6 +234,8 @@ class ModuleLoops:
         for loop in self.loops:
             loop.detach()
         self._hooks.remove()
+        for handle in self._forward_hooks:
+            handle.remove()
 
     def tracks(self, p: Tensor) -> bool:
         """Whether a loop keeps an x of p."""
@@ -228,7 +243,7 @@ class ModuleLoops:
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
         """Return x of one parameter where something else is in it, else None."""
-        return next((x for x in (loop.weights.anchor_of(p) for loop in self.loops) if x is not None), None)
+        return next((x for x in (loop.anchor_of(p) for loop in self.loops) if x is not None), None)
 
     def state_dict(self, *, anchor: bool = False) -> list[dict[str, Any]]:
         """Return the state of every loop; without ``anchor``, x is left to the module's."""

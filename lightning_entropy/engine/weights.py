@@ -204,7 +204,7 @@ class Weights:
                 w.kept = y
             for w in self:
                 w.param.copy_(w.anchor)
-        elif instead:
+        else:
             self.settle()
         self._before.append((before, held))
         self.holds = Holds.ANCHOR

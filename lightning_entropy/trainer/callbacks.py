@@ -108,9 +108,10 @@ class HamiltonJacobi(InnerOuterCallback):
 class HeatSmoothing(InnerOuterCallback):
     """Gaussian smoothing on an existing Trainer: gradients at randomly perturbed weights.
 
-    See :func:`lightning_entropy.heat`. Weights are perturbed when a batch begins and x again when it has ended; with
-    gradient accumulation the same noise is drawn for every batch of a step, and in manual optimization new noise after
-    each step. What is written into them in between would be lost and is a ``RuntimeError``.
+    See :func:`lightning_entropy.heat`. Weights are perturbed when a batch begins and x again at the optimizer's step;
+    with gradient accumulation the same noise is drawn for every batch of a step, and in manual optimization new noise
+    before the next forward pass of a submodule after each step. What is written into perturbed weights would be lost
+    and is a ``RuntimeError``.
 
     Args:
         inner_steps: gradients averaged per update, int >= 1.

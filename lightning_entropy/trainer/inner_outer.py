@@ -118,7 +118,7 @@ class InnerOuterCallback(Callback):
             outer=self.outer,
             seed=seed,
             compile=self.compile,
-            prepare_after_step=not pl_module.automatic_optimization,
+            several_steps=not pl_module.automatic_optimization,
             bystander=lambda: self not in trainer.callbacks,  # type: ignore[attr-defined]
         )
         self._loops.show()

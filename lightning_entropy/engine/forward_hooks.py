@@ -1,0 +1,41 @@
+"""Perturb anew before the next forward pass, where a batch has several steps."""
+
+from typing import Protocol
+
+import torch
+from torch.jit import ScriptModule
+from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
+
+from lightning_entropy.engine.state_dict_hooks import Hook
+
+
+class ForwardListener(Protocol):
+    """An object that has something to do before a forward pass that gradients come from."""
+
+    def before_forward(self) -> None:
+        """Do it."""
+
+
+class BeforeForward(Hook[ForwardListener]):
+    """Tell the listener of a forward pass, unless it is one without gradients."""
+
+    def __call__(self, *_: object) -> None:
+        """Do so."""
+        listener = self.owner
+        if listener is not None and torch.is_grad_enabled():
+            listener.before_forward()
+
+
+def listen(module: Module, listener: ForwardListener) -> list[RemovableHandle]:
+    """Register a hook with every submodule that has parameters of its own.
+
+    Args:
+        module: the whole one.
+        listener: told before each of their forward passes. It is referred to weakly.
+
+    Returns:
+        The handles that remove the hooks.
+    """
+    having = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    return [m.register_forward_pre_hook(BeforeForward(listener)) for m in having if not isinstance(m, ScriptModule)]
