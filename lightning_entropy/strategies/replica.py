@@ -209,9 +209,9 @@ class ReplicaLoops:
             return
         check_format("the state of a replica", state, FORMAT)
         self.consensus.load_own(state["module"])
-        self.loops.load_state_dict(state["loops"])
         for coupling, memory in zip(self.couplings, state["couplings"], strict=True):
-            coupling.load_state_dict(memory)
+            coupling.load_state_dict(memory)  # before the loops, which may start an exchange
+        self.loops.load_state_dict(state["loops"])
 
     @staticmethod
     def counters(state: Mapping[str, Any]) -> list[dict[str, Any]]:
