@@ -109,6 +109,7 @@ class InnerOuter:
         self._count_attempts = count_attempts
         self._watches = watch_writes
         self._versions: dict[Tensor, int] = {}  # of the parameters, as the last step left them
+        self._constrained: list[Weight] = []  # written since
         self._prepare_after_step = prepare_after_step
         self._stepping: Step | None = None
         self._moving: list[Weight] = []  # whose outer step is counted, and not taken yet
@@ -179,6 +180,7 @@ class InnerOuter:
             instead: by parameter, what the outermost call shows in the place of x.
         """
         before = self.weights.holds
+        self._note_writes()
         self.unperturb()
         self._move_anchors()
         self.weights.show(before, instead or {})
@@ -209,11 +211,12 @@ class InnerOuter:
         if self.weights.shown:
             return
         self._move_anchors()
-        self.due = False
+        first, self.due = not self.due, False
+        self._versions, self._constrained = {}, []
         self._begin_together()
         if self.perturbs:
             self._read_settings()
-            step = self._step([], [], self._forward_noise)
+            step = self._step([], [], self._forward_noise, first=first)
             for rule in self._rules:
                 rule.before_forward(step)
 
@@ -278,6 +281,7 @@ class InnerOuter:
             if not self._count_attempts:
                 self.advance()
         self._versions = {w.param: version(w.param) for w in self.weights} if self._watches else {}
+        self._constrained = []
         self.due = self.perturbs
         if self.due and self._prepare_after_step:
             self.prepare()
@@ -307,7 +311,8 @@ class InnerOuter:
         if not self.inner_step:
             return
         self.unperturb()
-        constrained = [w for w in self.weights if self._versions.get(w.param, version(w.param)) != version(w.param)]
+        self._note_writes()
+        constrained = self._constrained
         projected = [w.param.detach().clone() for w in constrained]
         step = self._step(list(self.weights), [], self._noise)
         with self._hooks.ignored():
@@ -318,6 +323,12 @@ class InnerOuter:
         for w, y in zip(constrained, projected, strict=True):
             w.anchor.copy_(y)
             w.restart()
+
+    def _note_writes(self) -> None:
+        """Note which weights somebody else has written since the last step, before they are written here."""
+        known = [w for w in self.weights if w.param in self._versions]
+        self._constrained += [w for w in known if self._versions[w.param] != version(w.param)]
+        self._versions = {}
 
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""

@@ -53,7 +53,10 @@ class Perturbation:
         params = self._weights.params
         if self._perturbed or any(is_lazy(p) for p in params):
             return  # a lazy module's first gradient is at y: its parameters have no values yet
-        step.weights = [self._weights.track(p) for p in params if p.requires_grad]
+        if step.first or self._step is None:
+            step.weights = [self._weights.track(p) for p in params if p.requires_grad]
+        else:  # in the middle of a batch others may be frozen for a moment, as toggle_optimizer() does
+            step.weights = self._step.weights
         self._weights.set_aside()
         self._step = step
         self._perturb(step)

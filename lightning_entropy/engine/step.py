@@ -27,7 +27,7 @@ class Step:
         inner_steps: L.
         number: k, its number in the loop, from 0.
         outer_step: t.
-        first: whether the closure is evaluated for the first time in it.
+        first: whether the closure is evaluated for the first time in it, or it is the first of a batch.
         grad_scale: by which the gradients are too large, where a fused optimizer divides by it; None: 1.
     """
 

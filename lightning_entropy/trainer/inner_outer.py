@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import initial_seed
 
@@ -17,7 +18,7 @@ from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import log_outer_step, training_is_complete
-from lightning_entropy.trainer.resume import check_method, check_states
+from lightning_entropy.trainer.resume import check_loadable, check_method, check_states
 
 FORMAT = 1  # of InnerOuterCallback.state_dict()
 
@@ -81,6 +82,7 @@ class InnerOuterCallback(Callback):
         self._state: dict[str, Any] = {}  # loaded for the next fit, or left by the last one
         self._resumed: dict[str, Any] = {}  # what this fit goes on from, until its first batch
         self._unclosed: list[dict[str, Any]] | None = None  # the loops' state before they were closed
+        self._optimizer_states: list[Any] = []  # of the checkpoint that is being loaded
         self._trains = True
         self._logged_at = 0  # global step
         self._outer_steps: list[int] = []  # before this batch
@@ -106,6 +108,15 @@ class InnerOuterCallback(Callback):
     def _others(self, trainer: Trainer) -> list[Callback]:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return [c for c in callbacks if c is not self and not isinstance(c, HideAnchor)]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the optimizers' states until there are optimizers to compare them with."""
+        self._optimizer_states = checkpoint.get("optimizer_states", [])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizer states that cannot be loaded, before Lightning tries."""
+        check_loadable(self._state, trainer.optimizers, self._optimizer_states)
+        self._optimizer_states = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the first moment at which everything is restored and on its device."""
@@ -158,16 +169,17 @@ class InnerOuterCallback(Callback):
         """Attach to optimizers that have come since the last batch, and go on from a checkpoint with them."""
         before = [type(loop.optimizer).__name__ for loop in loops.loops]
         check_optimizers(pl_module, trainer.optimizers)
+        now = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         changed = loops.follow(trainer.optimizers)
         if changed:
-            now = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             rank_zero_info(
                 f"{type(self).__name__}: the Trainer's optimizers were {before} and are {now}; the loops of those that "
                 "are gone have left x, and new ones begin there"
             )
         if self._resumed:
-            check_states(self._resumed, trainer.optimizers)
-            if changed:
+            if not changed:
+                check_states(self._resumed, trainer.optimizers)
+            elif self._resumed.get("optimizers") == now:  # the exchange is older than the checkpoint
                 loops.load_state_dict(self._resumed["loops"])
             self._resumed = {}
 
@@ -201,6 +213,11 @@ class InnerOuterCallback(Callback):
     def _show(self) -> None:
         if self._loops is not None:
             self._loops.show()
+
+    def settle(self) -> None:
+        """Take outer steps that wait for someone to look."""
+        for loop in [] if self._loops is None else self._loops.loops:
+            loop.settle()
 
     def hide(self) -> None:
         """Put y back when a validation has ended."""
@@ -324,6 +341,11 @@ class HideAnchor(Callback):
 
     def __init__(self, owner: InnerOuterCallback) -> None:
         self._owner = owner
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move an x that follows y before a module that puts other weights in for a validation does so."""
+        if is_overridden("on_validation_model_eval", pl_module):
+            self._owner.settle()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put y back, before the module's own hooks put theirs."""

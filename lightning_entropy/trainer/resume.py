@@ -1,5 +1,6 @@
 """What a checkpoint says of the run that wrote it, compared with the run that goes on from it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,34 @@ def check_method(state: Mapping[str, Any], now: Mapping[str, Any], seed: int | N
         rank_zero_warn(f"seed = {seed} has no effect: the noise goes on with the checkpoint's seed, {seeds[0]}")
 
 
+def check_loadable(state: Mapping[str, Any], optimizers: Sequence[Optimizer], states: Sequence[Any]) -> None:
+    """Refuse an optimizer of another class than the checkpoint's if it cannot load that one's state.
+
+    Args:
+        state: of a callback or strategy, with its "optimizers"; without it nothing is known.
+        optimizers: of this run.
+        states: theirs in the checkpoint.
+
+    Raises:
+        MisconfigurationException: loading fails, on a copy.
+    """
+    for i, (optimizer, then, content) in enumerate(zip(optimizers, state.get("optimizers", []), states, strict=False)):
+        now = type(optimizer).__name__
+        if now == then:
+            continue
+        try:
+            copy.deepcopy(optimizer).load_state_dict(content)
+        except Exception as error:
+            raise _other_class(i, then, now) from error
+
+
+def _other_class(i: int, then: str, now: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"optimizer {i} must be {then} to go on from the checkpoint's state, got {now}, which keeps another: "
+        "load the weights with load_from_checkpoint, and fit without ckpt_path"
+    )
+
+
 def check_states(state: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
     """Compare the optimizers with the checkpoint's, whose state they were given.
 
@@ -46,7 +75,8 @@ def check_states(state: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> N
         optimizers: of this run, with their states loaded.
 
     Raises:
-        MisconfigurationException: another number of optimizers, or of a class that cannot use the state.
+        MisconfigurationException: another number of optimizers, or a class that is neither a base nor a subclass of the
+            checkpoint's and so cannot use its state.
     """
     if len(state["loops"]) != len(optimizers):
         raise MisconfigurationException(
@@ -57,11 +87,7 @@ def check_states(state: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> N
         now = type(optimizer).__name__
         if now == then:
             continue
-        missing = sorted({key for g in optimizer.param_groups for key in optimizer.defaults if key not in g})
-        if missing:
-            raise MisconfigurationException(
-                f"optimizer {i} must be {then} to go on from the checkpoint's state, got {now}, whose "
-                f"{', '.join(missing)} it has not: load the weights with load_from_checkpoint, and fit without "
-                "ckpt_path"
-            )
+        related = {kind.__name__ for kind in (*type(optimizer).__mro__, *type(optimizer).__subclasses__())}
+        if then not in related:
+            raise _other_class(i, then, now)
         rank_zero_warn(f"optimizer {i} was {then} in the checkpoint and is {now}: it goes on from the other's state")
