@@ -1,6 +1,7 @@
 """All-CNN-BN, the net of the Entropy-SGD paper.
 
-``python -m recipes.allcnn fit --config recipes/configs/allcnn/sgd.yaml`` trains it.
+Train it with ``python -m recipes.allcnn fit``, ``--config recipes/configs/nets/allcnn.yaml`` and a ``--config`` of
+``recipes/configs/methods``.
 """
 
 from __future__ import annotations
@@ -67,4 +68,4 @@ def _block(before: int, after: int, kernel: int, stride: int = 1) -> tuple[nn.Mo
 if __name__ == "__main__":
     from recipes.cli import main
 
-    main("recipes.allcnn.AllCNN")
+    main()

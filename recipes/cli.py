@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
@@ -32,10 +36,28 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with checkpoints of the best and of the last epoch, a learning-rate monitor, and one seed."""
+    """LightningCLI with checkpoints of the best and of the last epoch, a learning-rate monitor, and one seed.
+
+    Configs name a net and a method, one file each. What depends on both is computed here unless it is given: the
+    number of epochs, from ``effective_epochs`` of the net and ``passes_per_epoch`` of the method, and the folder of the
+    run, from the files' names.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of checkpoints and monitor, and give the data the seed of ``--seed_everything``."""
+        """Add the options of budget, checkpoints and monitor, and pass ``--seed_everything`` on to the data."""
+        parser.add_argument(
+            "--effective_epochs",
+            type=PositiveInt | None,
+            default=None,
+            help="passes over the images, counting every gradient evaluation of every replica; "
+            "sets trainer.max_epochs where neither that nor trainer.max_steps is given",
+        )
+        parser.add_argument(
+            "--passes_per_epoch",
+            type=PositiveInt,
+            default=1,
+            help="effective epochs in an epoch: gradients per step (2 with SAM) times replicas",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
@@ -51,6 +73,16 @@ class RecipeCLI(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def before_instantiate_classes(self) -> None:
+        """Set the number of epochs and the name of the run, where they are not given."""
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        if trainer.max_epochs is None and trainer.max_steps == -1 and config.effective_epochs:
+            trainer.max_epochs = math.ceil(config.effective_epochs / config.passes_per_epoch)
+        files = [Path(file.relative).stem for file in config.config or []]
+        if isinstance(trainer.logger, Namespace) and trainer.logger.init_args.get("name", "") is None and files:
+            trainer.logger.init_args.name = "/".join(files)
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, RichProgressBar()]
@@ -59,13 +91,11 @@ class RecipeCLI(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, WritePredictions()])
 
 
-def main(net: str, args: ArgsType = None, **kwargs: Any) -> RecipeCLI:
-    """Run the command line.
+def main(args: ArgsType = None) -> RecipeCLI:
+    """Run the command line; the configs name the net.
 
     Args:
-        net: class path of the net trained unless the config names another.
         args: arguments; None takes the command line's.
-        **kwargs: to ``RecipeCLI``.
     """
     return RecipeCLI(
         Classifier,
@@ -75,7 +105,9 @@ def main(net: str, args: ArgsType = None, **kwargs: Any) -> RecipeCLI:
         # A rerun into the same folder keeps the newer config.
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
-            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs"}},
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": None},
+            },
         },
-        **kwargs,
     )

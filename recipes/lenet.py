@@ -1,4 +1,8 @@
-"""LeNet-BN, the papers' net for MNIST: ``python -m recipes.lenet fit --config recipes/configs/lenet/sgd.yaml``."""
+"""LeNet-BN, the papers' net for MNIST.
+
+Train it with ``python -m recipes.lenet fit``, ``--config recipes/configs/nets/lenet.yaml`` and a ``--config`` of
+``recipes/configs/methods``.
+"""
 
 from __future__ import annotations
 
@@ -49,4 +53,4 @@ class LeNet(nn.Module):
 if __name__ == "__main__":
     from recipes.cli import main
 
-    main("recipes.lenet.LeNet")
+    main()

@@ -1,4 +1,8 @@
-"""Wide residual nets: ``python -m recipes.wide_resnet fit --config recipes/configs/wrn_28_10/cifar10/sgd.yaml``."""
+"""Wide residual nets.
+
+Train one with ``python -m recipes.wide_resnet fit``, ``--config recipes/configs/nets/wrn_28_10.yaml`` and a
+``--config`` of ``recipes/configs/methods``.
+"""
 
 from __future__ import annotations
 
@@ -95,4 +99,4 @@ class Block(nn.Module):
 if __name__ == "__main__":
     from recipes.cli import main
 
-    main("recipes.wide_resnet.WideResNet")
+    main()
