@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
     ModelCheckpoint,
-    RichProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -78,17 +76,17 @@ class RecipeCLI(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config.trainer
         if trainer.max_epochs is None and trainer.max_steps == -1 and config.effective_epochs:
-            trainer.max_epochs = math.ceil(config.effective_epochs / config.passes_per_epoch)
+            trainer.max_epochs = -(-config.effective_epochs // config.passes_per_epoch)  # rounded up
         files = [Path(file.relative).stem for file in config.config or []]
         if isinstance(trainer.logger, Namespace) and trainer.logger.init_args.get("name", "") is None and files:
             trainer.logger.init_args.name = "/".join(files)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, RichProgressBar()]
-        if config.get("logger") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-        return super()._instantiate_trainer(config, [*callbacks, WritePredictions()])
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Instantiate the Trainer, without the learning-rate monitor where no logger takes what it says."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if not trainer.loggers:
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]
+        return trainer
 
 
 def main(args: ArgsType = None) -> RecipeCLI:
@@ -105,6 +103,7 @@ def main(args: ArgsType = None) -> RecipeCLI:
         # A rerun into the same folder keeps the newer config.
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
+            "callbacks": WritePredictions(),
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": "runs", "name": None},

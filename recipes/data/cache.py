@@ -74,7 +74,7 @@ def _sweep(path: Path) -> None:
 
 
 def _umask() -> int:
-    """Give the permissions that this process withholds; reading them takes setting them."""
+    """Return the permissions that this process withholds from new files; to read the mask is to set it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -154,6 +154,13 @@ def test_what_is_given_overrides_the_computed_number_of_epochs(resolved):
     assert resolved(*files, more=["--effective_epochs", "null"]).trainer.max_epochs is None
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "1e400", "nan", "9**9**9"])
+def test_effective_epochs_are_a_positive_integer(value, fit_alone, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--effective_epochs", value])
+    assert "effective_epochs" in capsys.readouterr().err
+
+
 def test_a_run_is_named_after_its_configs(resolved, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("data: {batch_size: 64}")
