@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from recipes.limits import check
+
 
 class AllCNN(nn.Module):
     """All-CNN-BN: nine convolutions, two of which stride, each with BatchNorm and ReLU, then the mean over pixels.
@@ -18,11 +20,14 @@ class AllCNN(nn.Module):
 
     Args:
         num_classes: logits.
-        width: channels of the first three convolutions, > 0; the others have twice as many.
+        width: channels of the first three convolutions, in [1, 1000]; the others have twice as many.
         input_dropout: probability to drop an input pixel's channel value, in [0, 1).
         dropout: probability to drop a value before the second and third group of convolutions, in [0, 1). The paper
             has 0.5, Parle's experiments with augmented images 0.
         channels: of an image.
+
+    Raises:
+        ValueError: if a number is out of its range.
 
     Example:
         >>> sum(p.numel() for p in AllCNN().parameters())
@@ -39,6 +44,9 @@ class AllCNN(nn.Module):
         channels: int = 3,
     ) -> None:
         super().__init__()
+        check("width", width, 1, 1000)
+        check("input_dropout", input_dropout, 0, 1)
+        check("dropout", dropout, 0, 1)
         wide = 2 * width
         self.layers = nn.Sequential(
             nn.Dropout(input_dropout),

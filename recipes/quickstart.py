@@ -29,6 +29,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
 import lightning_entropy as le
+from recipes.limits import argument
 
 METHODS = {
     "SGD": list,
@@ -238,14 +239,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="SGD against three smoothings of the loss, on a small conv net.")
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--root", default="data", help="folder of the data sets (fashion-mnist)")
-    parser.add_argument("--train-size", type=int, default=6000, help="training images used (fashion-mnist)")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--train-size", type=argument(int, 1, 60_000), default=6000, help="training images used (fashion-mnist)"
+    )
+    parser.add_argument("--epochs", type=argument(int, 1, 10_000), default=40)
+    parser.add_argument("--seeds", type=argument(int, 1, 1000), default=3)
     parser.add_argument("--out", default="quickstart.png", help="where the picture goes")
     args = parser.parse_args(argv)
-    for name in ("train_size", "epochs", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     data = digits() if args.data == "digits" else fashion_mnist(args.root, args.train_size)
