@@ -96,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", default="data", help="where the images are or go")
     parser.add_argument("--source", default="cifar10", help="of recipes.data.ImageData")
     parser.add_argument("--images", type=argument(int, 1, 10**7), help="to train on; default all")
-    parser.add_argument("--epochs", type=argument(int, 1, 10_000), default=50)
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=50)
     parser.add_argument("--examples", type=argument(int, 1, 10**7), default=2000, help="images that D is averaged over")
     parser.add_argument("--memory", type=argument(float, 0.001, 1024), default=1.0, help="GiB for gradients")
     parser.add_argument("--seed", type=argument(int, 0, 2**32 - 1), default=0)

@@ -97,7 +97,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the images are or go")
     parser.add_argument("--data", choices=("FashionMNIST", "MNIST"), default="FashionMNIST")
     parser.add_argument("--images", type=argument(int, 1, 60_000), default=10_000, help="to train on")
-    parser.add_argument("--epochs", type=argument(int, 1, 10_000), default=10)
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=10)
     parser.add_argument(
         "--examples", type=argument(int, 1, 60_000), default=512, help="images that the Hessian is averaged over"
     )

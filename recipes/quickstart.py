@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--train-size", type=argument(int, 1, 60_000), default=6000, help="training images used (fashion-mnist)"
     )
-    parser.add_argument("--epochs", type=argument(int, 1, 10_000), default=40)
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=40)
     parser.add_argument("--seeds", type=argument(int, 1, 1000), default=3)
     parser.add_argument("--out", default="quickstart.png", help="where the picture goes")
     args = parser.parse_args(argv)

@@ -79,7 +79,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=argument(int, 1, 1000), default=3)
     add(
         "--epochs",
-        type=argument(int, 1, 10_000),
+        type=argument(int, 1, 10**6),
         default=30,
         help="passes over the data, counting every gradient evaluation",
     )

@@ -216,5 +216,5 @@ REPLICATED = ("elastic_sgd", "elastic_entropy")
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two from many brackets or signs
+    except (ValueError, SyntaxError):
         return text

@@ -21,13 +21,14 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_entropy.strategies.coupling import DIVERGED
 from recipes.classifier import Classifier, Cosine
 from recipes.compare.budget import Budget, Kind
 from recipes.compare.judge import Judge, Recorder
 from recipes.compare.methods import Method, Parts
 from recipes.data import ImageData
 from recipes.data.cache import write
+
+DIVERGED = "the weights of every replica are nan or inf"  # what the strategy says when it ends a training
 
 NETS = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "lenet": "LeNet"}
 
