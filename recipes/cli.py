@@ -23,10 +23,10 @@ from recipes.predictions import WritePredictions
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``, of the last epoch. With Lightning's SWA it is written again when its average is in place."""
+    """Save ``last.ckpt`` after every epoch, and again when Lightning's SWA has put its average in place."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the average, which SWA puts in place in an epoch without steps, where ModelCheckpoint sees no news."""
+        """Save the average: SWA puts it in place in an epoch without steps, which ModelCheckpoint skips."""
         super().on_train_end(trainer, pl_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self.best_model_path and any(isinstance(c, StochasticWeightAveraging) for c in callbacks):
@@ -82,7 +82,7 @@ class RecipeCLI(LightningCLI):
             trainer.logger.init_args.name = "/".join(files)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Instantiate the Trainer, without the learning-rate monitor where no logger takes what it says."""
+        """Instantiate the Trainer, without the learning-rate monitor where there is no logger."""
         trainer = super().instantiate_trainer(**kwargs)
         if not trainer.loggers:
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]

@@ -98,7 +98,7 @@ class Curve(L.Callback):
 
 @dataclass
 class Rows:
-    """What the runs of one method gave, an entry per seed."""
+    """The results of one method, one entry per seed."""
 
     curves: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -155,7 +155,7 @@ def loss_rise(module: ConvNet, data: TensorDataset, draws: int = 5) -> list[floa
 def train(
     method: str, data: tuple[TensorDataset, TensorDataset], seed: int, epochs: int, rows: Rows, bar: tqdm
 ) -> None:
-    """Train once and append what came out to the method's rows."""
+    """Train once and append the results to the method's rows."""
     L.seed_everything(seed, verbose=False)
     loaders = DataLoader(data[0], batch_size=50, shuffle=True, drop_last=True), DataLoader(data[1], batch_size=1000)
     module, curve = ConvNet(steps=epochs * len(loaders[0])), Curve(bar)
@@ -179,13 +179,13 @@ def train(
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Write mean +- standard deviation."""
+    """Format mean +- standard deviation."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 
 
 def table(results: dict[str, Rows]) -> str:
-    """Lay the results out as a Markdown table."""
+    """Format the results as a Markdown table."""
     head = ["method", "test error %", "test loss", f"loss rise at noise {SHARPNESS_AT}", "gradients", "seconds"]
     at = SIGMAS.index(SHARPNESS_AT)
     lines = [

@@ -32,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def main(args: Sequence[str] | None = None) -> Study:
-    """Run a comparison from the command line; run again after a kill, it goes on with what is left."""
+    """Run a comparison from the command line, or resume one that was killed."""
     options = _parse(args)
     task = Task(
         net=options.net,
@@ -139,7 +139,7 @@ def _or(given: int | None, default: int) -> int:
 
 
 def _end(*_: Any) -> None:
-    """End as on Ctrl-C, and the trainings with it."""
+    """Exit as on Ctrl-C, which ends the trainings, too."""
     sys.exit(143)
 
 

@@ -1,4 +1,4 @@
-"""Look at the weights that a method would keep, at the end and whenever the Trainer validates."""
+"""Judge the weights that a method would keep, at the end and whenever the Trainer validates."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Recorder(Callback):
             } | self.judge.point(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the clock."""
+        """Restart the clock."""
         self._since = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -102,14 +102,14 @@ class Method:
 
     @property
     def relaxation(self) -> le.Relaxation | None:
-        """The loop that it runs, with the library's defaults; None where it runs none."""
+        """The relaxation that it runs, the library's defaults included; None without one."""
         parts = self.parts(lr=1.0, steps=1)
         owners = [*parts.callbacks, parts.strategy and parts.strategy(False)]
         return next((owner.relaxation for owner in owners if hasattr(owner, "relaxation")), None)
 
     @property
     def defaults(self) -> str:
-        """What its maker takes unless told otherwise."""
+        """The signature of its maker, default values included."""
         return str(inspect.signature(METHODS[self.name]))
 
     def parts(self, lr: float, steps: int) -> Parts:

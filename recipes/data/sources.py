@@ -73,7 +73,7 @@ def read(source: str, root: str, download: bool = True) -> Images:
 
 
 def fingerprint(source: str, root: str) -> str:
-    """Name the content of a data set in 16 hexadecimal digits; another content has another name.
+    """Return 16 hexadecimal digits that change with the content of a data set.
 
     A folder is named by the path, size and modification time of every file in it, so that a changed image is read
     again. A torchvision data set, whose files have published checksums, is named by its source and place.
