@@ -1,11 +1,14 @@
 """All-CNN-BN, the net of the Entropy-SGD paper.
 
-``python -m recipes.allcnn fit --config recipes/configs/allcnn/sgd.yaml`` trains it.
+Train it with ``python -m recipes.allcnn fit``, ``--config recipes/configs/nets/allcnn.yaml`` and a ``--config`` of
+``recipes/configs/methods``.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from recipes.limits import check
 
 
 class AllCNN(nn.Module):
@@ -17,11 +20,14 @@ class AllCNN(nn.Module):
 
     Args:
         num_classes: logits.
-        width: channels of the first three convolutions, > 0; the others have twice as many.
+        width: channels of the first three convolutions, in [1, 1000]; the others have twice as many.
         input_dropout: probability to drop an input pixel's channel value, in [0, 1).
         dropout: probability to drop a value before the second and third group of convolutions, in [0, 1). The paper
             has 0.5, Parle's experiments with augmented images 0.
         channels: of an image.
+
+    Raises:
+        ValueError: if a number is out of its range.
 
     Example:
         >>> sum(p.numel() for p in AllCNN().parameters())
@@ -38,6 +44,9 @@ class AllCNN(nn.Module):
         channels: int = 3,
     ) -> None:
         super().__init__()
+        check("width", width, 1, 1000)
+        check("input_dropout", input_dropout, 0, 1)
+        check("dropout", dropout, 0, 1)
         wide = 2 * width
         self.layers = nn.Sequential(
             nn.Dropout(input_dropout),
@@ -67,4 +76,4 @@ def _block(before: int, after: int, kernel: int, stride: int = 1) -> tuple[nn.Mo
 if __name__ == "__main__":
     from recipes.cli import main
 
-    main("recipes.allcnn.AllCNN")
+    main()

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from recipes.limits import check
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -87,14 +89,14 @@ class Drops:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """Give a number for each stretch of outer steps, as the papers' outer learning rates have it.
+    """Return one number for each stretch of outer steps, as the papers' outer learning rates have it.
 
     Attributes:
         values: one more than ``at``.
         at: the outer steps t at which the next value begins, increasing, > 0.
 
     Raises:
-        ValueError: if the lengths do not fit or ``at`` does not increase.
+        ValueError: if the lengths do not fit, ``at`` does not increase or a value is not finite.
 
     Example:
         >>> [Piecewise(values=(1.0, 0.2), at=(10,))(t) for t in (0, 9, 10)]
@@ -109,6 +111,8 @@ class Piecewise:
             raise ValueError(f"values must be one more than at, got {len(self.values)} and {len(self.at)}")
         if any(a >= b for a, b in zip((0, *self.at), self.at, strict=False)):
             raise ValueError(f"at must increase from above 0, got {self.at}")
+        if not all(map(math.isfinite, self.values)):
+            raise ValueError(f"values must be finite, got {self.values}")
 
     def __call__(self, t: int) -> float:
         """Return the value at outer step ``t``."""
@@ -127,8 +131,8 @@ class Classifier(L.LightningModule):
         schedule: scales its learning rate, from the share of training done in [0, 1]; None keeps it constant.
         num_classes: of the net and the data.
         label_smoothing: share of a label's weight spread over all classes, in [0, 1). For training only.
-        sharpness: SAM's rho, the radius in weight space of the step uphill, >= 0; 0 is the optimizer alone. A step
-            then costs two gradient evaluations, both on the same batch.
+        sharpness: SAM's rho, the radius in weight space of the step uphill, in [0, 1000]; 0 is the optimizer alone. A
+            step then costs two gradient evaluations, both on the same batch.
         channels_last: lay out convolutions' weights and images channel after pixel, which is faster on most devices.
         compile: compile the net with ``torch.compile``.
 
@@ -149,8 +153,7 @@ class Classifier(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if sharpness < 0:
-            raise ValueError(f"sharpness must be >= 0, got {sharpness}")
+        check("sharpness", sharpness, 0, 1000)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -283,14 +286,20 @@ def frozen_statistics(net: nn.Module) -> Iterator[None]:
         >>> net.track_running_stats
         True
     """
-    tracking = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for module in tracking:
-        module.track_running_stats = False
+    layers = tracking(net)
+    for layer in layers:
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def tracking(net: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers that keep running statistics."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [module for module in net.modules() if isinstance(module, kinds) and module.track_running_stats]
 
 
 def _scale(schedule: Callable[[float], float], steps: float, step: int) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
     ModelCheckpoint,
-    RichProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -21,10 +23,10 @@ from recipes.predictions import WritePredictions
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``, of the last epoch. With Lightning's SWA it is written again when its average is in place."""
+    """Save ``last.ckpt`` after every epoch, and again when Lightning's SWA has put its average in place."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the average, which SWA puts in place in an epoch without steps, where ModelCheckpoint sees no news."""
+        """Save the average: SWA puts it in place in an epoch without steps, which ModelCheckpoint skips."""
         super().on_train_end(trainer, pl_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self.best_model_path and any(isinstance(c, StochasticWeightAveraging) for c in callbacks):
@@ -32,10 +34,28 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with checkpoints of the best and of the last epoch, a learning-rate monitor, and one seed."""
+    """LightningCLI with checkpoints of the best and of the last epoch, a learning-rate monitor, and one seed.
+
+    Configs name a net and a method, one file each. What depends on both is computed here unless it is given: the
+    number of epochs, from ``effective_epochs`` of the net and ``passes_per_epoch`` of the method, and the folder of the
+    run, from the files' names.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of checkpoints and monitor, and give the data the seed of ``--seed_everything``."""
+        """Add the options of budget, checkpoints and monitor, and pass ``--seed_everything`` on to the data."""
+        parser.add_argument(
+            "--effective_epochs",
+            type=PositiveInt | None,
+            default=None,
+            help="passes over the images, counting every gradient evaluation of every replica; "
+            "sets trainer.max_epochs where neither that nor trainer.max_steps is given",
+        )
+        parser.add_argument(
+            "--passes_per_epoch",
+            type=PositiveInt,
+            default=1,
+            help="effective epochs in an epoch: gradients per step (2 with SAM) times replicas",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
@@ -51,21 +71,29 @@ class RecipeCLI(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, RichProgressBar()]
-        if config.get("logger") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-        return super()._instantiate_trainer(config, [*callbacks, WritePredictions()])
+    def before_instantiate_classes(self) -> None:
+        """Set the number of epochs and the name of the run, where they are not given."""
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        if trainer.max_epochs is None and trainer.max_steps == -1 and config.effective_epochs:
+            trainer.max_epochs = -(-config.effective_epochs // config.passes_per_epoch)  # rounded up
+        files = [Path(file.relative).stem for file in config.config or []]
+        if isinstance(trainer.logger, Namespace) and trainer.logger.init_args.get("name", "") is None and files:
+            trainer.logger.init_args.name = "/".join(files)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Instantiate the Trainer, without the learning-rate monitor where there is no logger."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if not trainer.loggers:
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]
+        return trainer
 
 
-def main(net: str, args: ArgsType = None, **kwargs: Any) -> RecipeCLI:
-    """Run the command line.
+def main(args: ArgsType = None) -> RecipeCLI:
+    """Run the command line; the configs name the net.
 
     Args:
-        net: class path of the net trained unless the config names another.
         args: arguments; None takes the command line's.
-        **kwargs: to ``RecipeCLI``.
     """
     return RecipeCLI(
         Classifier,
@@ -75,7 +103,10 @@ def main(net: str, args: ArgsType = None, **kwargs: Any) -> RecipeCLI:
         # A rerun into the same folder keeps the newer config.
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
-            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs"}},
+            "callbacks": WritePredictions(),
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": None},
+            },
         },
-        **kwargs,
     )

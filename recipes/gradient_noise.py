@@ -14,6 +14,7 @@ The unclipped numbers stand beside it.
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lightning_entropy.diagnostics import GradientNoiseResult, gradient_noise
 from recipes.allcnn import AllCNN
 from recipes.data import ImageData
+from recipes.limits import argument
 
 
 class SmallAllCNN(L.LightningModule):
@@ -88,18 +90,18 @@ class AtShares(L.Callback):
             )
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="where the images are or go")
     parser.add_argument("--source", default="cifar10", help="of recipes.data.ImageData")
-    parser.add_argument("--images", type=int, default=None, help="to train on; default all")
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--examples", type=int, default=2000, help="images that D is averaged over")
-    parser.add_argument("--memory", type=float, default=1.0, help="GiB for gradients")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=argument(int, 1, 10**7), help="to train on; default all")
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=50)
+    parser.add_argument("--examples", type=argument(int, 1, 10**7), default=2000, help="images that D is averaged over")
+    parser.add_argument("--memory", type=argument(float, 0.001, 1024), default=1.0, help="GiB for gradients")
+    parser.add_argument("--seed", type=argument(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--output", type=Path, default=Path("gradient_noise.png"))
-    options = parser.parse_args()
+    options = parser.parse_args(args)
 
     L.seed_everything(options.seed, verbose=False)
     data = ImageData(

@@ -8,6 +8,7 @@ over 4,096 images, which takes a day and 256 GB; the data here is Fashion-MNIST,
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from lightning_entropy.diagnostics import HessianResult, hessian_spectrum
+from recipes.limits import argument
 
 
 def lenet(*, small: bool = False) -> nn.Module:
@@ -89,20 +91,22 @@ def study(options: argparse.Namespace, *, small: bool) -> HessianResult:
     return result
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the images are or go")
     parser.add_argument("--data", choices=("FashionMNIST", "MNIST"), default="FashionMNIST")
-    parser.add_argument("--images", type=int, default=10_000, help="to train on")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--examples", type=int, default=512, help="images that the Hessian is averaged over")
-    parser.add_argument("--probes", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=argument(int, 1, 60_000), default=10_000, help="to train on")
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=10)
+    parser.add_argument(
+        "--examples", type=argument(int, 1, 60_000), default=512, help="images that the Hessian is averaged over"
+    )
+    parser.add_argument("--probes", type=argument(int, 1, 1000), default=4)
+    parser.add_argument("--steps", type=argument(int, 1, 1000), default=40)
+    parser.add_argument("--seed", type=argument(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--small", action="store_true", help="the exact spectrum of the small net alone")
     parser.add_argument("--output", type=Path, default=Path("hessian.png"))
-    options = parser.parse_args()
+    options = parser.parse_args(args)
 
     from matplotlib.figure import Figure
 

@@ -1,8 +1,14 @@
-"""LeNet-BN, the papers' net for MNIST: ``python -m recipes.lenet fit --config recipes/configs/lenet/sgd.yaml``."""
+"""LeNet-BN, the papers' net for MNIST.
+
+Train it with ``python -m recipes.lenet fit``, ``--config recipes/configs/nets/lenet.yaml`` and a ``--config`` of
+``recipes/configs/methods``.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from recipes.limits import check
 
 
 class LeNet(nn.Module):
@@ -16,6 +22,9 @@ class LeNet(nn.Module):
         dropout: probability, in [0, 1). The paper has 0.25; its released code 0.5.
         channels: of an image of 28 x 28.
 
+    Raises:
+        ValueError: if ``dropout`` is out of its range.
+
     Example:
         >>> sum(p.numel() for p in LeNet().parameters())
         131220
@@ -23,6 +32,7 @@ class LeNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, *, dropout: float = 0.25, channels: int = 1) -> None:
         super().__init__()
+        check("dropout", dropout, 0, 1)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 20, 5),
             nn.ReLU(),
@@ -49,4 +59,4 @@ class LeNet(nn.Module):
 if __name__ == "__main__":
     from recipes.cli import main
 
-    main("recipes.lenet.LeNet")
+    main()

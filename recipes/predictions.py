@@ -1,4 +1,4 @@
-"""Write what a net predicts where its other results are."""
+"""Write a net's predictions beside its other results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WritePredictions(BasePredictionWriter):
         predictions: Sequence[Tensor],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Write the file and say where it is."""
+        """Write the file and print its path."""
         classes = trainer.datamodule.classes  # type: ignore[attr-defined]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

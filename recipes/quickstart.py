@@ -29,6 +29,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
 import lightning_entropy as le
+from recipes.limits import argument
 
 METHODS = {
     "SGD": list,
@@ -97,7 +98,7 @@ class Curve(L.Callback):
 
 @dataclass
 class Rows:
-    """What the runs of one method gave, an entry per seed."""
+    """The results of one method, one entry per seed."""
 
     curves: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -154,7 +155,7 @@ def loss_rise(module: ConvNet, data: TensorDataset, draws: int = 5) -> list[floa
 def train(
     method: str, data: tuple[TensorDataset, TensorDataset], seed: int, epochs: int, rows: Rows, bar: tqdm
 ) -> None:
-    """Train once and append what came out to the method's rows."""
+    """Train once and append the results to the method's rows."""
     L.seed_everything(seed, verbose=False)
     loaders = DataLoader(data[0], batch_size=50, shuffle=True, drop_last=True), DataLoader(data[1], batch_size=1000)
     module, curve = ConvNet(steps=epochs * len(loaders[0])), Curve(bar)
@@ -178,13 +179,13 @@ def train(
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Write mean +- standard deviation."""
+    """Format mean +- standard deviation."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 
 
 def table(results: dict[str, Rows]) -> str:
-    """Lay the results out as a Markdown table."""
+    """Format the results as a Markdown table."""
     head = ["method", "test error %", "test loss", f"loss rise at noise {SHARPNESS_AT}", "gradients", "seconds"]
     at = SIGMAS.index(SHARPNESS_AT)
     lines = [
@@ -238,14 +239,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="SGD against three smoothings of the loss, on a small conv net.")
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--root", default="data", help="folder of the data sets (fashion-mnist)")
-    parser.add_argument("--train-size", type=int, default=6000, help="training images used (fashion-mnist)")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--train-size", type=argument(int, 1, 60_000), default=6000, help="training images used (fashion-mnist)"
+    )
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=40)
+    parser.add_argument("--seeds", type=argument(int, 1, 1000), default=3)
     parser.add_argument("--out", default="quickstart.png", help="where the picture goes")
     args = parser.parse_args(argv)
-    for name in ("train_size", "epochs", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     data = digits() if args.data == "digits" else fashion_mnist(args.root, args.train_size)

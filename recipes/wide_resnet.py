@@ -1,9 +1,15 @@
-"""Wide residual nets: ``python -m recipes.wide_resnet fit --config recipes/configs/wrn_28_10/cifar10/sgd.yaml``."""
+"""Wide residual nets.
+
+Train one with ``python -m recipes.wide_resnet fit``, ``--config recipes/configs/nets/wrn_28_10.yaml`` and a
+``--config`` of ``recipes/configs/methods``.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from recipes.limits import check
 
 
 class WideResNet(nn.Module):
@@ -13,14 +19,14 @@ class WideResNet(nn.Module):
     the image. He initialisation by fan-out, no bias in the convolutions.
 
     Args:
-        depth: 6 n + 4 with n >= 1: 10, 16, 22, 28, 40.
-        width: widening factor, > 0.
+        depth: 6 n + 4 with n >= 1: 10, 16, 22, 28, 40; at most 1000.
+        width: widening factor, in [1, 1000].
         dropout: probability to drop a value between the two convolutions of a block, in [0, 1).
         num_classes: logits.
         channels: of an image.
 
     Raises:
-        ValueError: if ``depth`` is not of that form.
+        ValueError: if ``depth`` is not of that form, or a number is out of its range.
 
     Example:
         >>> sum(p.numel() for p in WideResNet(16, 4).parameters())
@@ -42,8 +48,9 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"depth must be 6 n + 4 with n >= 1, got {depth}")
-        if width < 1:
-            raise ValueError(f"width must be >= 1, got {width}")
+        check("depth", depth, 10, 1000)
+        check("width", width, 1, 1000)
+        check("dropout", dropout, 0, 1)
         before = 16
         layers: list[nn.Module] = [nn.Conv2d(channels, before, 3, padding=1, bias=False)]
         for after, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
@@ -95,4 +102,4 @@ class Block(nn.Module):
 if __name__ == "__main__":
     from recipes.cli import main
 
-    main("recipes.wide_resnet.WideResNet")
+    main()

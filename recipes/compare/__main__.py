@@ -14,6 +14,7 @@ from recipes.compare.report import report
 from recipes.compare.run import Task
 from recipes.compare.study import Study
 from recipes.data import ImageData
+from recipes.limits import argument
 
 # What each net is trained on unless the command line says otherwise: the papers' data and weight decay.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -31,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def main(args: Sequence[str] | None = None) -> Study:
-    """Run a comparison from the command line; run again after a kill, it goes on with what is left."""
+    """Run a comparison from the command line, or resume one that was killed."""
     options = _parse(args)
     task = Task(
         net=options.net,
@@ -75,11 +76,16 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("net", choices=list(DEFAULTS))
     add("--methods", nargs="+", default=["sgd", "entropy_sgd"], help=f"of {', '.join(METHODS)}; name:option=value,...")
-    add("--seeds", type=int, default=3)
-    add("--epochs", type=int, default=30, help="passes over the data, counting every gradient evaluation")
+    add("--seeds", type=argument(int, 1, 1000), default=3)
+    add(
+        "--epochs",
+        type=argument(int, 1, 10**6),
+        default=30,
+        help="passes over the data, counting every gradient evaluation",
+    )
     add(
         "--lrs",
-        type=float,
+        type=argument(float, 1e-9, 1000),
         nargs="+",
         default=[0.03, 0.1, 0.3],
         help="learning rates every method tries; one: no search",
@@ -88,27 +94,27 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--small", action="store_true", help="a small task for two CPU cores, trained to zero training error")
     add("--source", help="data set, or folder of images", default="cifar10")
     add("--root", default="data", help="folder of the data set")
-    add("--n_train", type=int, help="training images; none: all that n_val leaves")
-    add("--n_val", type=int, default=5000, help="training images held out to choose learning rates and draw curves")
-    add("--batch_size", type=int, default=128)
+    add("--n_train", type=argument(int, 1, 10**7), help="training images; none: all that n_val leaves")
+    add(
+        "--n_val",
+        type=argument(int, 1, 10**7),
+        default=5000,
+        help="training images held out to choose learning rates and draw curves",
+    )
+    add("--batch_size", type=argument(int, 1, 10**6), default=128)
     add("--normalise", choices=["mean_std", "gcn_zca"], default="mean_std")
     add("--flip", action=argparse.BooleanOptionalAction, default=True)
-    add("--crop", type=int, default=4)
-    add("--width", type=int, help="of All-CNN (96) and Wide-ResNet (4)")
-    add("--depth", type=int, help="of Wide-ResNet (16)")
-    add("--dropout", type=float, default=0.0)
-    add("--weight_decay", type=float, default=1e-3)
-    add(
-        "--warmup",
-        type=float,
-        default=0.05,
-        help="share of training before the cosine",
-    )
-    add("--points", type=int, default=10, help="points of a curve")
+    add("--crop", type=argument(int, 0, 1000), default=4)
+    add("--width", type=argument(int, 1, 1000), help="of All-CNN (96) and Wide-ResNet (4)")
+    add("--depth", type=argument(int, 10, 1000), help="of Wide-ResNet (16)")
+    add("--dropout", type=argument(float, 0, 0.99), default=0.0)
+    add("--weight_decay", type=argument(float, 0, 1000), default=1e-3)
+    add("--warmup", type=argument(float, 0, 0.99), default=0.05, help="share of training before the cosine")
+    add("--points", type=argument(int, 1, 10_000), default=10, help="points of a curve")
     add("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     add("--compile", action=argparse.BooleanOptionalAction, default=False)
     add("--accelerator", default="auto")
-    add("--workers", type=int, default=1, help="trainings at a time; 0: in this process")
+    add("--workers", type=argument(int, 0, 1024), default=1, help="trainings at a time; 0: in this process")
     add("--out", type=Path, help="folder for results (runs/compare/<net>)")
     # Not by this parser, which would print its help with the wrong defaults.
     first = argparse.ArgumentParser(add_help=False)
@@ -116,12 +122,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     first.add_argument("--small", action="store_true")
     known, _ = first.parse_known_args(args)
     parser.set_defaults(**DEFAULTS[known.net] | (SMALL[known.net] | {"workers": 2} if known.small else {}))
-    options = parser.parse_args(args)
-    for name in ("n_val", "points", "epochs", "workers"):
-        least = 0 if name == "workers" else 1
-        if getattr(options, name) < least:
-            parser.error(f"{name} must be >= {least}, got {getattr(options, name)}")
-    return options
+    return parser.parse_args(args)
 
 
 def _net_args(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def _or(given: int | None, default: int) -> int:
 
 
 def _end(*_: Any) -> None:
-    """End as on Ctrl-C, and the trainings with it."""
+    """Exit as on Ctrl-C, which ends the trainings, too."""
     sys.exit(143)
 
 

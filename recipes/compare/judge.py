@@ -1,4 +1,4 @@
-"""Look at the weights that a method would keep, at the end and whenever the Trainer validates."""
+"""Judge the weights that a method would keep, at the end and whenever the Trainer validates."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Judge:
 
     @staticmethod
     def diverged() -> dict[str, float]:
-        """Give what :meth:`final` does, nan each, of weights that are not there."""
+        """Return the keys of :meth:`final` with nan for each: the result of a net whose weights have diverged."""
         names = [f"{name}_{what}" for name in ("val", "test", "train") for what in ("error_running", "error", "loss")]
         return dict.fromkeys([*names, "loss_rise"], math.nan)
 
     def _errors(self, module: L.LightningModule, images: dict[str, Tensor], rise: bool = False) -> dict[str, float]:
-        """Measure with the statistics that training left and, as that is a second pass, with others made once."""
+        """Measure with the statistics that training left, then with others, re-estimated once for all images."""
         with self._precision():
             result = {f"{name}_error_running": self._error(module, at)[0] for name, at in images.items()}
             with reestimated(module, self._batches(self.refresh)):
@@ -143,7 +143,7 @@ class Recorder(Callback):
             } | self.judge.point(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the clock."""
+        """Restart the clock."""
         self._since = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,7 +171,7 @@ class Recorder(Callback):
 
 
 def peak_memory() -> float:
-    """Give the most mebibytes that this process has had: of its GPU, or else of main memory."""
+    """Return the peak memory of this process in mebibytes: of its GPU, or else of main memory."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # from kibibytes

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-Batch = tuple[Tensor, Tensor]
+from recipes.classifier import Batch, tracking
 
 
 @torch.no_grad()
@@ -32,12 +32,12 @@ def error_and_loss(net: nn.Module, batches: Iterable[Batch]) -> tuple[float, flo
 
 @contextmanager
 def reestimated(net: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
-    """Give BatchNorm the mean of its statistics over ``batches`` for the time of the context, then what it had.
+    """Set BatchNorm's statistics to their mean over ``batches`` inside the context, and restore them after it.
 
     Every layer's mean and variance are averaged over the batches with equal weight, dropout switched off.
 
     Args:
-        net: put into evaluation mode for the time of the context.
+        net: in evaluation mode inside the context.
         batches: of training images, which ought to be mixed and of equal size.
 
     Example:
@@ -48,7 +48,7 @@ def reestimated(net: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
         >>> net.running_mean.item(), net.training
         (0.0, True)
     """
-    layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    layers = tracking(net)
     saved = [(layer.momentum, [buffer.clone() for buffer in layer.buffers()]) for layer in layers]
     try:
         with _evaluating(net):

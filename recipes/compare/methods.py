@@ -14,8 +14,12 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Stochastic
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
+from recipes.limits import check, shorten
 
 RUN = ("lr", "steps")  # what a method may ask about the run
+
+LENGTH = 200  # characters of a method with its options
+MOST_REPLICAS = 256  # each is a process
 
 SWA_START = 0.75  # share of the epochs before the average starts, Izmailov et al.'s choice
 
@@ -56,15 +60,17 @@ class Method:
         """Read ``name:option=value,...``.
 
         Raises:
-            ValueError: if the name, or an option or its value, is not known.
+            ValueError: if the name, or an option or its value, is not known, or the text is longer than ``LENGTH``.
 
         Example:
             >>> Method.parse("sam:rho=0.1").options, Method.parse("sam:rho=0.1").evaluations
             ({'rho': 0.1}, 2)
         """
+        if len(text) > LENGTH:
+            raise ValueError(f"method must have at most {LENGTH} characters, got {len(text)}: {shorten(text)}")
         name, _, rest = text.partition(":")
         if name not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name}")
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shorten(name)}")
         pairs = [pair.partition("=") for pair in rest.split(",") if pair]
         options = {key.strip(): _value(value.strip()) for key, _, value in pairs}
         accepted = inspect.signature(METHODS[name]).parameters
@@ -74,8 +80,9 @@ class Method:
                     own = ", ".join(p for p in accepted if p not in RUN) or "of which there is none"
                     raise ValueError(f"option must be one of {name}'s, {own}, got {key}")
         replicas = options.get("replicas", 1)
-        if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
-            raise ValueError(f"replicas must be an int >= 1, got {replicas!r} in {text}")
+        if isinstance(replicas, bool) or not isinstance(replicas, int):
+            raise ValueError(f"replicas must be an int, got {replicas!r} in {text}")
+        check("replicas", replicas, 1, MOST_REPLICAS)
         method = cls(text, name, options)
         try:
             _ = method.relaxation  # makes all parts
@@ -95,14 +102,14 @@ class Method:
 
     @property
     def relaxation(self) -> le.Relaxation | None:
-        """The loop that it runs, with the library's defaults; None where it runs none."""
+        """The relaxation that it runs, the library's defaults included; None without one."""
         parts = self.parts(lr=1.0, steps=1)
         owners = [*parts.callbacks, parts.strategy and parts.strategy(False)]
         return next((owner.relaxation for owner in owners if hasattr(owner, "relaxation")), None)
 
     @property
     def defaults(self) -> str:
-        """What its maker takes unless told otherwise."""
+        """The signature of its maker, default values included."""
         return str(inspect.signature(METHODS[self.name]))
 
     def parts(self, lr: float, steps: int) -> Parts:
@@ -119,6 +126,7 @@ def sgd() -> Parts:
 
 def ema(lr: float, steps: int, memory: float = 0.05) -> Parts:
     """Exponential moving average of the weights, Lightning's callback, over the last ``memory`` * steps or so."""
+    check("memory", memory, 0, 100)
     return Parts([EMAWeightAveraging(decay=1 - 1 / max(memory * steps, 1))])
 
 
@@ -127,6 +135,8 @@ def swa(lr: float, start: float = SWA_START, lr_scale: float = 0.5, annealing_ep
 
     It averages the weights that each of its epochs begins with, so not those that the last one ends with.
     """
+    check("start", start, 0, 1)
+    check("lr_scale", lr_scale, 0, 1000)
     # Lightning takes 10 epochs to come to the rate unless told otherwise.
     callback = StochasticWeightAveraging(
         swa_lrs=lr_scale * lr, swa_epoch_start=start, annealing_epochs=annealing_epochs
@@ -136,8 +146,7 @@ def swa(lr: float, start: float = SWA_START, lr_scale: float = 0.5, annealing_ep
 
 def sam(rho: float = 0.05) -> Parts:
     """Sharpness-aware minimisation with radius ``rho`` > 0: two gradient evaluations a step."""
-    if rho <= 0:
-        raise ValueError(f"rho must be > 0, got {rho}")
+    check("rho", rho, 1e-12, 1000)
     return Parts(sharpness=rho)
 
 

@@ -1,4 +1,4 @@
-"""What a study found: results.csv, table.md and curves.png."""
+"""The results of a study: results.csv, table.md and curves.png."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def report(study: Study, search: Sequence[Record], final: Sequence[Record]) -> N
 
 
 def results_csv(search: Sequence[Record], final: Sequence[Record]) -> str:
-    """Return a line for every training; one that both chose a learning rate and is compared is in twice."""
+    """Return a line for every training; one that both chose a learning rate and is compared has two."""
     rows = []
     for role, records in (("search", search), ("final", final)):
         for record in records:

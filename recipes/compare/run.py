@@ -21,13 +21,14 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_entropy.strategies.exchange import DIVERGED
 from recipes.classifier import Classifier, Cosine
 from recipes.compare.budget import Budget, Kind
 from recipes.compare.judge import Judge, Recorder
 from recipes.compare.methods import Method, Parts
 from recipes.data import ImageData
 from recipes.data.cache import write
+
+DIVERGED = "the weights of every replica are nan or inf"  # what the strategy says when it ends a training
 
 NETS = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "lenet": "LeNet"}
 
@@ -85,7 +86,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A file name; another one for every other run, also where a default of the method has changed."""
+        """A file name of this run alone; it changes with the method's defaults, too."""
         method = Method.parse(self.method)
         text = json.dumps(asdict(self), sort_keys=True) + repr(method.relaxation) + method.defaults
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -94,7 +95,7 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """Make a run from what ``dataclasses.asdict`` made of it."""
+        """Make a run from its ``dataclasses.asdict``."""
         return cls(**values | {"task": Task(**values["task"])})
 
 
@@ -215,7 +216,7 @@ def _versions() -> dict[str, str]:
 
 
 def settle(parent: int, cores: list[int]) -> None:
-    """Keep to these cores, with however many processes, and end with the parent; on Linux."""
+    """Pin this process and its children to these cores, and end it with its parent. Linux only."""
     if sys.platform != "linux":
         return
     os.sched_setaffinity(0, cores)

@@ -1,4 +1,4 @@
-"""Choose every method's learning rate by the same search, then repeat over seeds; nothing finished is done again."""
+"""Choose every method's learning rate by the same search, then repeat over seeds; finished trainings are kept."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Study:
         ]
 
     def chosen(self, records: Sequence[dict[str, Any]]) -> dict[tuple[str, Kind], float]:
-        """Choose each arm's learning rate by the held-out error, re-estimated; of equal ones the smallest."""
+        """Choose each arm's learning rate by the held-out error, re-estimated; of equal errors, the smaller rate."""
         if len(self.lrs) == 1:
             return dict.fromkeys(self.arms(), self.lrs[0])
         return {
@@ -91,7 +91,7 @@ class Study:
         }
 
     def train(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """Train what is not there yet, and return the records of all, in order.
+        """Train the runs that have no record yet, and return the records of all, in order.
 
         Raises:
             RuntimeError: if a training failed; names the log. The others are finished first.
@@ -128,7 +128,7 @@ def _last_line(log: Path) -> str:
 
 
 def _in_processes(runs: Sequence[Run], folder: Path, workers: int) -> list[Path]:
-    """Train each run in a process of its own, so that memory is its own, and return the logs of those that failed."""
+    """Train each run in a process, and so with memory, of its own; return the logs of those that failed."""
     waiting, going, failed, done = list(runs), {}, [], 0
     free = _shares(workers)
     try:
@@ -156,7 +156,7 @@ def _in_processes(runs: Sequence[Run], folder: Path, workers: int) -> list[Path]
 
 
 def _shares(workers: int) -> list[list[int]]:
-    """Deal the cores to the workers, to each as many: what is left over is idle. No more workers than cores."""
+    """Deal the cores to the workers evenly; a remainder stays idle. There is at most one worker a core."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     each = max(1, len(cores) // workers)
     return [cores[first : first + each] for first in range(0, len(cores) - each + 1, each)][:workers]

@@ -1,4 +1,4 @@
-"""Keep on disk what took time to compute; a file is there whole or not at all."""
+"""Cache on disk what took time to compute; a file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write(path: Path, save: Callable[[Any], None]) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a process that was killed long ago has left of ``path``."""
+    """Remove the temporary files of ``path`` that processes killed more than a day ago have left."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*"):
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > DAY:
@@ -74,7 +74,7 @@ def _sweep(path: Path) -> None:
 
 
 def _umask() -> int:
-    """Give the permissions that this process withholds; reading them takes setting them."""
+    """Return the permissions that this process withholds from new files; to read the mask is to set it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -16,6 +16,7 @@ from recipes.data.cache import cached
 from recipes.data.normalise import MeanStd, Whiten
 from recipes.data.plan import INDEX, EvaluationPlan, PlanLoader, TrainingPlan
 from recipes.data.sources import RANDOM, SOURCES, Images, fingerprint, read
+from recipes.limits import check
 
 Source = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "folder", "random", "random_grey"]
 
@@ -75,16 +76,15 @@ class ImageData(L.LightningDataModule):
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source}")
         if normalise not in ("mean_std", "gcn_zca"):
             raise ValueError(f"normalise must be mean_std or gcn_zca, got {normalise}")
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("crop", crop, 0),
-            ("n_train", 1 if n_train is None else n_train, 1),
-            ("n_val", n_val, 0),
-            ("seed", seed, 0),
+        for name, value, least, most in (
+            ("batch_size", batch_size, 1, 10**6),
+            ("eval_batch_size", eval_batch_size, 1, 10**6),
+            ("crop", crop, 0, 1000),
+            ("n_train", 1 if n_train is None else n_train, 1, 10**7),
+            ("n_val", n_val, 0, 10**7),
+            ("seed", seed, 0, 2**63 - 1),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+            check(name, value, least, most)
         self.source = source
         self.root = root
         self.batch_size = batch_size

@@ -92,7 +92,7 @@ class Whiten(nn.Module):
 
 
 def contrast(images: Tensor) -> Tensor:
-    """Give each image mean 0 and standard deviation 1 (with n - 1) over channels and pixels; a flat image becomes 0.
+    """Scale each image to mean 0 and standard deviation 1 (with n - 1) over channels and pixels; a flat one becomes 0.
 
     Example:
         >>> contrast(torch.tensor([[[[1.0, 2.0, 3.0]]]]))

@@ -153,7 +153,7 @@ class InOrder(DistributedSampler):
         return len(self.plan)
 
     def set_epoch(self, epoch: int) -> None:
-        """Move to another epoch, from its first batch; the epoch one is in already goes on where it was restored to."""
+        """Move to the start of another epoch; in the current one, keep the position that was restored."""
         if epoch != self.epoch:
             self.start = 0
         self.epoch = epoch

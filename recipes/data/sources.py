@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def read(source: str, root: str, download: bool = True) -> Images:
 
 
 def fingerprint(source: str, root: str) -> str:
-    """Name the content of a data set in 16 hexadecimal digits; another content has another name.
+    """Return 16 hexadecimal digits that change with the content of a data set.
 
     A folder is named by the path, size and modification time of every file in it, so that a changed image is read
     again. A torchvision data set, whose files have published checksums, is named by its source and place.
@@ -90,7 +90,7 @@ def read_torchvision(source: str, root: str, download: bool) -> Images:
     """Read one of torchvision's data sets, downloading it if it is not there.
 
     Raises:
-        FileNotFoundError: if it is neither under ``root`` nor to be had.
+        FileNotFoundError: if it is not under ``root`` and cannot be downloaded.
         ValueError: if its files are damaged; names their folder.
     """
     kind, needed = TORCHVISION[source]
@@ -171,14 +171,13 @@ def _torchvision_splits(kind: type, root: str, download: bool) -> list:
     return [kind(root=root, train=train, download=True) for train in (True, False)]
 
 
-def _is_there(kind: type, root: str) -> bool:
-    """Tell whether torchvision would find all files, whatever is in them."""
-    empty = kind.__new__(kind)
-    empty.root = str(root)
-    if hasattr(empty, "_check_exists"):  # of the MNIST family
-        return bool(empty._check_exists())
-    folder = Path(root) / empty.base_folder
-    return all((folder / name).is_file() for name, _ in [*empty.train_list, *empty.test_list])
+def _is_there(kind: Any, root: str) -> bool:
+    """Whether torchvision would find all files, whatever is in them."""
+    if hasattr(kind, "resources"):  # of the MNIST family, unpacked
+        folder, names = Path(root) / kind.__name__ / "raw", [Path(archive).stem for archive, _ in kind.resources]
+    else:
+        folder, names = Path(root) / kind.base_folder, [name for name, _ in [*kind.train_list, *kind.test_list]]
+    return all((folder / name).is_file() for name in names)
 
 
 def _decode(path: Path, mode: str | None) -> np.ndarray:

@@ -9,8 +9,8 @@ t = 0.1); below, where noisy descent from x = 2.5 ends after time 10 on f, and o
 *the same* temperature 0.1. The slide this follows gave plain SGD 0.2, because its scheme blew up at 0.1.
 
 Right: local entropy picks a wide valley over a deeper narrow one; steered and unsteered particles; a double well whose
-density is at rest while its mass goes round.
+density is stationary while its mass circulates.
 
-The rooms: `expression` reads a landscape, `talk` is the set-up and its numbers, `picture` draws them and `film` moves
-them.
+The modules: `expression` reads a landscape, `talk` has the set-up and its numbers, `picture` draws them and `film`
+animates them.
 """

@@ -3,12 +3,14 @@
 import ast
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from simpleeval import InvalidExpression, SimpleEval
+
+from recipes.limits import shorten
 
 Array = NDArray[np.float64]
 
@@ -25,17 +27,23 @@ FUNCTIONS: dict[str, np.ufunc] = {
 }
 
 
+# Many times what a landscape needs, and little enough to be read and computed in milliseconds.
+LENGTH = 1000  # characters
+DEPTH = 50  # operations within each other
+
+
 def parse(expression: str) -> Callable[[Array], Array]:
     """Turn an expression in x into a function, by a parser that knows arithmetic and ``FUNCTIONS`` and nothing else.
 
     Args:
-        expression: of ``x``, ``pi``, ``e``, numbers, + - * / ** and the names in ``FUNCTIONS``.
+        expression: of ``x``, ``pi``, ``e``, numbers, + - * / ** and the names in ``FUNCTIONS``; at most ``LENGTH``
+            characters, with at most ``DEPTH`` operations within each other.
 
     Returns:
         The function, from an array to an array of the same shape.
 
     Raises:
-        ValueError: on anything else (an attribute, an index, a keyword, an unknown name).
+        ValueError: on anything else (an attribute, an index, a keyword, an unknown name), or if it is too long or deep.
 
     Example:
         >>> parse("x**2 + 1")(np.array([0.0, 2.0]))
@@ -50,32 +58,56 @@ def parse(expression: str) -> Callable[[Array], Array]:
         ast.Sub: operator.sub,
         ast.Mult: operator.mul,
         ast.Div: np.divide,
-        ast.Pow: np.float_power,  # of integers Python's own power would compute for ever
+        ast.Pow: np.float_power,
         ast.USub: operator.neg,
         ast.UAdd: operator.pos,
     }
     grammar = (ast.Expr, ast.BinOp, ast.UnaryOp, ast.Call, ast.Name, ast.Constant)
     functions = {name: _fixed_arity(ufunc) for name, ufunc in FUNCTIONS.items()}
-    allowed = f"f may use x, pi, e, numbers, + - * / ** and {', '.join(FUNCTIONS)}, got {expression!r}"
+    allowed = f"f may use x, pi, e, numbers, + - * / ** and {', '.join(FUNCTIONS)}, got {shorten(repr(expression))}"
+    if len(expression) > LENGTH:
+        raise ValueError(f"f must have at most {LENGTH} characters, got {len(expression)}: {shorten(expression)}")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body  # one expression, no statement
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{allowed}: {error}") from None
+    if sum(1 for _ in _levels(tree)) > DEPTH:
+        raise ValueError(f"f must have at most {DEPTH} operations within each other, got {shorten(expression)}")
 
     def function(x: Array) -> Array:
         names = {"x": x, "pi": math.pi, "e": math.e}
         evaluator = SimpleEval(operators=arithmetic, functions=functions, names=names)
         # simpleeval's own grammar has attributes, and an array's methods write files.
         evaluator.nodes = {node: rule for node, rule in evaluator.nodes.items() if node in grammar}
+        evaluator.nodes[ast.Constant] = _number
         try:
-            ast.parse(expression.strip(), mode="eval")  # one expression, no statement
             with np.errstate(all="ignore"):
-                return np.asarray(evaluator.eval(expression), dtype=np.float64) + np.zeros_like(x)
-        except (InvalidExpression, SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+                value = evaluator.eval(expression, previously_parsed=tree)
+                return np.asarray(value, dtype=np.float64) + np.zeros_like(x)
+        except (InvalidExpression, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"{allowed}: {error}") from None
 
     function(np.array([1.0, 2.0]))
     return function
 
 
+def _levels(tree: ast.expr) -> Iterator[list[ast.expr]]:
+    """Yield the expressions of a tree level by level, from the whole to the innermost."""
+    level = [tree]
+    while level:
+        yield level
+        level = [child for node in level for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+
+
+def _number(node: ast.Constant) -> float:
+    """Return a literal as a float: Python's integers grow without bound."""
+    if type(node.value) not in (int, float):
+        raise TypeError(f"{shorten(node.value)} is not a number")
+    return float(node.value)
+
+
 def _fixed_arity(ufunc: np.ufunc) -> Callable[..., Any]:
-    """A ufunc without its ``out`` argument."""
+    """Return a ufunc without its ``out`` argument."""
 
     def function(*values: Any) -> Any:
         if len(values) != ufunc.nin:

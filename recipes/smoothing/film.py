@@ -1,4 +1,4 @@
-"""The picture's first panel, moving."""
+"""Animate the picture's first panel."""
 
 from pathlib import Path
 from typing import Any

@@ -91,13 +91,13 @@ def draw_control(axes: Axes, beside: Axes, talk: Setup, x0: float) -> None:
 
 
 def hill(talk: Setup) -> float:
-    """Return the top of the middle third of the landscape: there a control has most to say."""
+    """Return the top of the middle third of the landscape, where a control matters most."""
     third = len(talk.x) // 3
     return float(talk.x[third + talk.f[third:-third].argmax()])
 
 
 def draw_double_well(axes: Axes, strength: float) -> None:
-    """Draw the density, the current that leaves it at rest, and paths without noise."""
+    """Draw the density, the current that leaves it unchanged, and paths without noise."""
     well = DoubleWell(strength)
     line = np.linspace(-2, 2, 121)
     grid = np.stack(np.meshgrid(line, line), axis=-1)

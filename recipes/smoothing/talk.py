@@ -13,6 +13,9 @@ from recipes.smoothing.colours import BLUE, GREEN, ORANGE
 Array = NDArray[np.float64]
 
 CELLS = 500
+FARTHEST = 1e6  # end of a domain
+NARROWEST = 1e-2  # domain
+LARGEST = 1e12  # loss; beyond, a step of time is lost in rounding
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,16 @@ def setup(f: Callable[[Array], Array] | None = None, domain: tuple[float, float]
         domain: left and right end.
 
     Raises:
-        ValueError: if f is not finite on the domain, or the domain is empty.
+        ValueError: if f is not finite on the domain or beyond ``LARGEST``, or the domain is empty, narrower than
+            ``NARROWEST`` or ends beyond ``FARTHEST``.
     """
     left, right = domain
     if not (math.isfinite(left) and math.isfinite(right) and left < right):
         raise ValueError(f"domain must be finite and increasing, got {left} {right}")
+    if max(-left, right) > FARTHEST or right - left < NARROWEST:
+        raise ValueError(
+            f"domain must lie in [{-FARTHEST:g}, {FARTHEST:g}] and be {NARROWEST:g} wide or more, got {left} {right}"
+        )
     x = np.linspace(left, right, CELLS)
     dx = float(x[1] - x[0])
     if f is None:
@@ -100,6 +108,8 @@ def setup(f: Callable[[Array], Array] | None = None, domain: tuple[float, float]
         values = f(x)
         if not np.isfinite(values).all():
             raise ValueError(f"f must be finite on [{left:g}, {right:g}], got {values[~np.isfinite(values)][0]}")
+        if np.abs(values).max() > LARGEST:
+            raise ValueError(f"f must be in [{-LARGEST:g}, {LARGEST:g}], got {values[np.abs(values).argmax()]:g}")
     deviation = (right - left) / 60
     distance = x - (left + (right - left) * 11 / 12)
     rho0 = np.exp(-(distance**2) / (2 * deviation**2)) * (np.abs(distance) < 3 * math.sqrt(2) * deviation)

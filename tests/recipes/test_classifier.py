@@ -144,7 +144,7 @@ def test_the_schedule_runs_over_the_steps_of_the_run(sharpness):
         (lambda: Cosine(final=2.0), r"final must be in \[0, 1\], got 2.0"),
         (lambda: Drops(at=(0.6, 0.3)), "at must increase"),
         (lambda: Drops(at=(0.5,), factor=0.0), r"factor must be in \(0, 1\], got 0.0"),
-        (lambda: Classifier(nn.Identity(), sgd, sharpness=-1.0), "sharpness must be >= 0, got -1.0"),
+        (lambda: Classifier(nn.Identity(), sgd, sharpness=-1.0), r"sharpness must be in \[0, 1000\], got -1.0"),
         (lambda: Classifier(nn.Identity(), sgd, label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
     ],
 )
