@@ -1,13 +1,35 @@
 """What the engine promises for every method with every optimizer."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import lightning_entropy as le
-from tests.engine.methods_table import METHODS, OPTIMIZERS, part, usable
-from tests.engine.training import Net, assert_equal, closure_of, loss_of, start, step, values
+from tests.engine.methods_table import METHODS, OPTIMIZERS, TABLE, exported_presets, part, usable
+from tests.engine.training import (
+    Net,
+    assert_equal,
+    closure_of,
+    draws,
+    loss_of,
+    perturbations,
+    start,
+    step,
+    through_a_file,
+    values,
+)
+from tests.reference import filter_norms
+
+
+def test_every_exported_preset_is_in_the_table() -> None:
+    """A new preset needs a row, with which every test of the contract runs."""
+    assert set(TABLE) == {"Relaxation", *exported_presets()}
+    assert all(TABLE.values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -41,11 +63,12 @@ def _keys(state: Any) -> Any:
     return {key: _keys(value) for key, value in state.items()} if isinstance(state, dict) else None
 
 
+# A spring inside the gradient, a mean of gradients and a measured gamma have their own tests.
+WRITTEN_OUT = [name for name, r in METHODS.items() if not (r.coupled or r.perturb or r.auto_gamma)]
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "method",
-    ["lookahead", "entropy_sgd_quiet", "hamilton_jacobi", "explicit", "two_timescale", "diloco"],
-)
+@pytest.mark.parametrize("method", WRITTEN_OUT)
 def test_every_optimizer_takes_the_written_out_loop(name: str, method: str) -> None:
     make, r = OPTIMIZERS[name], METHODS[method]
     if not usable(name, r):
@@ -60,17 +83,20 @@ def test_every_optimizer_takes_the_written_out_loop(name: str, method: str) -> N
         step(net, optimizer, i, "positional")
         t, k = divmod(i, r.inner_steps)
         now = r.at(t)
-        stiffness = float(inner.param_groups[0]["lr"]) * now.gamma
+        lr = float(inner.param_groups[0]["lr"])
+        stiffness = lr * now.gamma
         if r.explicit:
             closure_of(plain, inner, i)()
             for v, w in zip(y, x, strict=True):
                 v.data -= stiffness * (v.data - w)
             inner.step()
         else:
-            step(plain, inner, i, "positional")
+            inner.step(part(at_perturbed_weights, plain, closure_of(plain, inner, i), r, now.width, i))
+        noise = draws(y, i)
         for j, v in enumerate(p.data for p in y):
             if not r.explicit:
                 v.copy_((v + stiffness * x[j]) / (1 + stiffness))
+            v += lr**0.5 * now.noise * noise[j]
             z[j] += now.average * (v - z[j])
             if k + 1 == r.inner_steps:
                 d = x[j] - z[j]
@@ -79,8 +105,24 @@ def test_every_optimizer_takes_the_written_out_loop(name: str, method: str) -> N
                 if r.reset:
                     v.copy_(x[j])
                     z[j].copy_(x[j])
+        loop.unperturb()
         torch.testing.assert_close(loop.anchor, x, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(values(net.parameters()), values(y), rtol=1e-12, atol=1e-12)
+
+
+def at_perturbed_weights(
+    net: Net, closure: Callable[[], Tensor], relaxation: le.Relaxation, width: float, number: int
+) -> Tensor:
+    """The loss and the gradients at y + width N(0, I), or its filter norms times that, with y in the parameters."""
+    params = list(net.parameters())
+    y = values(params)
+    scales = filter_norms(y) if relaxation.scale == "filter" else [torch.ones_like(v) for v in y]
+    for p, s, n in zip(params, scales, perturbations(params, number), strict=True):
+        p.data += width * s * n
+    loss = closure()
+    for p, v in zip(params, y, strict=True):
+        p.data.copy_(v)
+    return loss
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -171,3 +213,63 @@ def test_a_scaler_changes_nothing_and_a_skipped_step_is_none(method: str, fused:
         scaler.update()
         torch.testing.assert_close(values(net.parameters()), values(plain.parameters()), rtol=0, atol=1e-6)
     assert (loop.outer_step, loop.inner_step) == divmod(9, relaxation.inner_steps)
+
+
+Training = tuple[Net, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]
+
+
+def from_a_pickle(name: str, *training: Any) -> Training:
+    return pickle.loads(pickle.dumps(training))
+
+
+def from_states(name: str, *training: Any) -> Training:
+    """For torch's LBFGS, a pickle of which cannot step."""
+    net = Net(5)
+    optimizer = OPTIMIZERS[name](net.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
+    for new, old in zip((net, optimizer, scheduler), training, strict=True):
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
+    return net, optimizer, scheduler
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_with_everything_in_it(name: str, method: str) -> None:
+    """Two groups, a schedule, weights frozen at first, a step without gradients, and a pickle to go on from midway."""
+    relaxation, lbfgs = METHODS[method], name.startswith("lbfgs")
+    if not usable(name, relaxation):
+        return
+    ends, rates = [], []
+    for kind in ("plain", "whole", "resumed"):
+        net = Net()
+        frozen = net.b.detach().clone()
+        groups = [*net.parameters()] if lbfgs else [{"params": [net.a]}, {"params": [net.b], "weight_decay": 0.0}]
+        optimizer = OPTIMIZERS[name](groups)
+        loop = None if kind == "plain" else le.relax(optimizer, relaxation, seed=3)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
+        net.b.requires_grad_(False)
+        for i in range(10):
+            if i == 3:
+                assert torch.equal(loop.anchor[1] if loop else net.b, frozen)
+                net.b.requires_grad_(True)
+            if i == 5 and kind == "resumed":
+                assert loop is not None
+                state = through_a_file(loop.state_dict())
+                net, optimizer, scheduler = (from_states if lbfgs else from_a_pickle)(name, net, optimizer, scheduler)
+                loop = le.relax(optimizer, relaxation, seed=5)
+                loop.load_state_dict(state)
+            if i == 7 and not lbfgs:
+                before, counted = values(net.parameters()), loop and (loop.outer_step, loop.inner_step)
+                optimizer.zero_grad()
+                optimizer.step()
+                assert_equal(before, net.parameters())
+                assert counted == (loop and (loop.outer_step, loop.inner_step))
+            step(net, optimizer, i, "positional")
+            scheduler.step()
+        rates.append([float(group["lr"]) for group in optimizer.param_groups])
+        if loop:
+            assert (loop.outer_step, loop.inner_step) == divmod(10, relaxation.inner_steps)
+            assert not torch.equal(loop.anchor[1], frozen)
+            ends.append(values([*net.parameters(), *loop.anchor, *loop.average]))
+    assert rates[0] == rates[1] == rates[2]
+    assert_equal(*ends)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import lightning_entropy as le
+from lightning_entropy.engine import arithmetic as F
+from lightning_entropy.engine.noise import NoiseStreams
 from tests.engine.methods_table import Make
 
 
@@ -92,3 +94,18 @@ def through_a_file(state: Any) -> Any:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def draws(params: Any, number: int, seed: int = 3, purpose: str = "") -> list[Tensor]:
+    """The N(0, 1) numbers that a loop of this seed adds to its parameters in step ``number``, in the anchor's type."""
+    params = list(params)
+    seeds = NoiseStreams(seed, purpose).seeds(params, params, number)
+    noise = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
+    zeros, off, on = [torch.zeros_like(n) for n in noise], [0.0] * len(noise), [1.0] * len(noise)
+    F.inner_move_(F.Move(noise, zeros, None, stiffness=off, noise=on, seeds=seeds))
+    return noise
+
+
+def perturbations(params: Any, number: int, seed: int = 3) -> list[Tensor]:
+    """The N(0, 1) numbers at which a chain of this seed takes its gradients in step ``number``."""
+    return draws(params, number, seed, "perturbation")
