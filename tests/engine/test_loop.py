@@ -147,6 +147,13 @@ STATES: dict[str, Variant] = {
     "parle_code": (le.parle(3, 0.5, 0.25, elastic_target="average"), "sgd", {"replica_mean": two_replicas}),
     "diloco": (le.diloco(3), "adamw", {"replica_mean": two_replicas}),
     "rprop": (le.lookahead(3), "rprop", {}),
+    "smoothed": (METHODS["smoothed"], "sgd_momentum", {}),
+    "smoothed_filter": (METHODS["smoothed_filter"], "adamw", {}),
+    "smoothed_parle": (
+        le.Relaxation(inner_steps=3, gamma=0.5, average=0.25, rho=0.5, width=1e-2),
+        "sgd_momentum",
+        {"replica_mean": two_replicas},
+    ),
 }
 
 
@@ -257,7 +264,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def test_loading_while_x_is_shown() -> None:
-    for variant in ("entropy_sgd", "heat"):
+    for variant in ("entropy_sgd", "heat", "smoothed", "smoothed_filter", "smoothed_parle"):
         relaxation, name, options = STATES[variant]
         net, optimizer, loop = start(OPTIMIZERS[name], relaxation, **options)
         for i in range(4):

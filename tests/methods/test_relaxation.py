@@ -58,6 +58,7 @@ BAD_NUMBERS: list[tuple[str, str, list[float]]] = [
     ("average", r"in \(0, 1\]", [0, -0.1, 1.0001, NAN, INF]),
     ("rho", ">= 0", [-1, INF, NAN]),
     ("outer_lr", "> 0", [0, -1, INF, NAN]),
+    ("width", ">= 0", [-1e-9, INF, NAN]),
     ("outer_momentum", r"in \[0, 1\)", [1, -0.1, NAN, INF]),
 ]
 
@@ -102,7 +103,7 @@ def test_a_choice_is_one_of_its_words(name: str) -> None:
     ("options", "message"),
     [
         ({"coupled": True, "explicit": True}, "coupled and explicit exclude each other"),
-        ({"scale": "filter"}, "scale='filter' needs perturb=True"),
+        ({"scale": "filter"}, "scale='filter' needs perturb=True or a width"),
         ({"elastic_target": "pseudo_gradient", "rho": 0.5}, "rho must be 0 with elastic_target='pseudo_gradient'"),
         ({"perturb": True}, "gamma must be a finite number > 0 with perturb=True .*, got 0.0"),
         *(
@@ -110,7 +111,7 @@ def test_a_choice_is_one_of_its_words(name: str) -> None:
             for option in (
                 {"noise": 0.1}, {"average": 0.5}, {"rho": 0.1}, {"reset": False}, {"reset_momentum": True},
                 {"coupled": True}, {"explicit": True}, {"elastic_target": "average"}, {"outer_lr": 0.5},
-                {"outer_momentum": 0.5},
+                {"outer_momentum": 0.5}, {"width": 0.1},
             )
         ),
     ],
@@ -123,3 +124,19 @@ def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], me
 def test_only_gamma_can_be_measured() -> None:
     with pytest.raises(ValueError, match="only gamma"):
         le.Relaxation(rho=le.Scoping("auto", 0.1))
+
+
+def test_the_width_of_either_perturbation() -> None:
+    """Of a chain it is the argument, and its own number of t; of the heat equation it is gamma^(-1/2)."""
+    assert le.Relaxation(width=lambda t: 1 + t).at(3).width == 4
+    assert le.Relaxation(width=0.5, gamma=16.0).at(0).width == 0.5
+    assert le.heat(gamma=16.0).at(0).width == 0.25
+    assert le.Relaxation(width=0.5, scale="filter").has_anchor
+    assert not le.heat().has_anchor
+
+
+@pytest.mark.parametrize(
+    ("options", "spring"), [({}, "implicit"), ({"coupled": True}, "coupled"), ({"explicit": True}, "explicit")]
+)
+def test_the_form_of_the_spring(options: dict[str, bool], spring: str) -> None:
+    assert le.Relaxation(**options).spring == spring
