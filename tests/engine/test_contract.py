@@ -1,6 +1,7 @@
 """What the engine promises for every method with every optimizer."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -38,24 +39,31 @@ def test_every_method_with_every_optimizer(name: str, method: str) -> None:
     make, relaxation, steps = OPTIMIZERS[name], METHODS[method], 7
     if not usable(name, relaxation):
         return
-    plain = Net()
-    reference = make(plain.parameters())
-    for i in range(steps):
-        step(plain, reference, i, "positional")
+    kind, keys = plain(name)
     ends = []
     for how in ("positional", "keyword") if name.startswith("lbfgs") else ("positional", "keyword", "none"):
         net, optimizer, loop = start(make, relaxation)
         for i in range(steps):
             step(net, optimizer, i, how)
         assert (loop.outer_step, loop.inner_step) == divmod(steps, relaxation.inner_steps)
-        assert type(optimizer) is type(reference)
-        assert _keys(optimizer.state_dict()) == _keys(reference.state_dict())
+        assert type(optimizer) is kind
+        assert _keys(optimizer.state_dict()) == keys
         loop.detach()
         ends.append(values(net.parameters()))
         assert_equal(net.parameters(), loop.anchor)
         assert all(torch.isfinite(p).all() for p in net.parameters())
     for end in ends[1:]:
         assert_equal(ends[0], end)
+
+
+@functools.cache
+def plain(name: str) -> tuple[type[torch.optim.Optimizer], Any]:
+    """The class of the optimizer and the names in its state, without a loop."""
+    net = Net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    for i in range(7):
+        step(net, optimizer, i, "positional")
+    return type(optimizer), _keys(optimizer.state_dict())
 
 
 def _keys(state: Any) -> Any:
@@ -218,58 +226,70 @@ def test_a_scaler_changes_nothing_and_a_skipped_step_is_none(method: str, fused:
 Training = tuple[Net, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]
 
 
-def from_a_pickle(name: str, *training: Any) -> Training:
-    return pickle.loads(pickle.dumps(training))
+def rates_of(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def from_states(name: str, *training: Any) -> Training:
-    """For torch's LBFGS, a pickle of which cannot step."""
-    net = Net(5)
-    optimizer = OPTIMIZERS[name](net.parameters())
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
-    for new, old in zip((net, optimizer, scheduler), training, strict=True):
-        new.load_state_dict(copy.deepcopy(old.state_dict()))
-    return net, optimizer, scheduler
+def in_groups(name: str, net: Net) -> Training:
+    """An optimizer with a schedule and two groups, where it can have them."""
+    groups = [{"params": [net.a]}, {"params": [net.b]}]
+    optimizer = OPTIMIZERS[name](net.parameters() if name.startswith("lbfgs") else groups)
+    return net, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
+
+
+def copy_of(name: str, training: Training) -> Training:
+    """Through a pickle, or for torch's LBFGS, a pickle of which cannot step, through its state."""
+    if not name.startswith("lbfgs"):
+        return pickle.loads(pickle.dumps(training))
+    new = in_groups(name, Net(5))
+    for one, other in zip(new, training, strict=True):
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+    return new
+
+
+@functools.cache
+def plain_rates(name: str) -> list[float]:
+    net, optimizer, scheduler = in_groups(name, Net())
+    for i in range(10):
+        step(net, optimizer, i, "positional")
+        scheduler.step()
+    return rates_of(optimizer)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_with_everything_in_it(name: str, method: str) -> None:
     """Two groups, a schedule, weights frozen at first, a step without gradients, and a pickle to go on from midway."""
-    relaxation, lbfgs = METHODS[method], name.startswith("lbfgs")
+    relaxation = METHODS[method]
     if not usable(name, relaxation):
         return
-    ends, rates = [], []
-    for kind in ("plain", "whole", "resumed"):
-        net = Net()
-        frozen = net.b.detach().clone()
-        groups = [*net.parameters()] if lbfgs else [{"params": [net.a]}, {"params": [net.b], "weight_decay": 0.0}]
-        optimizer = OPTIMIZERS[name](groups)
-        loop = None if kind == "plain" else le.relax(optimizer, relaxation, seed=3)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
-        net.b.requires_grad_(False)
-        for i in range(10):
+
+    def go(training: Training, loop: le.InnerOuter, steps: range) -> list[Tensor]:
+        net, optimizer, scheduler = training
+        for i in steps:
             if i == 3:
-                assert torch.equal(loop.anchor[1] if loop else net.b, frozen)
+                assert torch.equal(loop.anchor[1], Net().b)
                 net.b.requires_grad_(True)
-            if i == 5 and kind == "resumed":
-                assert loop is not None
-                state = through_a_file(loop.state_dict())
-                net, optimizer, scheduler = (from_states if lbfgs else from_a_pickle)(name, net, optimizer, scheduler)
-                loop = le.relax(optimizer, relaxation, seed=5)
-                loop.load_state_dict(state)
-            if i == 7 and not lbfgs:
-                before, counted = values(net.parameters()), loop and (loop.outer_step, loop.inner_step)
+            if i == 7 and not name.startswith("lbfgs"):
+                before, counted = values(net.parameters()), (loop.outer_step, loop.inner_step)
                 optimizer.zero_grad()
                 optimizer.step()
                 assert_equal(before, net.parameters())
-                assert counted == (loop and (loop.outer_step, loop.inner_step))
+                assert (loop.outer_step, loop.inner_step) == counted
             step(net, optimizer, i, "positional")
             scheduler.step()
-        rates.append([float(group["lr"]) for group in optimizer.param_groups])
-        if loop:
-            assert (loop.outer_step, loop.inner_step) == divmod(10, relaxation.inner_steps)
-            assert not torch.equal(loop.anchor[1], frozen)
-            ends.append(values([*net.parameters(), *loop.anchor, *loop.average]))
-    assert rates[0] == rates[1] == rates[2]
-    assert_equal(*ends)
+        return values([*net.parameters(), *loop.anchor, *loop.average])
+
+    training = in_groups(name, Net())
+    training[0].b.requires_grad_(False)
+    loop = le.relax(training[1], relaxation, seed=3)
+    go(training, loop, range(5))
+    again, state = copy_of(name, training), through_a_file(loop.state_dict())
+    end = go(training, loop, range(5, 10))
+    assert (loop.outer_step, loop.inner_step) == divmod(10, relaxation.inner_steps)
+    assert not torch.equal(loop.anchor[1], Net().b)
+    assert rates_of(training[1]) == plain_rates(name)
+    resumed = le.relax(again[1], relaxation, seed=5)
+    resumed.load_state_dict(state)
+    assert_equal(go(again, resumed, range(5, 10)), end)
+    assert rates_of(again[1]) == plain_rates(name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import lightning_entropy as le
+from lightning_entropy.engine.optimizer_hooks import OptimizerHooks, has_foreign_hooks
 from tests.engine.methods_table import METHODS, OPTIMIZERS, part
 from tests.engine.training import (
     assert_equal,
@@ -114,3 +115,110 @@ def test_attaching_twice_is_refused_and_again_after_detach_is_not() -> None:
     step(net, optimizer, 0)
     assert again.inner_step == 1
     assert loop.inner_step == 0
+
+
+# The hooks themselves
+
+
+def recorded(optimizer: torch.optim.Optimizer) -> tuple[list[Any], OptimizerHooks]:
+    events: list[Any] = []
+    hooks = OptimizerHooks(
+        optimizer,
+        before=lambda: events.append("before"),
+        before_closure=lambda: events.append("closure"),
+        on_gradients=events.append,
+        after=lambda: events.append("after"),
+    )
+    return events, hooks
+
+
+def weight() -> torch.nn.Parameter:
+    w = torch.nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    return w
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Loud, Eager])
+def test_the_order_of_a_step(kind: Any) -> None:
+    torch.optim.SGD([weight()], lr=0.1)
+    optimizer = kind([weight()], lr=0.1)
+    events, hooks = recorded(optimizer)
+    optimizer.step()
+    assert events == ["before", True, "after"]
+    events.clear()
+    assert optimizer.step(lambda: events.append("loss")) is None
+    assert events == ["before", "closure", "loss", True, "after"]
+    events.clear()
+    optimizer.step(closure=lambda: events.append("loss"))
+    assert events == ["before", "closure", "loss", True, "after"]
+    hooks.remove()
+    hooks.remove()
+    events.clear()
+    optimizer.step()
+    assert events == []
+
+
+def test_a_closure_that_is_evaluated_again_says_so() -> None:
+    w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer = torch.optim.LBFGS([w], max_iter=3)
+    events, _ = recorded(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (w**4).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        events.clear()
+        optimizer.step(closure)
+        assert events == ["before", "closure", True, "closure", False, "closure", False, "after"]
+
+
+def test_the_loss_of_the_closure_comes_back_and_its_gradients_are_taken_with_grad() -> None:
+    optimizer = torch.optim.SGD([weight()], lr=0.1)
+    recorded(optimizer)
+    assert optimizer.step(lambda: torch.is_grad_enabled()) is True  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_a_step_that_a_scaler_skips_within_the_optimizer(found: float) -> None:
+    optimizer = torch.optim.SGD([weight()], lr=0.1, fused=True)
+    events, hooks = recorded(optimizer)
+    assert hooks.grad_scale is None
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(found), torch.tensor(4.0)
+    optimizer.step()
+    assert events == (["before"] if found else ["before", True, "after"])
+    assert hooks.grad_scale == 4
+    del optimizer.found_inf, optimizer.grad_scale
+    events.clear()
+    optimizer.step()
+    assert events == ["before", True, "after"]
+
+
+def test_steps_of_two_optimizers_within_each_other_are_each_seen() -> None:
+    outer, inner = torch.optim.SGD([weight()], lr=0.1), torch.optim.SGD([weight()], lr=0.1)
+    events, _ = recorded(outer)
+    others, _ = recorded(inner)
+    outer.step(lambda: inner.step())
+    assert events == ["before", "closure", True, "after"]
+    assert others == ["before", True, "after"]
+
+
+def test_an_optimizer_without_hooks_is_refused() -> None:
+    class NoHooks:
+        pass
+
+    with pytest.raises(TypeError, match="optimizer must run torch's step hooks, got NoHooks, which does not"):
+        recorded(NoHooks())  # type: ignore[arg-type]
+
+
+def test_hooks_of_others_are_told_from_a_loops() -> None:
+    optimizer = torch.optim.SGD([weight()], lr=0.1)
+    assert not has_foreign_hooks(optimizer)
+    recorded(optimizer)
+    assert not has_foreign_hooks(optimizer)
+    handle = optimizer.register_step_post_hook(lambda *_: None)
+    assert has_foreign_hooks(optimizer)
+    handle.remove()
+    assert not has_foreign_hooks(optimizer)

@@ -1,5 +1,6 @@
 """The way in refuses what cannot work, and leaves the optimizer alone."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -58,3 +59,32 @@ def test_a_spring_needs_a_learning_rate() -> None:
         with pytest.raises(ValueError, match="optimizer must have an 'lr' in every param group"):
             le.relax(optimizer, relaxation)
     le.relax(optimizer, le.lookahead())
+
+
+def test_every_argument_arrives() -> None:
+    w = torch.nn.Parameter(torch.tensor([8.0]))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    relaxation = le.elastic_sgd(1, 0.5)
+    outer = functools.partial(torch.optim.SGD, lr=0.5)
+    loop = le.relax(optimizer, relaxation, outer=outer, replica_mean=lambda xs: [x / 2 for x in xs], seed=11)
+    assert loop.optimizer is optimizer
+    assert loop.relaxation is relaxation
+    assert loop.state_dict()["seed"] == 11
+    w.grad = torch.ones(1)
+    optimizer.step()
+    assert w.item() == 6.5  # 8 - (1 + (8 - 4) / 2) / 2
+
+
+def test_what_only_a_perturbing_chain_may_have() -> None:
+    """It has an anchor and outer steps, unlike the heat equation, and LBFGS may have it, unlike a mean of gradients."""
+    w = torch.nn.Parameter(torch.ones(2))
+    chain = le.Relaxation(inner_steps=3, gamma=0.5, width=0.1)
+    le.relax(torch.optim.SGD([w], lr=0.1), chain, outer=torch.optim.Adam, replica_mean=lambda xs: xs)
+    le.relax(torch.optim.LBFGS([w]), chain)
+    le.relax(NoRate([w]), le.Relaxation(inner_steps=3, width=0.1))
+    with pytest.raises(ValueError, match="optimizer must have an 'lr' in every param group"):
+        le.relax(NoRate([w]), chain)
+    with pytest.raises(ValueError, match="explicit must be False with LBFGS"):
+        le.relax(torch.optim.LBFGS([w]), le.Relaxation(gamma=0.5, explicit=True, width=0.1))
+    with pytest.raises(TypeError, match="compile must be True or False, got 1"):
+        le.relax(torch.optim.SGD([w], lr=0.1), chain, compile=1)  # type: ignore[arg-type]

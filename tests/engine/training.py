@@ -1,5 +1,6 @@
 """A small training: what the engine's tests share."""
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ class Net(torch.nn.Module):
         return torch.tanh(x @ self.a.T) @ self.b.T
 
 
+@functools.cache
 def batch(i: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(100 + i)
     x = torch.randn(6, 3, generator=g, dtype=dtype)
