@@ -25,10 +25,6 @@ def mlp(seed: int = 0) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).to(DTYPE)
 
 
-MODEL = mlp()  # for its form
-NAMES = [name for name, _ in MODEL.named_parameters()]
-
-
 def batches(n: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(8, 5, generator=g, dtype=DTYPE), torch.randint(3, (8,), generator=g)) for _ in range(n)]
@@ -39,8 +35,11 @@ def loss_of(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def grad(params: Params, batch: Any) -> Params:
+    """Of the loss of ``mlp`` with these weights."""
     leaves = [p.clone().requires_grad_() for p in params]
-    out = torch.func.functional_call(MODEL, dict(zip(NAMES, leaves, strict=True)), (batch[0],))
+    inner, inner_bias, outer, outer_bias = leaves
+    hidden = torch.tanh(torch.nn.functional.linear(batch[0], inner, inner_bias))
+    out = torch.nn.functional.linear(hidden, outer, outer_bias)
     return list(torch.autograd.grad(torch.nn.functional.cross_entropy(out, batch[1]), leaves))
 
 
@@ -395,31 +394,44 @@ def smoothed(
     )  # fmt: skip
 
 
+WIDTH = le.Scoping(0.05, 0.1)
+
+
+@functools.cache
+def smoothed_chain(case: str) -> list[Params]:
+    options, _, optimizer = SMOOTHED[case]
+    return smoothed(options, [start()], [batches(STEPS)], [7], width=WIDTH, optimizer=optimizer)[0].anchors
+
+
 @pytest.mark.parametrize("closure", [True, False])
 @pytest.mark.parametrize("case", SMOOTHED)
 def test_a_chain_on_the_smoothed_loss(case: str, closure: bool) -> None:
-    options, make, optimizer = SMOOTHED[case]
-    width = le.Scoping(0.05, 0.1)
-    data = batches(STEPS)
-    ours, _ = train(le.Relaxation(inner_steps=20, width=width, **options), make, data, closure=closure)
-    (theirs,) = smoothed(options, [start()], [data], [7], width=width, optimizer=optimizer)
-    assert_same(ours, theirs.anchors)
+    options, make, _ = SMOOTHED[case]
+    relaxation = le.Relaxation(inner_steps=20, width=WIDTH, **options)
+    ours, _ = train(relaxation, make, batches(STEPS), closure=closure)
+    assert_same(ours, smoothed_chain(case))
+
+
+SMOOTHED_REPLICAS: dict[str, dict[str, Any]] = {
+    "anchor": {"gamma": 0.5, "noise": 1e-2, "average": 0.25, "rho": 0.3, "outer_lr": 0.3, "outer_momentum": 0.5},
+    "average": {"gamma": 0.5, "average": 0.25, "rho": 0.3, "elastic_target": "average", "scale": "filter"},
+    "pseudo_gradient": {"gamma": 0.5, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.9},
+}
+
+
+@functools.cache
+def smoothed_replicas(target: str) -> list[list[Params]]:
+    data = [batches(STEPS, seed=10 + a) for a in range(2)]
+    optimizer = reference.SGD(0.1, 0.9, True)
+    paths = smoothed(SMOOTHED_REPLICAS[target], [start(), start()], data, [0, 1], width=0.05, optimizer=optimizer)
+    return [path.anchors for path in paths]
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gamma": 0.5, "noise": 1e-2, "average": 0.25, "rho": 0.3, "outer_lr": 0.3, "outer_momentum": 0.5},
-        {"gamma": 0.5, "average": 0.25, "rho": 0.3, "elastic_target": "average", "scale": "filter"},
-        {"gamma": 0.5, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.9},
-    ],
-    ids=["anchor", "average", "pseudo_gradient"],
-)
-def test_replicas_on_the_smoothed_loss(options: dict[str, Any], deferred: bool) -> None:
+@pytest.mark.parametrize("target", SMOOTHED_REPLICAS)
+def test_replicas_on_the_smoothed_loss(target: str, deferred: bool) -> None:
     data = [batches(STEPS, seed=10 + a) for a in range(2)]
-    relaxation = le.Relaxation(inner_steps=20, width=0.05, **options)
+    relaxation = le.Relaxation(inner_steps=20, width=0.05, **SMOOTHED_REPLICAS[target])
     ours = Replicas(2).train(relaxation, nesterov, data, deferred)
-    theirs = smoothed(options, [start(), start()], data, [0, 1], width=0.05, optimizer=reference.SGD(0.1, 0.9, True))
-    for left, right in zip(ours, theirs, strict=True):
-        assert_same(left, right.anchors)
+    for left, right in zip(ours, smoothed_replicas(target), strict=True):
+        assert_same(left, right)
