@@ -822,6 +822,108 @@ def diloco(
     return paths
 
 
+def smoothed_chain(
+    replicas: list[Params],
+    grad: Grad,
+    *,
+    batches: list[Iterable[Any]],
+    outer_steps: int,
+    inner_steps: int,
+    optimizer: Optimizer,
+    width: Number,
+    perturbations: list[Gaussian],
+    filter_normalized: bool = False,
+    gamma: Number = 0.0,
+    noise: float = 0.0,
+    gaussians: list[Gaussian] | None = None,
+    average: float = 1.0,
+    rho: Number = 0.0,
+    target: Literal["anchor", "average", "pseudo_gradient"] = "anchor",
+    outer_lr: Number = 1.0,
+    outer_momentum: float = 0.0,
+) -> list[Path]:
+    r"""Run a chain whose gradients are those of the smoothed loss: every one is taken at a perturbed y.
+
+        every replica a:  y_a, z_a <- x_a
+        repeat L:  g   <- grad f(y_a + width s n; own new batch),   n ~ N(0, I),  s = 1, or the filter norms of y_a
+                   y_a <- optimizer(y_a, g)                         at y_a, which is not perturbed
+                   y_a <- (y_a + k x_a) / (1 + k),  k = eta' gamma
+                   y_a <- y_a + sqrt(eta') noise N(0, I)            other draws than n
+                   z_a <- (1 - average) z_a + average y_a
+        "anchor":           x_a <- x_a - eta [(x_a - z_a) + rho (x_a - mean_b x_b)]   x_b before any of them has moved
+        "average":          x_a <- x_a - eta [(x_a - z_a) + rho (x_a - mean_b z_b)]
+        "pseudo_gradient":  x_a <- x_a - eta mean_b (x_b - z_b)                       (Nesterov on the bracket)
+
+    Chosen: the optimizer's momentum, weight decay and moments see g and y_a alone; the norms are those of the y_a that
+    is perturbed, taken anew in every inner step; the inner optimizer's state is never reset.
+
+    Args:
+        replicas: the initial x_a, one list per replica.
+        grad: the mini-batch gradient, the same function for every replica.
+        batches: for each replica its own, L per outer step.
+        outer_steps: how many times the anchors move.
+        inner_steps: L >= 1.
+        optimizer: of the inner loop; its ``lr`` is eta'. Copied for each replica, not written to.
+        width: standard deviation of the perturbation, of the outer step.
+        perturbations: n, for each replica its own.
+        filter_normalized: scale the perturbation by the filters' norms.
+        gamma: stiffness of the implicit spring.
+        noise: epsilon.
+        gaussians: the chain's draws, for each replica its own; needed if ``noise`` is not zero.
+        average: the weight of the newest y in z.
+        rho: elasticity.
+        target: whom the elastic force pulls to, or what all replicas step along.
+        outer_lr: eta.
+        outer_momentum: Nesterov momentum of the outer step, its buffer kept.
+
+    Returns:
+        One path per replica; the iterates are the y that are not perturbed.
+
+    Example:
+        f = y^2 / 2, no spring: 4, perturbed by 2 to 6, goes down by half of that, to 1; 1, perturbed to 3, to -1/2.
+
+        >>> two = lambda outer_step, inner_step: [torch.tensor(2.0, dtype=torch.float64)]
+        >>> (path,) = smoothed_chain([[torch.tensor(4.0, dtype=torch.float64)]], lambda y, b: y, batches=[range(2)],
+        ...                          outer_steps=1, inner_steps=2, optimizer=SGD(0.5), width=1.0, perturbations=[two])
+        >>> [y[0].item() for y in path.iterates[0]], path.anchors[0][0].item()
+        ([1.0, -0.5], -0.5)
+    """
+    streams = [iter(own) for own in batches]
+    paths = [Path([], []) for _ in replicas]
+    optimizers = [copy.deepcopy(optimizer) for _ in replicas]
+    xs = [_flat(params) for params in replicas]
+    outer_buffers = [torch.zeros_like(x) for x in xs]
+    for t in range(outer_steps):
+        k = optimizer.lr * _at(gamma, t)
+        zs = []
+        for a, params in enumerate(replicas):
+            y = xs[a].clone()
+            z = xs[a].clone()
+            paths[a].iterates.append([])
+            for inner_step in range(inner_steps):
+                s = _flat(filter_norms(_shaped(y, params))) if filter_normalized else torch.ones_like(y)
+                perturbed = y + _at(width, t) * s * _flat(perturbations[a](t, inner_step))
+                g = _flat(grad(_shaped(perturbed, params), next(streams[a])))
+                y = optimizers[a].step(y, g)
+                y = (y + k * xs[a]) / (1 + k)
+                if noise != 0:
+                    y = y + math.sqrt(optimizer.lr) * noise * _flat(gaussians[a](t, inner_step))
+                z = (1 - average) * z + average * y
+                paths[a].iterates[-1].append(_shaped(y, params))
+            zs.append(z)
+        steps = [x - z for x, z in zip(xs, zs, strict=True)]
+        if target == "pseudo_gradient":
+            forces = [_mean(steps)] * len(xs)
+        else:
+            centre = _mean(xs if target == "anchor" else zs)
+            forces = [step + _at(rho, t) * (x - centre) for step, x in zip(steps, xs, strict=True)]
+        for a, params in enumerate(replicas):
+            outer_buffers[a], direction = _momentum(outer_buffers[a], forces[a], outer_momentum, True)
+            xs[a] = xs[a] - _at(outer_lr, t) * direction
+            paths[a].anchors.append(_shaped(xs[a], params))
+    return paths
+
+
 def filter_norms(params: Params) -> Params:
     """Return LPF-SGD's noise scale of every weight: the norm of the filter it belongs to.
 

@@ -558,3 +558,70 @@ def test_average_of_smoothed_gradients() -> None:
     )
     want = 0.5 - torch.exp(torch.tensor(-0.125, dtype=torch.float64)) * torch.tensor(0.5, dtype=torch.float64).cos()
     torch.testing.assert_close(path.anchors[0][0][0], want, rtol=0, atol=1e-3)
+
+
+# A chain on the smoothed loss
+
+
+def test_smoothed_chain_by_eye() -> None:
+    """f = y^2 / 2, x = 4, width 2: perturbed by 2 to 6; lr 1/2: 4 - 3 = 1; k = 1: (1 + 4) / 2 = 5/2; z half of it.
+
+    Then by 4 to 13/2: 5/2 - 13/4 = -3/4; spring: (4 - 3/4) / 2 = 13/8; noise sqrt(1/2) noise sqrt(2) = 1 each time:
+    so 7/2 first, z = 15/4; then 15/2: 7/2 - 15/4 = -1/4; 15/8; 23/8; z = 53/16.
+    """
+    settings = {"batches": [range(2)], "outer_steps": 1, "inner_steps": 2, "optimizer": SGD(lr=0.5), "gamma": 2.0}
+    settings |= {"width": 2.0, "perturbations": [lambda t, k: scalar(1 + k)], "average": 0.5}
+    (path,) = reference.smoothed_chain([scalar(4)], bowl, **settings)
+    assert (numbers(path.iterates[0]), numbers(path.anchors)) == ([2.5, 1.625], [2.4375])
+    settings |= {"noise": 1.0, "gaussians": [lambda t, k: scalar(2**0.5)]}
+    (path,) = reference.smoothed_chain([scalar(4)], bowl, **settings)
+    assert numbers(path.iterates[0]) == pytest.approx([3.5, 2.875], abs=1e-15)
+    assert numbers(path.anchors) == pytest.approx([3.3125], abs=1e-15)
+
+
+def test_smoothed_chain_scales_by_the_norms_of_the_perturbed_y() -> None:
+    """One filter: the norm is |y|. 4 -> perturbed by 1/2 * 4 to 6 -> 1; perturbed by 1/2 * 1 to 3/2 -> 1/4."""
+    (path,) = reference.smoothed_chain(
+        [scalar(4)], bowl, batches=[range(2)], outer_steps=1, inner_steps=2, optimizer=SGD(lr=0.5), width=0.5,
+        perturbations=[lambda t, k: scalar(1)], filter_normalized=True,
+    )  # fmt: skip
+    assert numbers(path.iterates[0]) == [1, 0.25]
+
+
+def test_smoothed_chain_with_outer_momentum_by_eye() -> None:
+    """Pseudo-gradients 2 and 2 (the slope is 1), eta 1, Nesterov 1/2: 16 - 3 = 13, then 13 - 3.5."""
+    (path,) = reference.smoothed_chain(
+        [scalar(16)], slope, batches=[[1] * 4], outer_steps=2, inner_steps=2, optimizer=SGD(lr=1.0), width=9.0,
+        perturbations=[lambda t, k: scalar(1)], outer_momentum=0.5,
+    )  # fmt: skip
+    assert numbers(path.anchors) == [13, 9.5]
+
+
+@pytest.mark.parametrize(
+    ("target", "rho", "anchors"),
+    [("anchor", 0.5, [3.0, 7.0]), ("average", 0.5, [2.5, 6.5]), ("pseudo_gradient", 0.0, [3.0, 7.0])],
+)
+def test_smoothed_chain_of_replicas_by_eye(target: str, rho: float, anchors: list[float]) -> None:
+    """x = 4, 8 and z = 2, 8 (slopes 2 and 0).
+
+    Half of the way to the mean of x, 6, is +1 and -1; to the mean of z, 5, it is +1/2 and -3/2; the mean of x - z is 1.
+    """
+    paths = reference.smoothed_chain(
+        [scalar(4), scalar(8)], slope, batches=[[2], [0]], outer_steps=1, inner_steps=1, optimizer=SGD(lr=1.0),
+        width=1.0, perturbations=[lambda t, k: scalar(1)] * 2, rho=rho, target=target,
+    )  # fmt: skip
+    assert [numbers(path.anchors)[0] for path in paths] == anchors
+
+
+def test_smoothed_chain_without_width_is_the_chain() -> None:
+    problem = Problem()
+    settings = {"outer_steps": 4, "inner_steps": 6}
+    (path,) = reference.smoothed_chain(
+        [problem.params], problem.grad, batches=[problem.batches], optimizer=AdamW(0.05), width=0.0, outer_lr=0.5,
+        perturbations=[problem.gaussian], **settings,
+    )  # fmt: skip
+    want = reference.lookahead(
+        problem.params, problem.grad, batches=problem.batches, optimizer=AdamW(0.05), alpha=0.5, **settings
+    )
+    close(path.anchors, want.anchors)
+    close(reference.flatten_iterates(path), reference.flatten_iterates(want))

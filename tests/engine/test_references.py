@@ -13,6 +13,7 @@ import lightning_entropy as le
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.noise import NoiseStreams
 from tests import reference
+from tests.engine.methods_table import perturbs
 from tests.reference import Params
 
 STEPS = 200
@@ -34,10 +35,11 @@ def loss_of(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def grad(params: Params, batch: Any) -> Params:
-    model = mlp()
-    names = [name for name, _ in model.named_parameters()]
+    """Of the loss of ``mlp`` with these weights."""
     leaves = [p.clone().requires_grad_() for p in params]
-    out = torch.func.functional_call(model, dict(zip(names, leaves, strict=True)), (batch[0],))
+    inner, inner_bias, outer, outer_bias = leaves
+    hidden = torch.tanh(torch.nn.functional.linear(batch[0], inner, inner_bias))
+    out = torch.nn.functional.linear(hidden, outer, outer_bias)
     return list(torch.autograd.grad(torch.nn.functional.cross_entropy(out, batch[1]), leaves))
 
 
@@ -58,8 +60,8 @@ def train(
     model = mlp()
     optimizer = make(model.parameters())
     loop = le.relax(optimizer, relaxation, outer=outer, seed=7)
-    if relaxation.perturb:
-        loop.begin()
+    if perturbs(relaxation):
+        loop.prepare()
     anchors, t = [], 0
     for batch in data:
 
@@ -82,10 +84,10 @@ def train(
     return anchors, loop
 
 
-def draws(loop_steps: int) -> Callable[[int, int], Params]:
+def draws(loop_steps: int, seed: int = 7, purpose: str = "") -> Callable[[int, int], Params]:
     """The engine's own draws, by (outer, inner) step."""
     params = list(mlp().parameters())
-    streams = NoiseStreams(7)
+    streams = NoiseStreams(seed, purpose)
 
     def gaussian(outer_step: int, inner_step: int) -> Params:
         seeds = streams.seeds(params, params, outer_step * loop_steps + inner_step)
@@ -288,6 +290,8 @@ class Replicas:
         def run(rank: int) -> None:
             optimizer = make(models[rank].parameters())
             loop = le.relax(optimizer, relaxation, replica_mean=self.mean(rank, deferred), seed=rank)
+            if perturbs(relaxation):
+                loop.prepare()
             anchors = []
             for batch in data[rank]:
                 optimizer.zero_grad()
@@ -349,3 +353,85 @@ def test_replicas_along_the_mean_pseudo_gradient(method: str) -> None:
         assert_same(left, right.anchors)
     for other in ours[1:]:
         assert_same(ours[0], other, tolerance=0)
+
+
+# A chain on the smoothed loss: every gradient at perturbed weights, inside spring, noise, average and outer step
+
+adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
+Case = tuple[dict[str, Any], Any, Any]
+SGD, ADAMW = (nesterov, reference.SGD(0.1, 0.9, True)), (adamw, reference.AdamW(1e-2))
+SMOOTHED: dict[str, Case] = {
+    "sgd": ({"gamma": 0.5}, *SGD),
+    "adamw": ({"gamma": 0.5}, *ADAMW),
+    "filter": ({"gamma": 0.5, "scale": "filter"}, *SGD),
+    "filter_adamw": ({"gamma": 0.5, "scale": "filter"}, *ADAMW),
+    "langevin": ({"gamma": 0.5, "noise": 1e-2}, *SGD),
+    "langevin_adamw": ({"gamma": 0.5, "noise": 1e-2, "scale": "filter"}, *ADAMW),
+    "average": ({"gamma": 0.5, "average": 0.25}, *SGD),
+    "outer_lr": ({"gamma": 0.5, "outer_lr": 0.3}, *ADAMW),
+    "outer_momentum": ({"gamma": 0.5, "outer_lr": 0.3, "outer_momentum": 0.9}, *SGD),
+    "all": (
+        {
+            "gamma": le.Scoping(0.03, 0.05), "noise": 1e-2, "average": 0.75, "outer_lr": 0.3, "outer_momentum": 0.5,
+            "scale": "filter",
+        },
+        functools.partial(nesterov, weight_decay=1e-3), reference.SGD(0.1, 0.9, True, 1e-3),
+    ),
+}  # fmt: skip
+
+
+def smoothed(
+    options: dict[str, Any], starts: list[Params], data: list[list[Any]], seeds: list[int], **more: Any
+) -> Any:
+    """The reference, with what the relaxation calls otherwise called as there."""
+    arguments = dict(options)
+    arguments["filter_normalized"] = arguments.pop("scale", "absolute") == "filter"
+    if "elastic_target" in arguments:
+        arguments["target"] = arguments.pop("elastic_target")
+    return reference.smoothed_chain(
+        starts, grad, batches=data, outer_steps=10, inner_steps=20, gaussians=[draws(20, s) for s in seeds],
+        perturbations=[draws(20, s, "perturbation") for s in seeds], **arguments, **more,
+    )  # fmt: skip
+
+
+WIDTH = le.Scoping(0.05, 0.1)
+
+
+@functools.cache
+def smoothed_chain(case: str) -> list[Params]:
+    options, _, optimizer = SMOOTHED[case]
+    return smoothed(options, [start()], [batches(STEPS)], [7], width=WIDTH, optimizer=optimizer)[0].anchors
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("case", SMOOTHED)
+def test_a_chain_on_the_smoothed_loss(case: str, closure: bool) -> None:
+    options, make, _ = SMOOTHED[case]
+    relaxation = le.Relaxation(inner_steps=20, width=WIDTH, **options)
+    ours, _ = train(relaxation, make, batches(STEPS), closure=closure)
+    assert_same(ours, smoothed_chain(case))
+
+
+SMOOTHED_REPLICAS: dict[str, dict[str, Any]] = {
+    "anchor": {"gamma": 0.5, "noise": 1e-2, "average": 0.25, "rho": 0.3, "outer_lr": 0.3, "outer_momentum": 0.5},
+    "average": {"gamma": 0.5, "average": 0.25, "rho": 0.3, "elastic_target": "average", "scale": "filter"},
+    "pseudo_gradient": {"gamma": 0.5, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.9},
+}
+
+
+@functools.cache
+def smoothed_replicas(target: str) -> list[list[Params]]:
+    data = [batches(STEPS, seed=10 + a) for a in range(2)]
+    optimizer = reference.SGD(0.1, 0.9, True)
+    paths = smoothed(SMOOTHED_REPLICAS[target], [start(), start()], data, [0, 1], width=0.05, optimizer=optimizer)
+    return [path.anchors for path in paths]
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("target", SMOOTHED_REPLICAS)
+def test_replicas_on_the_smoothed_loss(target: str, deferred: bool) -> None:
+    data = [batches(STEPS, seed=10 + a) for a in range(2)]
+    relaxation = le.Relaxation(inner_steps=20, width=0.05, **SMOOTHED_REPLICAS[target])
+    ours = Replicas(2).train(relaxation, nesterov, data, deferred)
+    for left, right in zip(ours, smoothed_replicas(target), strict=True):
+        assert_same(left, right)

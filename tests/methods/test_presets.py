@@ -1,0 +1,72 @@
+"""Each preset is its row of the papers' table."""
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+import lightning_entropy as le
+from tests.engine.methods_table import exported_presets
+
+PRESETS = exported_presets()
+
+# The numbers of the papers, not read from the package; a new preset needs its row.
+EXPECTED: dict[str, dict[str, Any]] = {
+    "lookahead": {"inner_steps": 5, "outer_lr": 0.5},
+    "entropy_sgd": {"inner_steps": 20, "gamma": le.Scoping(0.03, 1e-3), "noise": 1e-4, "average": 0.75},
+    "hamilton_jacobi": {"inner_steps": 20, "gamma": le.Scoping(0.03, 1e-3)},
+    "heat": {"inner_steps": 1, "gamma": 1e4, "perturb": True},
+    "two_timescale": {"inner_steps": 1, "gamma": 1.0, "reset": False, "outer_lr": 0.1},
+    "elastic_sgd": {"inner_steps": 10, "rho": 0.5},
+    "local_sgd": {"inner_steps": 10, "elastic_target": "pseudo_gradient"},
+    "diloco": {"inner_steps": 500, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.9},
+    "parle": {
+        "inner_steps": 25, "gamma": le.Scoping(0.01, 1e-3, limit=1.0), "rho": 1.0,
+        "average": 0.25,
+    },
+}  # fmt: skip
+
+
+def test_every_exported_preset_has_a_row() -> None:
+    assert set(PRESETS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_row_of_the_table(name: str) -> None:
+    assert PRESETS[name]() == le.Relaxation(**EXPECTED[name])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_value_pickles_prints_compares_and_does_not_change(name: str) -> None:
+    relaxation = PRESETS[name]()
+    assert pickle.loads(pickle.dumps(relaxation)) == relaxation
+    assert hash(relaxation) == hash(PRESETS[name]())
+    assert eval(repr(relaxation), {"Relaxation": le.Relaxation, "Scoping": le.Scoping}) == relaxation
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        relaxation.gamma = 2.0  # type: ignore[misc]
+
+
+def test_a_preset_hands_on_every_argument() -> None:
+    options = {"coupled": True, "reset_momentum": True, "outer_lr": 0.3, "outer_momentum": 0.4}
+    assert le.entropy_sgd(3, 0.5, 0.1, 0.2, **options) == le.Relaxation(
+        inner_steps=3, gamma=0.5, noise=0.1, average=0.2, **options
+    )
+    assert le.hamilton_jacobi(3, 0.5, **options) == le.Relaxation(inner_steps=3, gamma=0.5, **options)
+    assert le.heat(3, 0.5, scale="filter") == le.Relaxation(inner_steps=3, gamma=0.5, perturb=True, scale="filter")
+    assert le.two_timescale(0.5, 0.1, 0.2) == le.Relaxation(gamma=0.5, noise=0.1, outer_lr=0.2, reset=False)
+    assert le.diloco(3, 0.5, 0.1) == le.Relaxation(
+        inner_steps=3, outer_lr=0.5, outer_momentum=0.1, elastic_target="pseudo_gradient"
+    )
+    assert le.parle(
+        3, 0.5, 0.1, 0.2, elastic_target="average", coupled=True, outer_lr=0.3, outer_momentum=0.4
+    ) == le.Relaxation(
+        inner_steps=3, gamma=0.5, rho=0.1, average=0.2, elastic_target="average", coupled=True, outer_lr=0.3,
+        outer_momentum=0.4,
+    )  # fmt: skip
+
+
+def test_heat_cannot_measure_gamma() -> None:
+    for gamma in ("auto", le.Scoping("auto", 0.1)):
+        with pytest.raises((TypeError, ValueError), match=r"gamma|start"):
+            le.heat(gamma=gamma)
