@@ -9,15 +9,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(p for p in ROOT.rglob("*.md") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))
 
 
-def without_code(text: str) -> str:
-    """Blank out fenced blocks and inline code, in which brackets are no links."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+def without_blocks(text: str) -> str:
+    """Blank out fenced blocks, in which nothing is a link or a heading."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub gives the headings of a document; a repeated one gets -1, -2, ..."""
     found: set[str] = set()
-    for heading in re.findall(r"^#{1,6} +(.+?)\s*$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M), re.M):
+    for heading in re.findall(r"^#{1,6} +(.+?)\s*$", without_blocks(text), re.MULTILINE):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
         slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
         count = 0
@@ -31,7 +31,8 @@ def broken_links(document: Path) -> list[str]:
     """Return the links of a document that lead nowhere. Links to other sites are not followed."""
     text = document.read_text()
     broken = []
-    for target in re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", without_code(text)):
+    prose = re.sub(r"`[^`\n]*`", "", without_blocks(text))
+    for target in re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", prose):
         if re.match(r"[a-z][a-z+.-]*:", target):
             continue
         path, _, anchor = target.partition("#")
