@@ -2,7 +2,7 @@ r"""What replicas save on a slow link: Lightning's ddp against elastic_entropy a
 
 The hosts are network namespaces of this machine, joined by a veth pair that ``tc`` throttles; bytes are read from the
 interface's own counters, so they include headers, acknowledgements and whatever Lightning sends. All strategies and
-links take turns in every round, so that what else the machine does hits them alike. Needs Linux, root, ``ip``, ``tc``.
+links take turns in every round, so that other load affects them alike. Needs Linux, root, ``ip`` and ``tc``.
 
     python -m benchmarks.communication --rounds 3
 """
@@ -40,7 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def make_strategy(name: str) -> Any:
-    """Give the strategy of a run."""
+    """Return the strategy of a run."""
     import lightning_entropy as le
 
     if name in ("ddp", "single process"):
@@ -53,7 +53,7 @@ def make_strategy(name: str) -> Any:
 
 
 def work(net: str, name: str, steps: int, batch: int, interface: str, answer: Path, blocks: int) -> None:
-    """Train on this host, and write what it took.
+    """Train on this host and write the measurements to a file.
 
     With ``blocks``, every second block of INNER_STEPS steps is at 100 Mbit/s, and the seconds of each are written.
     """
@@ -155,7 +155,7 @@ def work(net: str, name: str, steps: int, batch: int, interface: str, answer: Pa
 
 
 def reason_to_skip() -> str | None:
-    """Say what is missing, if something is."""
+    """Return what is missing to run this, if anything."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -169,19 +169,19 @@ def reason_to_skip() -> str | None:
 
 
 def call(*command: str) -> None:
-    """Run a command that must succeed."""
+    """Run a command; raise an error if it fails."""
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def throttle(interface: str, rate: str | None, how: str, *inside: str) -> None:
-    """Limit what leaves an interface."""
+    """Limit the outgoing rate of an interface."""
     shape = ("root", "tbf", "rate", str(rate), "burst", "64kb", "latency", "50ms")
     call(*inside, "tc", "qdisc", how, "dev", interface, *shape)
 
 
 @contextmanager
 def hosts(rate: str | None) -> Iterator[list[tuple[str, str]]]:
-    """Make two hosts with a link; give their names and interfaces."""
+    """Create two linked hosts; return their names and interfaces."""
     tag = f"le{os.getpid() % 10000}"
     pairs = [(f"{tag}{side}", f"v{tag}{side}") for side in "ab"]
     try:
@@ -204,7 +204,7 @@ def hosts(rate: str | None) -> Iterator[list[tuple[str, str]]]:
 
 
 def measure(net: str, name: str, rate: str | None, batch: int, blocks: int = 0) -> Any:
-    """Train on both hosts; give the mean of what they took, or with ``blocks`` the seconds of each block."""
+    """Train on both hosts; return the mean of their measurements, or with ``blocks`` the seconds of each block."""
     steps = RUNS[name]["steps"]
     with hosts(rate) as pairs, tempfile.TemporaryDirectory() as folder:
         answers = [Path(folder, str(i)) for i in range(2)]

@@ -1,6 +1,6 @@
-"""Time top-5 eigenvalues, density and trace against hessian-eigenthings and curvlinops; weigh memory at 36.5 M weights.
+"""Time eigenvalues, density and trace against hessian-eigenthings and curvlinops; measure memory at 36.5 M weights.
 
-``python benchmarks/diagnostics.py`` on a WRN-16-4 in eval mode, cross entropy, one batch; each system in interleaved
+``python -m benchmarks.diagnostics`` on a WRN-16-4 in eval mode, cross entropy, one batch; each system in interleaved
 rounds, ratios of medians. ``--memory`` measures the growth of the process for the 36.5 M weights of a WRN-28-10
 (as a multilayer perceptron of that size) instead, in about two minutes: ``memory`` GiB hold the vectors of Lanczos or
 the gradients of examples, and copies of the weights (about four vectors) and activations come on top. Needs the
@@ -165,14 +165,14 @@ def weigh(estimator: Callable[[nn.Module, list, float], str], gib: float) -> Non
 
 
 def noise(net: nn.Module, batch: list, gib: float) -> str:
-    """Diffusion matrix of the batch's examples."""
+    """Compute the diffusion matrix of the batch's examples."""
     from lightning_entropy.diagnostics import gradient_noise
 
     return f"gradient noise, {gradient_noise(net, batch, memory=gib).examples} examples"
 
 
 def curvature(net: nn.Module, batch: list, gib: float) -> str:
-    """Largest eigenvalue, to 1 %, and two short probes, one after the other on a kept graph."""
+    """Compute the largest eigenvalue to 1 % and two short probes, one after the other on a kept graph."""
     hessian_spectrum(net, batch, memory=gib, top=1, bottom=0, probes=2, steps=4, tolerance=1e-2)
     return "Hessian, largest eigenvalue and 2 probes of 4 steps"
 

@@ -1,7 +1,7 @@
 """Is the input pipeline fast enough? Images per second with it, over those of the same training on one fixed batch.
 
-``python benchmarks/input.py allcnn --source folder --root data/cifar10`` trains in turns with the pipeline (drawing,
-flips, crops, normalisation) and on one batch that is there already, and prints the ratio of each pair of turns. It
+``python -m benchmarks.input allcnn --source folder --root data/cifar10`` trains in turns with the pipeline (drawing,
+flips, crops, normalisation) and on one fixed batch, and prints the ratio of each pair of turns. It
 should be above 0.95.
 """
 
@@ -36,7 +36,7 @@ NETS = {
 
 
 class InTurns(ImageData):
-    """The pipeline's batches and one fixed batch, in turns of ``block`` steps.
+    """Alternate the pipeline's batches with one fixed batch, in turns of ``block`` steps.
 
     Args:
         block: steps of a turn.
@@ -51,7 +51,7 @@ class InTurns(ImageData):
         self.step = 0
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int = 0) -> Batch:
-        """Make a batch in the pipeline's turn; hand out the fixed one in the other."""
+        """Return a new batch in the pipeline's turn, and the fixed one in the other."""
         if self.fixed is None:
             self.fixed = self.materialise(batch)
         turn, self.step = self.step // self.block, self.step + 1
@@ -59,7 +59,7 @@ class InTurns(ImageData):
 
 
 class Stopwatch(Callback):
-    """Time every turn, with what the Trainer does between its steps.
+    """Time every turn, including the Trainer's work between its steps.
 
     Args:
         block: steps of a turn.
@@ -75,7 +75,7 @@ class Stopwatch(Callback):
         self._since = _now()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Note the time of a turn that ends."""
+        """Record the time of a turn that ends."""
         if trainer.global_step % self.block == 0:
             now = _now()
             self.seconds.append(now - self._since)

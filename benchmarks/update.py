@@ -2,7 +2,7 @@
 
     python -m benchmarks.update
 
-Rounds are interleaved, so that whatever else the machine does hits everyone alike; a periodic method is timed over
+Rounds are interleaved, so that other load on the machine affects everyone alike; a periodic method is timed over
 whole periods. The unit is torch's SGD with momentum, foreach. Prints a Markdown table: median over the rounds of the
 ratio to the unit of the same round, and its quartiles.
 """
@@ -59,7 +59,7 @@ def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
 
 
 def contenders() -> dict[str, tuple[Callable[..., Callable[[], None]], int]]:
-    """Give, by name, a maker of one step, and the gradient evaluations that a step stands for."""
+    """Return, by name, a function that makes a step, and the number of gradient evaluations in that step."""
     sgd = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
     fused = partial(sgd, nesterov=True, weight_decay=5e-4, fused=True)
 

@@ -8,8 +8,9 @@ same call, and returns u(., t) from u(., 0) = f:
     hopf_lax(f, t, dx)            u_t = -1/2 |grad u|^2                      min over y of f(y) + |x - y|^2 / 2t
     viscous_hj(f, t, dx, beta)    the last two, by finite differences
 
-`fokker_planck` says where a population of noisy descents on u goes, `controlled_sde` what steering it costs, and
-`DoubleWell` what a current adds. t is a time and a variance: 1/gamma of the optimizers. Needs scipy.
+`fokker_planck` evolves the density of a population of noisy descents on u, `controlled_sde` measures what it costs to
+steer one, and `DoubleWell` adds a circulating current. t is a time and a variance: 1/gamma of the optimizers. Needs
+scipy.
 """
 
 from lightning_entropy.pde.control import Controlled, controlled_sde

@@ -1,4 +1,4 @@
-"""Where a population of noisy descents goes: the Fokker-Planck equation, positive and without loss of mass."""
+"""The Fokker-Planck equation of a population of noisy descents, by a scheme that keeps densities positive and mass."""
 
 import math
 from collections.abc import Callable
@@ -23,35 +23,35 @@ def fokker_planck(
     drift: Field | None = None,
     dt: float | None = None,
 ) -> Array:
-    r"""Evolve a density by rho_t = (V' rho)_x + diffusion rho_xx, that of dx = -V'(x, t) dt + sqrt(2 diffusion) dW.
+    r"""Evolve a density by rho_t = (V' rho)_x + diffusion rho_xx, for dx = -V'(x, t) dt + sqrt(2 diffusion) dW.
 
     Finite volumes with the Scharfetter-Gummel flux between cells i and i + 1,
 
         J = diffusion/dx [B(w) rho_i - B(-w) rho_{i+1}],   w = (V_{i+1} - V_i) / diffusion,   B(z) = z / (e^z - 1),
 
-    no flux through the ends, and implicit Euler in time. The matrix is an M-matrix with columns summing to one for
-    *every* dt, dx and diffusion: no value ever turns negative, mass stays, and the Gibbs density exp(-V/diffusion)/Z is
-    a fixed point to rounding. (Central differences turn negative on the rough f of the picture, and explicit ones blow
-    up there at diffusion 0.1.) First order in dt; second in dx where V changes by less than ``diffusion`` over a cell,
-    and first, as upwinding, where it changes by more.
+    no flux through the ends, and implicit Euler in time. The matrix is an M-matrix whose columns sum to one for *every*
+    dt, dx and diffusion: densities stay nonnegative, mass is conserved, and the Gibbs density exp(-V/diffusion)/Z is a
+    fixed point up to rounding. (On the rough landscape of ``recipes.smoothing`` at diffusion 0.1, central differences
+    become negative and explicit ones blow up.) First order in dt; in dx second order where V changes by less than
+    ``diffusion`` over a cell, and first order, like upwinding, where it changes by more.
 
     Args:
-        rho0: initial density, shape (n,), 1/weight, >= 0, not all zero. Its mass is kept, whatever it is.
+        rho0: initial density, shape (n,), 1/weight, >= 0, not all zero. It need not have mass one.
         T: final time, > 0; or an increasing sequence of k times, all > 0.
         dx: width of a cell, weight, > 0.
         diffusion: temperature, loss, > 0: noise^2 / 2 of the optimizers, 1 / (2 beta) of the Hamilton-Jacobi equation.
         potential: V, shape (n,) at cell centres, loss, or a callable of the time s in [0, T] returning it. A potential
-            that moves is scoping; playing u(., t) backwards, V(s) = u(., T - s), is the optimal control.
-        drift: in place of ``potential``, the drift itself at the n - 1 faces between cells, loss/weight, or a callable
-            returning it. Positive moves mass to the right.
+            that changes is scoping; V(s) = u(., T - s), u(., t) played backwards, is the optimal control.
+        drift: the drift itself instead of ``potential``, at the n - 1 faces between cells, loss/weight, or a callable
+            returning it. A positive drift moves mass to the right.
         dt: largest time step, > 0; default T/1000.
 
     Returns:
         The density at T, shape (n,), or at each of the times, shape (k, n).
 
     Raises:
-        ValueError: if both or none of ``potential`` and ``drift`` are given, on a shape that does not fit, a negative
-            or zero ``rho0``, times that do not increase, or a number that is not > 0.
+        ValueError: if both or neither of ``potential`` and ``drift`` are given, a shape does not match, ``rho0`` is
+            negative somewhere or zero everywhere, the times do not increase, or a number is not > 0.
 
     Example:
         Two cells, no drift: the difference halves with dt = 1/2 (rate 2 diffusion/dx^2, implicit: 1 / (1 + 1)).
@@ -92,7 +92,7 @@ def fokker_planck(
 
 
 def gibbs(potential: ArrayLike, dx: float, *, diffusion: float) -> Array:
-    """Return the density exp(-V/diffusion)/Z, of mass one: where ``fokker_planck`` rests.
+    """Return the density exp(-V/diffusion)/Z of mass one, the stationary state of ``fokker_planck``.
 
     Args:
         potential: V at cell centres, any shape of one or two axes, loss.
@@ -101,6 +101,9 @@ def gibbs(potential: ArrayLike, dx: float, *, diffusion: float) -> Array:
 
     Returns:
         A density of the same shape, 1/weight per axis.
+
+    Raises:
+        ValueError: if ``dx`` or ``diffusion`` is not > 0, or ``potential`` is not finite on a grid.
 
     Example:
         >>> gibbs([0.0, np.log(3.0)], 1.0, diffusion=1.0).round(12)
@@ -114,7 +117,7 @@ def gibbs(potential: ArrayLike, dx: float, *, diffusion: float) -> Array:
 def _barrier(
     n: int, dx: float, diffusion: float, potential: Field | None, drift: Field | None
 ) -> Callable[[float], Array]:
-    """The function of time that returns w = (V_{i+1} - V_i)/diffusion at the n - 1 faces."""
+    """Return the function of time that computes w = (V_{i+1} - V_i)/diffusion at the n - 1 faces."""
     if (potential is None) == (drift is None):
         raise ValueError("exactly one of potential and drift must be given, got both or neither")
     name, field, length = ("potential", potential, n) if drift is None else ("drift", drift, n - 1)

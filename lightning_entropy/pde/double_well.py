@@ -1,4 +1,4 @@
-"""Out of equilibrium: a double well with a circulating current that leaves the stationary density alone."""
+"""A double well out of equilibrium: a circulating current that does not change the stationary density."""
 
 from dataclasses import dataclass
 
@@ -15,19 +15,19 @@ class DoubleWell:
 
         Phi = (x1^2 - 1)^2 / 4 + x2^2 / 2,   j = lambda e^Phi J,   J = exp(-|x|^4 / 4) (-x2, x1).
 
-    What SGD with anisotropic noise does in the limit-cycle paper (Example 19, Figure 4): the density is that of Phi,
-    the motion is not.
+    The limit-cycle paper's model of SGD with anisotropic noise (Example 19, Figure 4): its density is that of Phi, its
+    motion is not gradient descent.
 
     What holds, for every lambda: div J = 0, so the stationary density is e^{-Phi} / Z, and the current
-    j e^{-Phi} = lambda J / Z carries mass round and round on circles about the origin. The system is out of equilibrium
-    and its density does not show it.
+    j e^{-Phi} = lambda J / Z carries mass along circles about the origin. The system is out of equilibrium, and its
+    density does not show it.
 
-    What does not hold: the paper assumes div j = 0 (Assumption 4); here div j = j . grad Phi =
-    lambda e^{Phi - |x|^4 / 4} x1 x2 (2 - x1^2). So its Lemma 7, most likely paths follow x' = j, does not apply:
-    without noise a path follows ``force``, -grad Phi + j, whose equilibria are not the minima (+-1, 0) of Phi but
-    +-(0.902, 0.389) at lambda = 1/2. The origin is a saddle below lambda = e^{-1/4} = 0.779 and a linear centre above.
-    At the paper's lambda = 1.5 friction of higher order wins and every path spirals into it, as t^{-1/2}. There is no
-    limit cycle: the closed loops of the figure are the current's, or a noisy path's to the eye.
+    What does not hold: the paper assumes div j = 0 (Assumption 4), but here div j = j . grad Phi =
+    lambda e^{Phi - |x|^4 / 4} x1 x2 (2 - x1^2). So its Lemma 7, that the most likely paths follow x' = j, does not
+    apply: without noise a path follows ``force``, -grad Phi + j, whose equilibria are not the minima (+-1, 0) of Phi
+    but +-(0.902, 0.389) at lambda = 1/2. The origin is a saddle below lambda = e^{-1/4} = 0.779 and a linear centre
+    above. At the paper's lambda = 1.5, friction of higher order wins and every path spirals into the origin, with a
+    radius of order t^{-1/2}. There is no limit cycle: the closed loops in the figure are streamlines of the current.
 
     Attributes:
         strength: lambda, dimensionless, finite, any sign; 0 is gradient descent with noise.
@@ -64,7 +64,7 @@ class DoubleWell:
         return np.exp(-self.potential(x)) / z
 
     def probability_current(self, x: ArrayLike) -> Array:
-        """Return lambda J, the divergence-free field whose quotient by e^{-Phi} is j, at points of shape (..., 2)."""
+        """Return the divergence-free field lambda J = j e^{-Phi} at points of shape (..., 2)."""
         x = _points(x)
         radius4 = (x**2).sum(axis=-1, keepdims=True) ** 2
         return self.strength * np.exp(-radius4 / 4) * _quarter_turn(x)
@@ -72,7 +72,7 @@ class DoubleWell:
     def current(self, x: ArrayLike) -> Array:
         """Return j = lambda e^Phi J at points of shape (..., 2)."""
         x = _points(x)
-        # One exponent: e^Phi alone overflows where the product is harmless.
+        # A single exponent, because e^Phi alone overflows far from the origin, where the product is small.
         exponent = self.potential(x)[..., None] - (x**2).sum(axis=-1, keepdims=True) ** 2 / 4
         return self.strength * np.exp(exponent) * _quarter_turn(x)
 
@@ -85,7 +85,7 @@ class DoubleWell:
     def equilibria(self) -> Array:
         """Return the stable zeros of ``force`` off the origin, shape (2, 2), or (0, 2) if there are none.
 
-        Followed from (1, 0) as the strength grows from zero, by Newton's method; the other is its mirror image.
+        One is continued from (1, 0) as the strength grows from zero; the other is its mirror image.
 
         Example:
             >>> DoubleWell(0.5).equilibria().round(3) + 0.0
@@ -103,14 +103,14 @@ class DoubleWell:
         return np.stack([here, -here])
 
     def particles(self, x0: ArrayLike, T: float, *, dt: float = 0.01, seed: int = 0) -> Array:
-        """Simulate Langevin particles for a time T by Euler-Maruyama.
+        """Simulate Langevin particles up to time T by Euler-Maruyama.
 
         Args:
             x0: starting points, shape (particles, 2).
             T: time, > 0.
             dt: largest time step, > 0; the bias of the density is first order in it. The force grows as x^3: above
                 about 0.05 a rare far excursion runs away.
-            seed: of numpy's generator.
+            seed: seed of numpy's generator.
 
         Returns:
             Positions at T, shape (particles, 2).
@@ -126,7 +126,7 @@ class DoubleWell:
         return x
 
     def trajectory(self, x0: ArrayLike, T: float, *, dt: float = 0.01, follow: str = "force") -> Array:
-        """Follow x' = force(x), the noise-free and so most likely path, or x' = j(x), by Runge-Kutta of order 4.
+        """Follow x' = force(x), the path without noise, or x' = j(x), by the Runge-Kutta method of order 4.
 
         Args:
             x0: starting points, shape (..., 2).
@@ -138,7 +138,7 @@ class DoubleWell:
             Positions, shape (steps + 1, ..., 2).
 
         Raises:
-            ValueError: if ``T`` or ``dt`` is not > 0, or ``follow`` is neither.
+            ValueError: if ``T`` or ``dt`` is not > 0, or ``follow`` is anything else.
 
         Example:
             A circle keeps its radius:

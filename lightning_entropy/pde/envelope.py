@@ -13,12 +13,12 @@ from lightning_entropy.pde.grid import Array, grid_values, positive
 def hopf_lax(f: ArrayLike, t: float, dx: float) -> tuple[Array, tuple[NDArray[np.intp], ...]]:
     r"""Solve u_t = -1/2 |grad u|^2 by the Hopf-Lax formula:  u(x, t) = min_y f(y) + |x - y|^2 / 2t.
 
-    The Moreau envelope of f, and ``cole_hopf`` as beta grows. The minimum over all grid points is found exactly: every
-    point y carries a parabola, and the lower envelope of the parabolas is built from left to right in linear time
-    per line, one axis after another. Against the minimum over the continuum u is high by at most (M + 1/t) dx^2 / 8 per
-    dimension, M bounding f'': second order.
+    The Moreau envelope of f, and the limit of ``cole_hopf`` as beta grows. The minimum over the grid points is exact:
+    every point y carries a parabola, and the lower envelope of the parabolas is built from left to right, in linear
+    time per line, one axis after another. It exceeds the minimum over the continuum by at most (M + 1/t) dx^2 / 8 per
+    dimension, where M bounds f'': second order.
 
-    u <= f, min u = min f at the same points, and sup u'' <= 1/t. The minimisers increase with x.
+    u <= f, min u = min f at the same points, and sup u'' <= 1/t. The minimizers increase with x.
 
     Args:
         f: values at cell centres, 1-D or 2-D, loss.
@@ -27,8 +27,7 @@ def hopf_lax(f: ArrayLike, t: float, dx: float) -> tuple[Array, tuple[NDArray[np
 
     Returns:
         u(., t), same shape as ``f``, loss; and the proximal map as numpy indexes, one integer array per axis:
-        ``f[prox]`` is f at the minimiser y*(x), ``x[prox]`` its coordinate. Of equal minima one is returned, always the
-        same.
+        ``f[prox]`` is f at the minimizer y*(x), ``x[prox]`` its coordinate. Ties are broken deterministically.
 
     Raises:
         ValueError: if ``t`` or ``dx`` is not > 0, or ``f`` is not a finite function on a grid.
@@ -58,22 +57,22 @@ def hopf_lax(f: ArrayLike, t: float, dx: float) -> tuple[Array, tuple[NDArray[np
             best[line] = _lowest_parabola(lines[line], cells)
         best = np.moveaxis(best, -1, axis)
         here = np.arange(u.shape[axis]).reshape([-1 if a == axis else 1 for a in range(u.ndim)])
-        # At most what is there already, also in the last bit, which rounding may add where the two are equal.
+        # Without the minimum, rounding may exceed f in the last bit where the two are equal.
         u = np.minimum(u, np.take_along_axis(u, best, axis) + (here - best) ** 2 / (2 * cells))
-        # The later axis was minimised for every value of this one: read its answer at the point now chosen.
+        # The later axes were minimized for every value of this one: read their minimizers at the point now chosen.
         chosen = [best] + [np.take_along_axis(later, best, axis) for later in chosen]
     return u, tuple(chosen)
 
 
 def _lowest_parabola(line: Array, cells: float) -> NDArray[np.intp]:
-    """For every point of a line, the index q of the lowest of the parabolas line[q] + (p - q)^2 / (2 cells)."""
+    """Return, for every point p of a line, the q whose parabola line[q] + (p - q)^2 / (2 cells) is the lowest."""
     values = line.tolist()
     envelope = [0]
     starts = [-np.inf]  # where each parabola of the envelope becomes the lowest
     for q in range(1, len(values)):
         while True:
             v = envelope[-1]
-            # q undercuts v from here on. The mean comes last: this form loses no digits for small t.
+            # From here on q is below v. Adding the midpoint last keeps all digits for small t.
             crossing = cells * ((values[q] - values[v]) / (q - v)) + 0.5 * (q + v)
             if crossing > starts[-1]:
                 break
@@ -90,11 +89,11 @@ def gradient_hopf_lax(
 ) -> tuple[Array, ...]:
     r"""Return grad u(., t) of the Hopf-Lax solution, p* = (x - prox(x)) / t = grad f(x - t p*).
 
-    ``prox`` reads it off the minimiser: right for every f and t, to within dx / 2t, the prox being a grid point.
+    ``prox`` computes it from the minimizer: for every f and t, within dx / 2t, since the minimizer is a grid point.
     ``fixed_point`` iterates p <- grad f(x - t p) from p = grad f(x), as the Hamilton-Jacobi optimizer does, to a
     change below 1e-12 of the largest slope: log(1e-12) / log(t Lip(grad f)) iterations. grad f is the central
-    difference, linear between grid points, constant past the ends. The map is a contraction if t Lip(grad f) < 1;
-    beyond, it may wander, or settle on a stationary point that is no minimum, and is refused.
+    difference, linear between grid points and constant past the ends. The map is a contraction if t Lip(grad f) < 1.
+    Otherwise it may not converge, or converge to a stationary point that is not a minimum, and an error is raised.
 
     Args:
         f: values at cell centres, 1-D or 2-D, loss.
@@ -106,7 +105,7 @@ def gradient_hopf_lax(
         One array per axis, each of the shape of ``f``, loss/weight.
 
     Raises:
-        ValueError: if t Lip(grad f) >= 1 with ``fixed_point``, on an unknown method, or on what ``hopf_lax`` refuses.
+        ValueError: if t Lip(grad f) >= 1 with ``fixed_point``, if ``method`` is unknown, or as for ``hopf_lax``.
 
     Example:
         For f = x^2/2, u = x^2 / (2 (1 + t)) and p* = x / (1 + t): 2 at x = 3 and t = 1/2.
@@ -124,7 +123,7 @@ def gradient_hopf_lax(
     here = np.indices(f.shape, dtype=np.float64)
     if method == "prox":
         _, prox = hopf_lax(f, t, dx)
-        return tuple(np.asarray((x - y) * (dx / t)) for x, y in zip(here, prox, strict=True))
+        return tuple(np.asarray((x - y) * (dx / t), dtype=np.float64) for x, y in zip(here, prox, strict=True))
     if method != "fixed_point":
         raise ValueError(f"method must be 'prox' or 'fixed_point', got {method!r}")
 
@@ -147,10 +146,10 @@ def gradient_hopf_lax(
 
 
 def _lipschitz(slopes: Array, dx: float) -> float:
-    """Lipschitz constant of the multilinear interpolant of ``slopes``, shape (axes, ...), exactly.
+    """Return the exact Lipschitz constant of the multilinear interpolant of ``slopes``, shape (axes, ...).
 
-    In a cell each column of the Jacobian lies between the difference quotients of two opposite edges; the spectral norm
-    is convex, so the largest is at a corner of those.
+    Within a cell, each column of the Jacobian lies between the difference quotients of two opposite edges. The spectral
+    norm is convex, so it is largest where every column is at one of its two ends.
     """
     columns = [np.diff(slopes, axis=axis) / dx for axis in range(1, slopes.ndim)]
     if len(columns) == 1:

@@ -1,4 +1,4 @@
-"""The viscous Hamilton-Jacobi equation by finite differences: a check that knows nothing of closed forms."""
+"""The viscous Hamilton-Jacobi equation by finite differences: a check that is independent of the closed forms."""
 
 import math
 
@@ -12,13 +12,13 @@ def viscous_hj(f: ArrayLike, t: float, dx: float, beta: float = 1.0) -> Array:
     r"""Solve u_t = -1/2 |grad u|^2 + 1/(2 beta) Laplacian u, u(., 0) = f, by explicit upwind finite differences.
 
     Godunov's Hamiltonian, per axis 1/2 max(D- u, -D+ u, 0)^2, central second differences, forward Euler, mirrors at
-    the ends. Every step is at 0.9 of the largest for which the scheme is monotone,
+    the ends. Every step is 0.9 of the largest for which the scheme is monotone,
 
         dt (sum over axes of max |D u| / dx  +  axes / (beta dx^2))  <=  1,
 
     so it is stable, keeps min f <= u <= max f, and converges to the viscosity solution, kinks included. First order in
-    dx (the upwind difference), and about n^2 steps. Use ``cole_hopf`` and ``hopf_lax`` for answers and this to check
-    them.
+    dx, because of the upwind difference, and about n^2 steps. Use it to check ``cole_hopf`` and ``hopf_lax``, which are
+    faster and more accurate.
 
     Args:
         f: values at cell centres, 1-D or 2-D, loss.
@@ -57,7 +57,7 @@ def viscous_hj(f: ArrayLike, t: float, dx: float, beta: float = 1.0) -> Array:
             rate += diffusion / dx * (ahead - behind) - 0.5 * upwind**2
             slope_bound += float(upwind.max())
         inverse_step = slope_bound / dx + 2 * diffusion * u.ndim / dx**2
-        if inverse_step == 0:  # flat and without viscosity: nothing moves any more
+        if inverse_step == 0:  # flat, and no viscosity: stationary
             break
         step = min(remaining, 0.9 / inverse_step)
         u += step * rate

@@ -9,22 +9,22 @@ from lightning_entropy.pde.grid import Array, grid_values, positive
 # Entries of the largest temporary array in a log-domain convolution (8 bytes each).
 _BLOCK = 2_000_000
 
-# Within this range of exponents no term that matters underflows (exp(-745) does), and a plain product is accurate.
+# Within this range of exponents no significant term underflows (exp(-745) would), so a plain product is accurate.
 _SAFE_RANGE = 600.0
 
 
 def heat(f: ArrayLike, t: float, dx: float) -> Array:
     r"""Smooth f by a Gaussian of variance t:  v(., t) = G_t * f,  the solution of v_t = 1/2 v_xx.
 
-    The first order in beta of local entropy: ``cole_hopf`` tends to it as beta -> 0 with t/beta kept. The convolution
-    is a matrix whose rows and columns sum to one: constants, the mean of f and the bounds min f <= v <= max f are kept
-    to rounding. For t >= dx^2 the kernel is the sampled Gaussian, whose error on a smooth f is exp(-2 pi^2 t / dx^2),
-    3e-9 at t = dx^2. Below one cell, where sampling would lose variance, it is the exact semigroup of the discrete
-    Laplacian, which has the variance t and is second order in dx.
+    The limit of ``cole_hopf`` as beta -> 0 at fixed t/beta. The convolution is a matrix whose rows and columns sum to
+    one, so constants, the mean of f and the bounds min f <= v <= max f are kept up to rounding. For t >= dx^2 the
+    kernel is the sampled Gaussian, whose error on a smooth f is exp(-2 pi^2 t / dx^2), 3e-9 at t = dx^2. For smaller t
+    sampling would lose variance, and the kernel is the exact semigroup of the discrete Laplacian, which has the
+    variance t and is second order in dx.
 
     Args:
         f: values at cell centres, 1-D or 2-D, loss. Mirrors at the ends.
-        t: variance of the kernel, weight^2, > 0. This is 1/gamma of the optimizers at beta = 1.
+        t: variance of the kernel, weight^2, > 0; 1/gamma of the optimizers at beta = 1.
         dx: width of a cell, weight, > 0, the same along every axis.
 
     Returns:
@@ -34,7 +34,7 @@ def heat(f: ArrayLike, t: float, dx: float) -> Array:
         ValueError: if ``t`` or ``dx`` is not > 0, or ``f`` is not a finite function on a grid.
 
     Example:
-        x^2 gains the variance, away from the ends:
+        Away from the ends, x^2 grows by the variance:
 
         >>> x = np.linspace(-8, 8, 161)
         >>> round(float(heat(x**2, t=0.5, dx=0.1)[80]), 10)  # at x = 0
@@ -57,10 +57,10 @@ def cole_hopf(f: ArrayLike, t: float, dx: float, beta: float = 1.0) -> Array:
 
     u_t = -1/2 |grad u|^2 + 1/(2 beta) Laplacian u  with  u(., 0) = f.  At beta = 1 this is local entropy, -F of
     Entropy-SGD with gamma = 1/t, up to the constant log(2 pi t)/2 per dimension (here u = c for f = c). One axis after
-    another; where exp(-beta f) could underflow the sum is a log-sum-exp over the whole line, so that nothing overflows
-    and a valley at any distance and of any depth is seen. Cost n^2 per line of n points.
+    another; where exp(-beta f) could underflow, the sum is a log-sum-exp over the whole line, so nothing overflows and
+    no valley is lost, however deep or far away. Cost n^2 per line of n points.
 
-    On the grid u is a soft minimum of the very quantity ``hopf_lax`` minimises. Hence for any f, per dimension,
+    On the grid u is a soft minimum of the quantity that ``hopf_lax`` minimizes. Hence for any f, per dimension,
 
         -1/beta log 2n  <=  u - hopf_lax - 1/beta log Z  <=  0,   Z = sum_j exp(-beta (j dx)^2 / 2t),
 
@@ -68,8 +68,8 @@ def cole_hopf(f: ArrayLike, t: float, dx: float, beta: float = 1.0) -> Array:
 
         u = hopf_lax + 1/(2 beta) log det(I + t Hess f(prox)) + O(1/beta^2).
 
-    The sum resolves the integral, to 3e-9 and better, while the kernel is as wide as a cell, t/beta >= dx^2. Past that
-    u is the soft minimum over grid points, and tends to ``hopf_lax`` on the grid.
+    The sum approximates the integral to 3e-9 or better as long as the kernel is as wide as a cell, t/beta >= dx^2. For
+    narrower kernels u is the soft minimum over grid points, and tends to ``hopf_lax`` on the grid.
 
     Args:
         f: values at cell centres, 1-D or 2-D, loss. Mirrors at the ends.
@@ -109,10 +109,10 @@ def cole_hopf(f: ArrayLike, t: float, dx: float, beta: float = 1.0) -> Array:
 
 
 def _log_kernel(n: int, cells: float) -> Array:
-    """Log of the sampled Gaussian of variance ``cells`` on the circle of 2n cells that mirrors a line of n."""
-    if cells > 9 * n * n:  # three times the line: uniform to rounding
+    """Return the log of the sampled Gaussian of variance ``cells`` on the circle of 2n cells, a line of n mirrored."""
+    if cells > 9 * n * n:  # a deviation of three lines: uniform up to rounding
         return np.full(2 * n, -np.log(2 * n))
-    far = 1 + int(4.5 * np.sqrt(cells) / n)  # images past nine standard deviations and one turn are left out
+    far = 1 + int(4.5 * np.sqrt(cells) / n)  # further images are nine standard deviations away
     turns = 2 * n * np.arange(-far, far + 1)
     distance = np.arange(2 * n) - n
     logs = logsumexp(-((distance[:, None] + turns) ** 2) / (2 * cells), axis=1)
@@ -120,7 +120,7 @@ def _log_kernel(n: int, cells: float) -> Array:
 
 
 def _semigroup_kernel(n: int, cells: float) -> Array:
-    """exp(-c) I_k(c), the heat kernel of the discrete Laplacian at c <= 1: beyond 40 cells it is below 1e-50."""
+    """Return exp(-c) I_k(c), the heat kernel of the discrete Laplacian at c <= 1; below 1e-50 beyond 40 cells."""
     kernel = np.zeros(2 * n)
     for k in range(-40, 41):
         kernel[k % (2 * n)] += ive(abs(k), cells)
@@ -135,7 +135,7 @@ def _convolve(kernel: Array, values: Array, axis: int) -> Array:
 
 
 def _log_convolve(log_kernel: Array, exponent: Array) -> Array:
-    """Log of sum_j exp(log K[i, j] + exponent[..., j]), in blocks of rows i."""
+    """Return log sum_j exp(log K[i, j] + exponent[..., j]), computed in blocks of rows i."""
     n = len(log_kernel) // 2
     j = np.arange(n)
     block = max(1, _BLOCK // exponent.size)

@@ -1,8 +1,8 @@
-"""The regular grid every function of this package works on, and the checks at its door.
+"""The regular grid that every function of this package works on, and the validation of its arguments.
 
-A function is an array of its values at the centres of equal cells of width ``dx``; both ends are mirrors (the even
+A function is an array of its values at the centres of equal cells of width ``dx``. Both ends are mirrors (the even
 extension, zero slope at the outer faces), so that the Gaussian convolution, the finite differences and the densities
-all speak of one problem, in which nothing leaks out.
+all solve the same problem, in which no mass is lost.
 """
 
 import math
@@ -15,18 +15,18 @@ Array = NDArray[np.float64]
 
 
 def grid_values(name: str, values: ArrayLike, dimensions: Sequence[int] = (1, 2)) -> Array:
-    """Return ``values`` as float64, refusing what is no function on a grid.
+    """Return ``values`` as a float64 array after checking that it is a finite function on a grid.
 
     Args:
-        name: what to call it in the error.
+        name: name of the argument, for the error.
         values: real and finite, two points or more along every axis.
-        dimensions: the numbers of axes allowed.
+        dimensions: the allowed numbers of axes.
 
     Returns:
-        A float64 array of the same shape; the caller's own memory where it was float64 already.
+        A float64 array of the same shape, which shares the caller's memory if that was float64 already.
 
     Raises:
-        ValueError: on NaN or infinity, another number of axes, or an axis of fewer than two points.
+        ValueError: if a value is not finite, the number of axes is not allowed, or an axis has less than two points.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim not in dimensions:
@@ -39,7 +39,7 @@ def grid_values(name: str, values: ArrayLike, dimensions: Sequence[int] = (1, 2)
 
 
 def positive(name: str, value: float) -> float:
-    """Return ``value`` as a float, refusing everything but a finite number above zero.
+    """Return ``value`` as a float after checking that it is finite and > 0.
 
     Raises:
         ValueError: if ``value`` is zero, negative, infinite or NaN.
@@ -57,7 +57,7 @@ def local_minima(f: ArrayLike) -> NDArray[np.intp]:
         f: values, shape (n,).
 
     Returns:
-        Indices i with f[i - 1] > f[i] < f[i + 1], increasing. The ends are never counted.
+        Indices i with f[i - 1] > f[i] < f[i + 1], increasing. The two ends do not count.
 
     Example:
         >>> local_minima([3.0, 1.0, 2.0, 0.0, 5.0])
