@@ -202,21 +202,24 @@ class InnerOuter:
     # One inner step
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self, *, again: bool = False) -> None:
         """Get ready for the next forward pass. Called for every closure; may be called before it, and twice.
 
         With replicas: allocate state for every trainable parameter, and start their mean now rather than at the
         gradients. With a method that perturbs: perturb the parameters.
+
+        Args:
+            again: perturb the parameters that were perturbed the last time, also if some are frozen for a moment.
         """
         if self.weights.shown:
             return
         self._move_anchors()
-        first, self.due = not self.due, False
+        self.due = False
         self._versions, self._constrained = {}, []
         self._begin_together()
         if self.perturbs:
             self._read_settings()
-            step = self._step([], [], self._forward_noise, first=first)
+            step = self._step([], [], self._forward_noise, first=not again)
             for rule in self._rules:
                 rule.before_forward(step)
 
