@@ -397,11 +397,15 @@ class InnerOuter:
         Args:
             values: in the order in which tensors were last given to ``replica_mean``.
         """
+        perturbed = self.weights.holds is Holds.OTHER and not self.weights.shown
+        self.unperturb(check=False)
         for w, x in zip(self.weights, values, strict=False):
             w.anchor.copy_(x)
             w.restart()
             self.optimizer.state.pop(w.param, None)
         self._outer.load_state_dict(None)
+        if perturbed:
+            self.prepare()
 
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""
