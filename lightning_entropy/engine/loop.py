@@ -355,10 +355,10 @@ class InnerOuter:
         if self._measures_gamma:
             self.gamma_start = self._measurement.take(weights)
         self._moving = weights if apart else []
+        for w in weights:
+            w.moved = w.moved and apart
         self.inner_step = 0
         self.outer_step += 1
-        for w in weights:
-            w.moved = False
         if self.relaxation.reset_momentum and not closing:
             self._reset_momentum(weights)
         if self.relaxation.reset or self._replicas or closing:
@@ -373,9 +373,11 @@ class InnerOuter:
         """Take the outer step of the loop that has ended, if it is not taken yet."""
         weights, self._moving = self._moving, []
         if weights:
-            means, pulls = self._replicas.agree(weights, self.settings.rho)
+            means, pulls = self._replicas.agree(weights, self.settings.rho, reset=self.relaxation.reset)
             self._outer.step(weights, self.weights.named(), means, pulls, self.settings.outer_lr)
-            for w in weights if self.relaxation.reset else ():
+        for w in weights:
+            w.moved = False
+            if self.relaxation.reset:
                 w.param.copy_(w.anchor)
 
     def settle(self) -> None:

@@ -140,9 +140,10 @@ class Replicas:
             self._under_way()
         self._under_way = None
 
-    def agree(self, weights: Sequence[Weight], rho: float) -> tuple[list[Tensor], list[Tensor | None]]:
+    def agree(self, weights: Sequence[Weight], rho: float, *, reset: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull."""
-        means = [w.mean for w in weights]
+        # z starts at x, where a weight that has not moved in a loop from x still is.
+        means = [w.anchor if reset and w.average is None and not w.moved else w.mean for w in weights]
         if self._target.common:
             if self._mean is None:
                 return means, [None] * len(weights)

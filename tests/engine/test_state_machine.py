@@ -96,7 +96,8 @@ class Model:
     def outer(self) -> None:
         now = self.r.at(self.t)
         for n in list(self.tracked if self.replicas else self.moved):
-            z = self.y[n] if self.z[n] is None else self.z[n]
+            last = self.y[n] if n in self.moved or not self.r.reset else self.x[n]  # z starts at x
+            z = last if self.z[n] is None else self.z[n]
             step = self.x[n] - z  # type: ignore[operator]
             if self.replicas and self.r.outer_target.common:
                 step = (step + OTHER[n]) / 2
@@ -331,6 +332,8 @@ class LoopMachine(RuleBasedStateMachine):
         self.loops.hide()
         self.perturbed = False
         self.model.target = None
+        if not self.model.begun:
+            self.model.z = dict.fromkeys(NAMES)
         if self.perturbs:
             self.model.begin(self.trainable())
             self.perturb()
