@@ -140,7 +140,9 @@ class Replicas:
             self._under_way()
         self._under_way = None
 
-    def agree(self, weights: Sequence[Weight], rho: float, *, reset: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+    def agree(
+        self, weights: Sequence[Weight], rho: float, *, reset: bool = False
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull."""
         # z starts at x, where a weight that has not moved in a loop from x still is.
         means = [w.anchor if reset and w.average is None and not w.moved else w.mean for w in weights]
