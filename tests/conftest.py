@@ -68,6 +68,9 @@ PLACES = {
 
 # Markers by the test's name; slow is what takes seconds on an idle core. tests/test_lanes.py looks for each name.
 NAMES = {
+    "compiler": {
+        "test_compiled_or_not_a_chain_of_float64_is_the_same",
+    },
     "processes": {
         "test_a_failed_training_is_named_after_the_others_are_done",
         "test_computed_once_under_ddp",
