@@ -31,6 +31,7 @@ class Spring(Protocol):
 
     def gamma_after(self, gamma: float) -> float:
         """Return the stiffness of the implicit step that follows the update."""
+        ...
 
 
 class Implicit:

@@ -202,21 +202,24 @@ class InnerOuter:
     # One inner step
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self, *, again: bool = False) -> None:
         """Get ready for the next forward pass. Called for every closure; may be called before it, and twice.
 
         With replicas: allocate state for every trainable parameter, and start their mean now rather than at the
         gradients. With a method that perturbs: perturb the parameters.
+
+        Args:
+            again: perturb the parameters that were perturbed the last time, also if some are frozen for a moment.
         """
         if self.weights.shown:
             return
         self._move_anchors()
-        first, self.due = not self.due, False
+        self.due = False
         self._versions, self._constrained = {}, []
         self._begin_together()
         if self.perturbs:
             self._read_settings()
-            step = self._step([], [], self._forward_noise, first=first)
+            step = self._step([], [], self._forward_noise, first=not again)
             for rule in self._rules:
                 rule.before_forward(step)
 
@@ -394,11 +397,15 @@ class InnerOuter:
         Args:
             values: in the order in which tensors were last given to ``replica_mean``.
         """
+        perturbed = self.weights.holds is Holds.OTHER and not self.weights.shown
+        self.unperturb(check=False)
         for w, x in zip(self.weights, values, strict=False):
             w.anchor.copy_(x)
             w.restart()
             self.optimizer.state.pop(w.param, None)
         self._outer.load_state_dict(None)
+        if perturbed:
+            self.prepare()
 
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""

@@ -167,7 +167,7 @@ class ModuleLoops:
         """Perturb the parameters of an optimizer that has stepped since they were."""
         for loop in self.loops:
             if loop.due:
-                loop.prepare()
+                loop.prepare(again=True)
 
     @torch.no_grad()
     def show(self, instead: Mapping[Tensor, Tensor] | None = None) -> None:

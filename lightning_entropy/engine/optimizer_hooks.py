@@ -107,7 +107,7 @@ class OptimizerHooks:
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
+        return (self._optimizer, wrapped, *args[2:]), kwargs
 
     @torch.no_grad()
     def _exit(self, *_: Any) -> None:

@@ -22,6 +22,7 @@ class AnchorSource(Protocol):
 
     def tracks(self, p: Tensor) -> bool:
         """Whether p has an x of its own."""
+        ...
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
         """Return x of one parameter where something else is in it, else None."""

@@ -248,6 +248,8 @@ class Weights:
 
     def detach(self) -> None:
         """Leave x in the parameters, or what is shown, for good; y, for which there may be no memory, is forgotten."""
+        if self.at_rest:
+            self.settle()
         if self.holds is Holds.INNER and not self._before:
             for w in self:
                 w.param.copy_(w.anchor)
@@ -325,6 +327,12 @@ class Weights:
                 if isinstance(value, Tensor) and value.shape != by_name[name].shape:
                     shapes = f"{tuple(value.shape)} for {name!r} of shape {tuple(by_name[name].shape)}"
                     raise ValueError(f"{key} in state_dict must have the parameter's shape, got {shapes}")
+        if self._before:  # what is not in the state is x, and not what stands in for it
+            self.adopt()
+            for w in self:
+                if w.stand_in is not None:
+                    w.param.copy_(w.anchor)
+            self.holds = Holds.ANCHOR
         self._weights = {}
         apart = False
         for name, entry in entries.items():

@@ -61,12 +61,9 @@ class ReplicaLoops:
     ) -> None:
         self._relaxation, self._grid = relaxation, grid
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
-        self._exchange_timeout, self._naming, self._overlap, self._format = (
-            timeout,
-            naming,
-            overlap,
-            communication_dtype,
-        )
+        self._exchange_timeout, self._naming = timeout, naming
+        self._format: Format = communication_dtype
+        self._overlap = overlap
         self._links: list[Links] = []
         # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
         mean = Coupling(self._open(), overlap=False, naming=naming) if grid.replicas > 1 else None

@@ -252,7 +252,9 @@ class InnerOuterCallback(Callback):
             self._warn_of_watchers(trainer)
         self._validated_at = at
 
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Refuse optimizers that have put other weights into the parameters since x is shown.
 
         Raises:
@@ -342,7 +344,9 @@ class HideAnchor(Callback):
     def __init__(self, owner: InnerOuterCallback) -> None:
         self._owner = owner
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Move an x that follows y before a module that puts other weights in for a validation does so."""
         if is_overridden("on_validation_model_eval", pl_module):
             self._owner.settle()

@@ -164,6 +164,19 @@ def test_detach_from_perturbed_weights_leaves_x(relaxation: le.Relaxation) -> No
 
 
 @each
+def test_a_restart_of_perturbed_weights_is_no_write(relaxation: le.Relaxation) -> None:
+    """As of a replica that has diverged."""
+    (net, optimizer, loop), _ = started(relaxation)
+    loop.restart([torch.full_like(x, 0.5) for x in loop.anchor])
+    assert all((x == 0.5).all() for x in [*loop.anchor, *loop.average])
+    assert 0 < (net.a - 0.5).abs().max() < 1  # perturbed about the new x
+    loop.unperturb()
+    assert (net.a == 0.5).all()
+    loop.prepare()
+    step(net, optimizer, 1)
+
+
+@each
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_a_state_is_the_same_saved_perturbed_or_not_or_while_x_is_shown(relaxation: le.Relaxation, steps: int) -> None:
     """And from each the training goes on exactly, into weights that are perturbed, or not, or shown."""

@@ -38,11 +38,11 @@ class Source:
         self.depth = 0
         self.log: list[str] = []
 
-    def show(self) -> None:
+    def begin_loading(self) -> None:
         self.depth += 1
         self.log.append("show")
 
-    def hide(self) -> None:
+    def end_loading(self) -> None:
         self.depth -= 1
         self.log.append("hide")
 
@@ -71,7 +71,7 @@ def test_a_state_dict_holds_x_and_what_has_none_as_it_is(hooked: Hooked) -> None
     }  # fmt: skip
     assert module.own.item() == 3
     assert module.part.state_dict(prefix="a.")["a.weight"].tolist() == [-1, -2]
-    source.show()
+    source.begin_loading()
     assert module.state_dict()["own"].item() == 3
     assert list(module.state_dict()) == list(Outer().state_dict())
 
@@ -178,5 +178,5 @@ class Loop:
     """A loop as an anchor source."""
 
     def __init__(self, loop: le.InnerOuter) -> None:
-        self.show, self.hide, self.anchor_of = loop.show, loop.hide, loop.weights.anchor_of
+        self.begin_loading, self.end_loading, self.anchor_of = loop.show, loop.hide, loop.weights.anchor_of
         self.tracks = loop.weights.__contains__

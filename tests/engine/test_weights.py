@@ -278,6 +278,19 @@ def test_with_replicas_the_mean_starts_from_the_written_value(relaxation: le.Rel
     assert (sent[0][0] == 2).all()
 
 
+@pytest.mark.parametrize("method", RESETTING)
+def test_detach_after_a_write_before_a_loop_agrees_with_the_anchor(method: str) -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], METHODS[method])
+    for i in range(METHODS[method].inner_steps):
+        step(net, optimizer, i)
+    loop.unperturb()
+    with torch.no_grad():
+        net.a.fill_(5.0)
+    loop.detach()
+    assert (net.a == 5).all()
+    assert_equal(loop.anchor, net.parameters())
+
+
 # The state of single weights
 
 
@@ -344,6 +357,20 @@ def test_what_is_written_over_a_stand_in_is_the_new_x_and_what_is_not_is_not() -
     assert (weights[a].anchor.item(), weights[b].anchor.item()) == (7, 2)
     assert weights[a].average is None
     assert weights[a].replaced and not weights[b].replaced
+
+
+def test_a_state_without_x_loaded_while_another_value_is_shown_takes_x_and_not_that_value() -> None:
+    """A consensus of replicas, say; what was written over it is x."""
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], METHODS["entropy_sgd"])
+    step(net, optimizer, 0)
+    y, x = values(net.parameters()), values(loop.anchor)
+    loop.show({p: torch.ones_like(p) for p in net.parameters()})
+    loop.load_state_dict(through_a_file(loop.state_dict(anchor=False)))
+    assert_equal(loop.anchor, x)
+    assert_equal(net.parameters(), x)
+    loop.hide()
+    assert_equal(loop.anchor, x)
+    assert_equal(net.parameters(), y)
 
 
 @torch.no_grad()
