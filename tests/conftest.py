@@ -68,6 +68,9 @@ PLACES = {
 
 # Markers by the test's name; slow is what takes seconds on an idle core. tests/test_lanes.py looks for each name.
 NAMES = {
+    "compiler": {
+        "test_compiled_or_not_a_chain_of_float64_is_the_same",
+    },
     "processes": {
         "test_a_failed_training_is_named_after_the_others_are_done",
         "test_computed_once_under_ddp",
@@ -84,9 +87,12 @@ NAMES = {
         "test_two_processes_draw_different_images",
     },
     "slow": {
+        "test_a_finder_in_a_later_epoch_leaves_no_trace",
         "test_a_loop_is_its_model",
+        "test_a_resume_goes_on_as_if_it_had_not_been_closed",
         "test_every_callback_can_be_written_in_a_yaml_file",
         "test_every_flavour_of_checkpoint_has_x",
+        "test_every_optimizer_takes_the_written_out_loop",
         "test_fit_then_resume_validate_test_and_predict_from_the_checkpoint",
         "test_going_on_from_a_file_is_exact_at_every_step",
         "test_heat_finds_the_minimum_of_the_smoothed_double_well",
@@ -94,6 +100,8 @@ NAMES = {
         "test_main_draws_the_picture_and_the_film",
         "test_modes_differ_and_train_mode_is_a_fixed_function",
         "test_near_zero_brackets_the_count",
+        "test_reversible_path_in_many_dimensions_has_none_in_its_principal_planes",
+        "test_swapping_in_a_validation_changes_nothing",
         "test_the_batch_size_finder",
         "test_the_optimal_cost_is_u",
         "test_trace_and_density_keep_their_error_bars",
