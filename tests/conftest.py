@@ -78,7 +78,7 @@ NAMES = {
         "test_equal_steps_cost_as_many_times_more_as_there_are_replicas",
         "test_every_config_takes_a_step",
         "test_every_method_spends_the_same_gradient_evaluations",
-        "test_failure_of_one_rank_ends_all",
+        "test_a_failure_ends_no_training",
         "test_killed_in_a_step_and_resumed",
         "test_replicas_that_diverge_are_a_result_that_no_rate_is_chosen_by",
         "test_the_readmes_trainings_take_a_step",

@@ -176,6 +176,7 @@ def _titles(paths: list[Path]) -> list[str]:
         >>> _titles([Path("runs/sgd/1/last.ckpt"), Path("runs/sgd/2/last.ckpt")])
         ['1/last.ckpt', '2/last.ckpt']
     """
+    names: list[str] = []
     longest = max(len(path.parts) for path in paths)
     for count in range(1, longest + 1):
         names = ["/".join(path.parts[-count:]) for path in paths]

@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -95,51 +96,65 @@ def _indices(sampler: Any) -> list[Any]:
 
 
 def batch_size(batch: Batch) -> int:
-    """Count the examples of a batch: the length of the first tensor in it.
+    """Count the examples of a batch: the one size that all its tensors share, whichever dimension it is of.
+
+    A time-first sequence beside its targets has as many examples as targets. Tensors without a dimension do not count.
 
     Raises:
-        ValueError: If the batch holds no tensor with a batch dimension.
+        ValueError: If the batch holds no tensor with a dimension, or its tensors share no size.
 
     Example:
         >>> batch_size({"image": torch.zeros(5, 3), "label": torch.zeros(5)})
         5
+        >>> batch_size((torch.zeros(20, 6, 4), torch.zeros(6)))
+        6
     """
-    for leaf in _leaves(batch):
-        if leaf.ndim:
-            return len(leaf)
-    raise ValueError(f"a batch must hold a tensor with a batch dimension, got {type(batch).__name__}")
+    shapes = [leaf.shape for leaf in _leaves(batch) if leaf.ndim]
+    if not shapes:
+        raise ValueError(f"a batch must hold a tensor with a batch dimension, got {type(batch).__name__}")
+    first = {shape[0] for shape in shapes}
+    if len(first) == 1:
+        return first.pop()
+    shared = set.intersection(*(set(shape) for shape in shapes))
+    if len(shared) != 1:
+        sizes = [tuple(shape) for shape in shapes]
+        raise ValueError(f"the tensors of a batch must share one size, the number of examples, got shapes {sizes}")
+    return shared.pop()
 
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Take examples ``start`` to ``stop`` of a batch: every tensor as long as the batch is cut.
+    """Take examples ``start`` to ``stop`` of a batch: every tensor is cut in the dimension that counts them.
 
     Example:
         >>> slice_batch((torch.arange(4), "name"), 1, 3)
         (tensor([1, 2]), 'name')
+        >>> [t.shape for t in slice_batch((torch.zeros(20, 6, 4), torch.zeros(6)), 0, 2)]
+        [torch.Size([20, 2, 4]), torch.Size([2])]
     """
     size = batch_size(batch)
-    return map_batch(batch, lambda t: t[start:stop] if t.ndim and len(t) == size else t)
+
+    def cut(t: Tensor) -> Tensor:
+        return t.narrow(list(t.shape).index(size), start, stop - start) if size in t.shape else t
+
+    return map_batch(batch, cut)
 
 
 def map_batch(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Apply a function to every tensor of nested lists, tuples and dicts, and keep the rest.
+    """Apply a function to every tensor of a batch, in every collection that Lightning moves, and keep the rest.
 
     Example:
         >>> map_batch({"x": [torch.tensor(1)]}, lambda t: t + 1)
         {'x': [tensor(2)]}
     """
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, dict):
-        return type(batch)((key, map_batch(value, function)) for key, value in batch.items())
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_batch(value, function) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(map_batch(value, function) for value in batch)
-    return batch
+    return apply_to_collection(batch, Tensor, function)
 
 
 def _leaves(batch: Batch) -> list[Tensor]:
     leaves: list[Tensor] = []
-    map_batch(batch, lambda t: leaves.append(t) or t)  # type: ignore[func-returns-value]
+
+    def keep(t: Tensor) -> Tensor:
+        leaves.append(t)
+        return t
+
+    map_batch(batch, keep)
     return leaves

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_entropy.diagnostics.data import Batch
+from lightning_entropy.diagnostics.lightning_internals import logger_step
 from lightning_entropy.diagnostics.surface import Loss
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class Result(Protocol):
 
     def scalars(self) -> dict[str, float]:
         """Name the numbers worth a line in a log."""
+        ...
 
     def plot(self, ax: "Axes | None" = None) -> Any:
         """Draw on ``ax``, or on a new figure; return the figure and the axes."""
@@ -37,8 +40,10 @@ class Diagnostic(pl.Callback, ABC):
     group's timeout if that takes longer than its 30 minutes); sharded strategies, whose ranks hold parts of the
     weights, are refused.
 
-    Numbers go to every logger of the trainer, under ``<name>/<number>`` at ``trainer.global_step``; figures to the
-    loggers that take them (TensorBoard, Weights & Biases, MLflow, Comet), else to
+    A diagnostic that fails warns and lets the training go on.
+
+    Numbers go to every logger of the trainer, under ``<name>/<number>`` at the step at which Lightning logs; figures to
+    the loggers that take them (TensorBoard, Weights & Biases, MLflow, Comet), else to
     ``<log_dir>/diagnostics/<name>-step<n>.png``. ``result`` holds the latest result, on every rank.
 
     Args:
@@ -140,11 +145,10 @@ class Diagnostic(pl.Callback, ABC):
             except Exception as error:
                 failure = error
         # Every rank leaves by the same door, so that none waits for one that has gone.
-        message, self.result = trainer.strategy.broadcast((failure and str(failure), result), src=0)
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise RuntimeError(f"{type(self).__name__} failed on rank 0: {message}")
+        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        message, self.result = trainer.strategy.broadcast((message, result), src=0)
+        if message is not None:  # a diagnostic never ends a training
+            rank_zero_warn(f"{type(self).__name__} of {type(trainer.lightning_module).__name__} has failed: {message}")
         if trainer.is_global_zero and self.result is not None:
             self._log(trainer, self.result, folder)
 
@@ -163,7 +167,7 @@ class Diagnostic(pl.Callback, ABC):
         return loaders
 
     def _log(self, trainer: pl.Trainer, result: Result, folder: Path) -> None:
-        step = trainer.global_step
+        step = logger_step(trainer)
         numbers = {f"{self.name}/{key}": float(value) for key, value in result.scalars().items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)

@@ -1,5 +1,6 @@
 """The loss over some examples as a function of one flat vector of weights, with the module left as it was."""
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_entropy.diagnostics.data import Batch, batch_size, map_batch, take_batches
+from lightning_entropy.diagnostics.lightning_internals import trainers
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -114,9 +115,11 @@ class LossSurface:
     """f(w): the loss averaged over examples, each weighing the same, as a function of a flat vector w.
 
     w holds the trainable parameters in ``module.named_parameters()`` order; frozen ones and buffers are constants.
-    The module is called through ``torch.func.functional_call`` on copies, so that its own weights, gradients and
-    buffers are neither read again nor written. Use it within :func:`untouched`. Half-precision weights are
-    promoted to float32: second differences of a loss are lost in 8 bits of mantissa.
+    A copy of the module is called whose weights are views of w, so that the module's own weights, gradients and
+    buffers are neither read again nor written, and activation checkpointing, which runs a part again in the backward
+    pass, finds the same w there. Use it within :func:`untouched`. Half-precision weights are promoted to float32:
+    second differences of a loss are lost in 8 bits of mantissa; complex ones are pairs of real weights. Embeddings have
+    dense gradients, and where they have a ``max_norm`` their rows are within it from the start and then free.
 
     In train mode BatchNorm normalises by the batch, so f depends on how the examples are batched, and dropout
     draws the same mask each time that a batch is evaluated: f is a fixed function in both modes.
@@ -171,14 +174,17 @@ class LossSurface:
         def constant(name: str, tensor: Tensor) -> Tensor:
             return self._cast(state.get(name, tensor).detach().clone().to(self.device))
 
+        self._loss = loss or cross_entropy
+        self._module = _Weightless(module)
         self.names = list(trainable)
-        self._shapes = [p.shape for p in trainable.values()]
-        self._numels = [p.numel() for p in trainable.values()]
-        self.weights = torch.cat([constant(name, p).flatten().to(self.dtype) for name, p in trainable.items()])
+        self._shapes = [torch.view_as_real(p).shape if p.is_complex() else p.shape for p in trainable.values()]
+        self._numels = [shape.numel() for shape in self._shapes]
+        self._complex = [p.is_complex() for p in trainable.values()]
+        values = {name: self._module.within(name, constant(name, p)) for name, p in trainable.items()}
+        pairs = [torch.view_as_real(v) if v.is_complex() else v for v in values.values()]
+        self.weights = torch.cat([v.flatten().to(self.dtype) for v in pairs])
         self._frozen = {n: constant(n, p) for n, p in named.items() if not p.requires_grad}
         self._buffers = {n: constant(n, b) for n, b in module.named_buffers()}
-
-        self._objective = _Objective(module, loss or cross_entropy)
         transfer = transfer or (lambda batch: move_data_to_device(batch, self.device))
         self.batches = [map_batch(transfer(b), self._cast) for b in take_batches(data, examples, seed=seed)]
         sizes = [batch_size(batch) for batch in self.batches]
@@ -198,15 +204,19 @@ class LossSurface:
 
     def batch_loss(self, weights: Tensor, batch: Batch, seed: int | None = None) -> Tensor:
         """Evaluate the loss of one batch at ``weights``, shape (P,), as a scalar tensor with its graph."""
-        parts = zip(self.names, weights.split(self._numels), self._shapes, strict=True)
-        values = {name: part.view(shape) for name, part, shape in parts}
+        self._bind(weights)
+        if self.mode == "train" and seed is not None:
+            torch.manual_seed(self.seed + seed)
+        return self._loss(self._module.module, batch)
+
+    def _bind(self, weights: Tensor) -> None:
+        """Make views of ``weights`` the weights of the module's copy; its buffers are what they were."""
+        parts = [part.view(shape) for part, shape in zip(weights.split(self._numels), self._shapes, strict=True)]
+        parts = [torch.view_as_complex(v) if pair else v for v, pair in zip(parts, self._complex, strict=True)]
         buffers = self._buffers
         if self.mode == "train":
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-            if seed is not None:
-                torch.manual_seed(self.seed + seed)
-        values = {f"module.{name}": value for name, value in {**values, **self._frozen, **buffers}.items()}
-        return functional_call(self._objective, values, (batch,))
+        self._module.set({**dict(zip(self.names, parts, strict=True)), **self._frozen, **buffers})
 
     def loss(self, weights: Tensor, *, check: bool = False) -> float:
         """Evaluate f at ``weights``, shape (P,); with ``check``, raise ValueError unless losses are finite scalars."""
@@ -261,6 +271,7 @@ class LossSurface:
 
     def _gradient_graph(self, weights: Tensor, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         if self._graph is not None and self._graph[0] is weights:
+            self._bind(self._graph[1])  # a checkpointed part is run again
             return self._graph[1:]
         w = weights.detach().requires_grad_()
         # Fused attention has no second derivative.
@@ -278,13 +289,45 @@ class LossSurface:
         return loss
 
 
-class _Objective(nn.Module):
-    """The loss as the forward of a module, for ``functional_call`` to reach the weights inside it."""
+class _Weightless:
+    """A copy of a module whose parameters and buffers are plain tensors that can be set.
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.module = module
-        self.loss = (loss,)  # In a tuple, lest a loss that is a module be registered.
+    Args:
+        module: copied without its weights, and without the Trainer it may belong to.
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss[0](self.module, batch)
+    Attributes:
+        module: the copy.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        shared = [*module.parameters(), *module.buffers(), *trainers(module)]
+        self.module = copy.deepcopy(module, {id(value): value for value in shared})
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}  # by the name of its first place, as torch names it
+        self._limits: dict[str, tuple[float, float]] = {}  # max_norm and norm_type of an embedding's weight
+        names: dict[int, str] = {}
+        for prefix, part in self.module.named_modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+                part.sparse = False
+            for attribute, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
+                self._places.setdefault(name, []).append((part, attribute))
+                if getattr(part, "max_norm", None) is not None and attribute == "weight":
+                    self._limits[name] = part.max_norm, part.norm_type  # type: ignore[assignment]
+            if getattr(part, "max_norm", None) is not None:
+                part.max_norm = None  # type: ignore[assignment]
+        for places in self._places.values():
+            for part, attribute in places:
+                delattr(part, attribute)
+
+    def within(self, name: str, value: Tensor) -> Tensor:
+        """Return the weight of an embedding with ``max_norm`` as its forward pass makes it; any other as it is."""
+        if name not in self._limits:
+            return value
+        limit, kind = self._limits[name]
+        return value.renorm(kind, 0, limit)
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Set the tensors of every name, in all the places that share it."""
+        for name, value in values.items():
+            for part, attribute in self._places[name]:
+                setattr(part, attribute, value)

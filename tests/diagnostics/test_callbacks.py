@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
 from lightning_entropy.diagnostics import GradientNoise, HessianSpectrum, LocalEntropy, Trajectory, hessian_spectrum
@@ -162,18 +161,18 @@ def test_numbers_and_figures_reach_loggers(tmp_path):
         "gradient_noise/temperature",
         "trajectory/current_significance",
     ):
-        assert logged[key] == 72
+        assert logged[key] == 71
     # Twice: the end of training is the end of the twelfth epoch. The path is too short after six.
     names = [tag for tag, _ in loud.figures]
     assert names.count("hessian") == names.count("gradient_noise") == 2
-    assert {step for _, step in loud.figures} == {36, 72}
+    assert {step for _, step in loud.figures} == {35, 71}
     assert measured[3].result.temperature == pytest.approx(0.1 / 16)
     assert not list(tmp_path.glob("**/*.png"))
 
 
 def test_figures_go_to_files_where_no_logger_takes_them(tmp_path):
     fit(diagnostics()[:1], folder=tmp_path, epochs=1, logger=CSVLogger(tmp_path, name="run"))
-    (picture,) = tmp_path.glob("run/version_0/diagnostics/hessian-step00000006.png")
+    (picture,) = tmp_path.glob("run/version_0/diagnostics/hessian-step00000005.png")
     assert picture.stat().st_size > 5000
     assert "hessian/largest" in (tmp_path / "run/version_0/metrics.csv").read_text()
 
@@ -215,7 +214,7 @@ def test_conflicts_are_refused(tmp_path):
         GradientNoise(mode="train")
     with pytest.raises(ValueError, match="snapshots must be at least 128, got 3"):
         Trajectory(snapshots=3)
-    with pytest.raises(MisconfigurationException, match="needs a val loader"):
+    with pytest.warns(UserWarning, match=r"HessianSpectrum of TinyModule has failed: .*needs a val loader"):
         fit([HessianSpectrum(data="val")], folder=tmp_path, limit_val_batches=0)
 
 
@@ -267,6 +266,9 @@ def test_computed_once_under_the_elastic_strategy(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_failure_of_one_rank_ends_all(tmp_path):
-    with pytest.raises(Exception, match="no number"):
-        ddp([Broken(examples=16)], tmp_path)
+def test_a_failure_ends_no_training(tmp_path):
+    """Not of one process, and not of any of several."""
+    with pytest.warns(UserWarning, match="Broken of TinyModule has failed: .*no number"):
+        trainer, _ = fit([Broken(examples=16)], folder=tmp_path, epochs=2)
+    assert trainer.current_epoch == 2
+    ddp([Broken(examples=16)], tmp_path)
