@@ -53,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for path, title in zip(paths, _titles(paths), strict=True):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = _config(path, options.config)
-        if "hyper_parameters" in checkpoint or config is None:
+        saved = checkpoint.get("hyper_parameters", {})
+        if "_instantiator" in saved:  # a LightningCLI's: it would import what the file names
+            values = {name: value for name, value in saved.items() if not name.startswith("_")}
+            module = module_class(**{**_plain(values, "the checkpoint's hyper-parameters"), **module_settings})
+            module.load_state_dict(checkpoint["state_dict"])
+        elif saved or config is None:
             module = module_class.load_from_checkpoint(path, map_location=device, **module_settings)
         else:
             module = _configured(module_class, "model", config, module_settings)
@@ -151,22 +156,36 @@ def _config(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
 
 
 def _configured(cls: Any, section: str, config: dict[str, Any] | None, settings: dict[str, Any]) -> Any:
-    """Make an object of a class from its section of a LightningCLI's configuration and more settings."""
-    if config is None or section not in config:
-        return cls(**settings)
-    from lightning.pytorch.cli import LightningArgumentParser
+    """Make an object of a class from its section of a LightningCLI's configuration and more settings.
 
-    values = dict(config[section] or {})
-    subclass = "class_path" in values
-    if subclass:
-        values["init_args"] = {**values.get("init_args", {}), **settings}
-    else:
-        values |= settings
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(cls, section, subclass_mode=subclass)
-    # jsonargparse 4.49 renamed it.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parser.parse_object({section: values}))[section]
+    Raises:
+        ValueError: the section names another class for an argument, which would run code that nobody asked for.
+    """
+    values = dict((config or {}).get(section) or {})
+    if "class_path" in values:
+        values = dict(values.get("init_args") or {})
+    return cls(**_plain({**values, **settings}, f"the configuration's section {section!r}"))
+
+
+def _plain(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the values if none of them names a class.
+
+    Raises:
+        ValueError: one does. A file that lies beside a checkpoint, or in it, imports nothing.
+    """
+    for name, value in values.items():
+        if _names_a_class(value):
+            raise ValueError(
+                f"{where} must hold plain values, got a class_path in {name!r}: classes are imported from the command "
+                "line alone. Measure such a module from a script, with the functions of lightning_entropy.diagnostics"
+            )
+    return values
+
+
+def _names_a_class(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "class_path" in value or any(_names_a_class(v) for v in value.values())
+    return isinstance(value, list | tuple) and any(_names_a_class(v) for v in value)
 
 
 def _titles(paths: list[Path]) -> list[str]:

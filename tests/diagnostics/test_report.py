@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_entropy.diagnostics import Trajectory
+from lightning_entropy.diagnostics import __main__ as command
 from lightning_entropy.diagnostics.__main__ import main
 from tests.diagnostics import tiny
 
@@ -89,3 +90,22 @@ def test_it_is_a_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("lightning_entropy.diagnostics", run_name="__main__")
     assert "compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["data", "model"])
+def test_a_configuration_beside_a_checkpoint_imports_nothing(tmp_path, section, monkeypatch):
+    """Of somebody's folder, only what the command line names is imported."""
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('was imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for values in (
+        {"class_path": "evil_module.Evil"},
+        [{"class_path": "evil_module.Evil"}],
+        {"a": {"class_path": "x"}},
+    ):
+        with pytest.raises(ValueError, match=f"section '{section}' must hold plain values, got a class_path in 'net'"):
+            command._configured(dict, section, {section: {"class_path": "any.Name", "init_args": {"net": values}}}, {})
+    found = command._configured(
+        dict, section, {section: {"class_path": "evil_module.Evil", "init_args": {"n": 3}}}, {"m": 4}
+    )
+    assert found == {"n": 3, "m": 4}
+    assert "evil_module" not in sys.modules
