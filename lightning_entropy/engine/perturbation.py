@@ -46,6 +46,7 @@ class Perturbation:
         self._move_ = F.inner_move_ if native is None else native.move_
         self._unchecked = self_writing
         self._step: Step | None = None  # whose noise is in the parameters
+        self._seeds: list[list[int]] = []  # of that noise, which a parameter group that comes meanwhile does not change
         self._versions: tuple[int, ...] = ()  # of the parameters, as the perturbation left them
 
     def before_forward(self, step: Step) -> None:
@@ -59,6 +60,7 @@ class Perturbation:
             step.weights = self._step.weights
         self._weights.set_aside()
         self._step = step
+        self._seeds = step.seeds([w.param for w in step.weights])
         self._perturb(step)
         self._versions = self._versions_now()
 
@@ -111,7 +113,7 @@ class Perturbation:
                 averages=None,
                 stiffness=[0.0] * len(weights),
                 noise=[width * F.filter_norms(_wide(w)) if self._per_filter else width for w in weights],
-                seeds=step.seeds(params),
+                seeds=self._seeds,
             )
         )
 
