@@ -94,7 +94,7 @@ def surplus(checkpoint: Any, replicas: int) -> list[str]:
     return [path for path in _listed(checkpoint) if os.path.basename(path).split(".")[0] not in known]
 
 
-def read(path: str, token: str, weights_only: bool | None) -> dict[str, Any]:
+def read(path: str, token: str, weights_only: bool | None, replica: int | None = None) -> dict[str, Any]:
     """Read a replica's file.
 
     Raises:
@@ -108,6 +108,9 @@ def read(path: str, token: str, weights_only: bool | None) -> dict[str, Any]:
         raise ReplicaFileError(f"{path} cannot be read ({type(error).__name__}: {error}): {remedy}") from error
     if found != token:
         raise ReplicaFileError(f"{path} must be of the same save as its checkpoint, got another's: {remedy}")
+    other = content.get("replica", replica)  # which version 0.1 did not write
+    if replica is not None and other != replica:
+        raise ReplicaFileError(f"{path} must be of replica {replica}, got the file of replica {other}: {remedy}")
     return content
 
 
@@ -173,7 +176,7 @@ class ReplicaFiles:
         token = f"{self._run}-{self._saves}"
         writes = self._grid.position == 0
         if writes:
-            stage({"token": token, **own}, path, self._grid.replica, token)
+            stage({"token": token, "replica": self._grid.replica, **own}, path, self._grid.replica, token)
         self._barrier()
         if self._grid.rank == 0:
             parts = {KEY: {"replicas": self._grid.replicas, "token": token, **info}}
@@ -217,7 +220,7 @@ def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool |
         missing = _final(path, grid.replica)
     else:
         try:
-            content = read(file, info["token"], weights_only)
+            content = read(file, info["token"], weights_only, grid.replica)
         except ReplicaFileError as caught:
             error = str(caught)
     answers: list[Any] = [None] * grid.world_size

@@ -185,7 +185,7 @@ def test_a_missing_file_is_named_and_all_start_from_the_consensus(copy: Path) ->
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("damage", ["half", "empty", "another", "pickle"])
+@pytest.mark.parametrize("damage", ["half", "empty", "another", "pickle", "swapped"])
 def test_a_wrong_file_is_an_error_that_names_it(copy: Path, damage: str) -> None:
     path = Path(f"{copy}.replicas/1.pt")
     content = path.read_bytes()
@@ -194,6 +194,10 @@ def test_a_wrong_file_is_an_error_that_names_it(copy: Path, damage: str) -> None
     elif damage == "another":
         other = torch.load(path, weights_only=True)
         torch.save({**other, "token": "another"}, path)
+    elif damage == "swapped":
+        other_path = Path(f"{copy}.replicas/0.pt")
+        path.write_bytes(other_path.read_bytes())
+        other_path.write_bytes(content)
     else:
         torch.save({"token": path}, path)  # a Path is not weights_only-safe
     with pytest.raises(Exception, match=r"ReplicaFileError: .*at.ckpt.replicas/1.pt"):
