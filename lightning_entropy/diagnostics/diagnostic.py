@@ -182,7 +182,7 @@ class Diagnostic(pl.Callback, ABC):
 
 
 def _log_figure(logger: Any, name: str, figure: Any, step: int) -> bool:
-    """Give a figure to a logger in its own way; say whether it has one."""
+    """Log a figure in the logger's own way; return whether it has one."""
     experiment = logger.experiment
     if hasattr(experiment, "add_figure"):  # TensorBoard
         experiment.add_figure(name, figure, step)

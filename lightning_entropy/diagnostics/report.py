@@ -41,7 +41,7 @@ class Findings:
     results: dict[str, Result] = field(default_factory=dict)
 
     def rows(self) -> dict[str, list[Row]]:
-        """Tell each section's numbers, in the order of the page."""
+        """Return each section's numbers, in the order of the page."""
         return {name: ROWS[name](result) for name, result in self.results.items()}
 
 

@@ -18,7 +18,7 @@ class ForwardListener(Protocol):
 
 
 class BeforeForward(Hook[ForwardListener]):
-    """Tell the listener of a forward pass, unless it is one without gradients."""
+    """Notify the listener of a forward pass, unless it is one without gradients."""
 
     def __call__(self, *_: object) -> None:
         """Do so."""

@@ -88,7 +88,7 @@ class Consensus:
 
     @torch.no_grad()
     def mend_buffers(self) -> None:
-        """Give buffers with nan or inf the value of the last consensus, or of the start of training."""
+        """Set buffers with nan or inf to the value of the last consensus, or of the start of training."""
         for buffer, good in zip(self._buffers(), self._good_buffers, strict=True):
             if not buffer.isfinite().all() and good.isfinite().all():
                 buffer.copy_(good)
@@ -115,7 +115,7 @@ class Consensus:
         return list(zip([*params, *buffers], means, strict=True))
 
     def _arrived(self) -> list[tuple[Tensor, Tensor]]:
-        """Give what is known without a collective: the means of x that have arrived since the last outer steps."""
+        """Return what is known without a collective: the means of x that have arrived since the last outer steps."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for loop, coupling in zip(self._loops.loops, self._streams, strict=False):
             if coupling.round is None or not coupling.round.arrived:

@@ -136,7 +136,7 @@ class Heartbeat:
         return sorted(silent)
 
     def _tell(self, store: dist.TCPStore, lost: list[int]) -> None:
-        """Tell the others who is gone. Rank 0, whose store ends with it, waits until their threads have read it."""
+        """Publish who is gone. Rank 0, whose store ends with it, waits until their threads have read it."""
         store.set("lost", ",".join(map(str, lost)))
         if self._rank != 0:
             return
