@@ -318,6 +318,9 @@ def from_checkpoints(folder: Path) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
+    if len(arguments) > 1 or any(a.startswith("-") for a in arguments):
+        print(__doc__)
+        return 2
     if arguments:
         folder = Path(arguments[0])
         write_checkpoints(folder / "checkpoints")
