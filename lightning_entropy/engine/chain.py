@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.arithmetic import Move
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.step import Step
-from lightning_entropy.engine.weights import Weight, Weights
+from lightning_entropy.engine.weights import Weight
 from lightning_entropy.methods.relaxation import Relaxation
 
 
@@ -99,20 +99,12 @@ class Chain:
 
     Args:
         relaxation: the method.
-        weights: of the loop.
         native: does the step in one pass over memory; None: tensor by tensor.
-        self_writing: without meaning here.
     """
 
     perturbs = False
 
-    def __init__(
-        self,
-        relaxation: Relaxation,
-        weights: Weights,
-        native: NativeStep | None,
-        self_writing: Collection[Tensor] = (),
-    ) -> None:
+    def __init__(self, relaxation: Relaxation, native: NativeStep | None) -> None:
         self._spring = SPRINGS[relaxation.spring]
         self._native = native
         self._warned = False

@@ -11,11 +11,11 @@ from lightning_entropy.engine.step import InnerRule
 from lightning_entropy.engine.weights import Weights
 from lightning_entropy.methods.relaxation import Relaxation
 
-# In the order in which they act: whether a relaxation has the rule, and the rule.
+# In the order in which they act: whether a relaxation has the rule, and what makes it of the arguments of inner_rules.
 _RULES: list[tuple[Callable[[Relaxation], bool], Callable[..., InnerRule]]] = [
     (lambda relaxation: relaxation.perturb, MeanPerturbation),
     (lambda relaxation: not relaxation.perturb and relaxation.width != 0, Perturbation),
-    (lambda relaxation: not relaxation.perturb, Chain),
+    (lambda relaxation: not relaxation.perturb, lambda relaxation, weights, native, _: Chain(relaxation, native)),
 ]
 
 

@@ -98,23 +98,22 @@ class ModuleLoops:
             **self._options,
         )
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
+    def are_of(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether these are the optimizers that the loops are attached to, in their order."""
+        return [loop.optimizer for loop in self.loops] == list(optimizers)
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
         """Attach to optimizers that have come and detach from those that are gone, which leave x.
 
-        To be called before a batch, after :meth:`prepare`. A loop that takes the place of another goes on at its t.
+        To be called between batches, after :meth:`resume`. A loop that takes the place of another goes on at its t.
 
         Args:
             optimizers: that are to be stepped now.
-
-        Returns:
-            Whether there were any.
 
         Raises:
             ValueError: an optimizer has a loop of its own, or the relaxation cannot work with it.
         """
         known = {id(loop.optimizer): loop for loop in self.loops}
-        if [id(optimizer) for optimizer in optimizers] == list(known):
-            return False
         before, added = self.loops, {}
         try:
             for i, optimizer in enumerate(optimizers):
@@ -130,7 +129,6 @@ class ModuleLoops:
         for loop in before:
             if loop not in self.loops:
                 loop.detach()
-        return True
 
     @property
     def shown(self) -> bool:

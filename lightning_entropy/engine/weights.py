@@ -373,11 +373,11 @@ class Substitutes:
 
     def show(self, values: Mapping[Tensor, Tensor]) -> None:
         """Put the values in; calls nest, and inner ones change nothing."""
-        self.depth += 1
-        if self.depth == 1:
+        if self.depth == 0:
             self._own = [(tensor, value, tensor.detach().clone()) for tensor, value in values.items()]
             for tensor, value, _ in self._own:
                 tensor.copy_(value)
+        self.depth += 1  # last: there may be no memory for the copies
 
     def hide(self) -> None:
         """Put the tensors' own values back where nothing was written since."""

@@ -151,24 +151,19 @@ class ReplicaLoops:
             loop.restart(target)
             self.consensus.mend_buffers()
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
         """Attach to optimizers that have come and detach from those that are gone. All ranks call it together.
 
         Args:
             optimizers: that are to be stepped now.
-
-        Returns:
-            Whether there were any.
         """
-        if [id(loop.optimizer) for loop in self.loops.loops] == [id(optimizer) for optimizer in optimizers]:
-            return False
         self.loops.resume()
         for loop in self.loops.loops:
             loop.forget_mean()
         while self._grid.replicas > 1 and len(self.couplings) < len(optimizers):
             self.couplings.append(self._coupling())
         self._diverged = {}
-        return self.loops.follow(optimizers)
+        self.loops.follow(optimizers)
 
     def close(self) -> None:
         """End every unfinished loop with what it has, at the end of training. All ranks call it together."""

@@ -285,9 +285,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             self._loops.loops.resume()
             self._loops.load_state_dict(self._unclosed)
             self._unclosed = None
-        if self._loops.follow(self.optimizers):
+        if not self._loops.loops.are_of(self.optimizers):
             assert self.lightning_module is not None
             check_optimizers(self.lightning_module, self.optimizers)
+            self._loops.follow(self.optimizers)
             rank_zero_info(f"{type(self).__name__}: the Trainer's optimizers have changed; new loops begin at x")
         self._loops.begin()
         due = self._log.due

@@ -1,6 +1,7 @@
 """The callback that drives the loops of a Trainer's optimizers in one process."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import initial_seed
+from torch.optim import Optimizer
 
 from lightning_entropy.engine.formats import check_format
 from lightning_entropy.engine.module_loops import ModuleLoops
@@ -167,21 +169,20 @@ class InnerOuterCallback(Callback):
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule, loops: ModuleLoops) -> None:
         """Attach to optimizers that have come since the last batch, and go on from a checkpoint with them."""
-        before = [type(loop.optimizer).__name__ for loop in loops.loops]
+        resumed, self._resumed = self._resumed, {}
+        if loops.are_of(trainer.optimizers):
+            if resumed:
+                check_states(resumed, trainer.optimizers)
+            return
+        before, now = _classes(loop.optimizer for loop in loops.loops), _classes(trainer.optimizers)
         check_optimizers(pl_module, trainer.optimizers)
-        now = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-        changed = loops.follow(trainer.optimizers)
-        if changed:
-            rank_zero_info(
-                f"{type(self).__name__}: the Trainer's optimizers were {before} and are {now}; the loops of those that "
-                "are gone have left x, and new ones begin there"
-            )
-        if self._resumed:
-            if not changed:
-                check_states(self._resumed, trainer.optimizers)
-            elif self._resumed.get("optimizers") == now:  # the exchange is older than the checkpoint
-                loops.load_state_dict(self._resumed["loops"])
-            self._resumed = {}
+        loops.follow(trainer.optimizers)
+        rank_zero_info(
+            f"{type(self).__name__}: the Trainer's optimizers were {before} and are {now}; the loops of those that are "
+            "gone have left x, and new ones begin there"
+        )
+        if resumed.get("optimizers") == now:  # the exchange is older than the checkpoint
+            loops.load_state_dict(resumed["loops"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -321,7 +322,7 @@ class InnerOuterCallback(Callback):
             "format": FORMAT,
             "loops": self._loops.state_dict() if self._unclosed is None else self._unclosed,
             "method": self.relaxation.describe(),
-            "optimizers": [type(loop.optimizer).__name__ for loop in self._loops.loops],
+            "optimizers": _classes(loop.optimizer for loop in self._loops.loops),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,6 +355,10 @@ class HideAnchor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put y back, before the module's own hooks put theirs."""
         self._owner.hide()
+
+
+def _classes(optimizers: Iterable[Optimizer]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]
 
 
 def _modes(trainer: Trainer) -> list[Any]:
