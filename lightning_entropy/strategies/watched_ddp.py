@@ -46,6 +46,12 @@ class WatchedDDPStrategy(DDPStrategy):
         except RuntimeError:  # the module is not attached yet
             return False
 
+    def failed(self, exception: BaseException) -> None:
+        """Tell the other ranks why this one leaves, unless it is because of one that is gone."""
+        gone = isinstance(exception, RuntimeError) and self._named(exception) is not exception
+        if self._heartbeat is not None and not gone:
+            self._heartbeat.leave(exception)
+
     def on_exception(self, exception: BaseException) -> None:
         """Name the rank that is gone, if that is what happened."""
         super().on_exception(exception)
@@ -57,6 +63,9 @@ class WatchedDDPStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Stop the heartbeat."""
         if self._heartbeat is not None:
+            if self._leaving and self.is_global_zero:
+                # Rank 0 may be the one that started the others and ends them: they are let write their checkpoints.
+                self._heartbeat.wait_for_others()
             self._heartbeat.stop()
             self._heartbeat = None
         super().teardown()
