@@ -14,7 +14,7 @@ from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
-from lightning_entropy.strategies.exchange import Coupling, Links, Naming, Round
+from lightning_entropy.strategies.exchange import Coupling, Links, Meeting, Round
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
 
 FORMAT = 1  # of ReplicaLoops.state_dict()
@@ -34,7 +34,7 @@ class ReplicaLoops:
         overlap: False waits for every exchange at once.
         apart: parameters that no optimizer has may differ between replicas.
         timeout: of the exchanges.
-        naming: turns the error of a collective into one that names the rank that is gone.
+        meeting: waits for other ranks.
         bystander: whether a step passes the loops by, as in :class:`InnerOuter`.
 
     Attributes:
@@ -56,17 +56,19 @@ class ReplicaLoops:
         overlap: bool,
         apart: bool,
         timeout: timedelta | None,
-        naming: Naming,
+        meeting: Meeting,
         bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         self._relaxation, self._grid = relaxation, grid
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
-        self._exchange_timeout, self._naming = timeout, naming
+        self._exchange_timeout, self._meeting = timeout, meeting
         self._format: Format = communication_dtype
         self._overlap = overlap
         self._links: list[Links] = []
         # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
-        self._mean = Coupling(self._open(), overlap=False, naming=naming) if grid.replicas > 1 else None
+        self._mean: Coupling | None = None
+        if grid.replicas > 1:
+            self._mean = Coupling(self._open(), overlap=False, meeting=meeting, name="the consensus")
         self.couplings = [self._coupling() for _ in optimizers if grid.replicas > 1]
         self.loops = ModuleLoops(
             module,
@@ -99,7 +101,8 @@ class ReplicaLoops:
             format=self._format,
             differences=self._relaxation.outer_target.near,
             overlap=self._overlap,
-            naming=self._naming,
+            meeting=self._meeting,
+            name="an outer step",
         )
 
     def begin(self) -> None:
@@ -250,7 +253,7 @@ def replica_loops(
     *,
     seed: int,
     timeout: timedelta | None,
-    naming: Naming,
+    meeting: Meeting,
     bystander: Callable[[], bool] = lambda: False,
 ) -> ReplicaLoops:
     """Return the loops of this rank's optimizers, as the options say; for the arguments see :class:`ReplicaLoops`."""
@@ -265,6 +268,6 @@ def replica_loops(
         overlap=options.overlap,
         apart=options.independent_init,
         timeout=timeout,
-        naming=naming,
+        meeting=meeting,
         bystander=bystander,
     )

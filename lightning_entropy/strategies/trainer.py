@@ -327,7 +327,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             self.grid,
             seed=self._base_seed,
             timeout=timeout(self),
-            naming=self._named,
+            meeting=self._meeting,
             bystander=lambda: self._tries,
         )
         self._log = OuterStepLog(self._trainer)
