@@ -8,7 +8,7 @@ from lightning_entropy.engine.chain import SPRINGS
 from lightning_entropy.engine.loop import InnerOuter
 from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMean
 from lightning_entropy.methods.pull import Pull
-from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 
 
 def relax(
@@ -85,8 +85,7 @@ def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> I
 def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not isinstance(relaxation, Relaxation):
-        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+    check_relaxation(relaxation)
     by_lr = relaxation.gamma != 0 and not isinstance(relaxation.gamma, Pull)
     uses_lr = relaxation.has_anchor and (by_lr or relaxation.noise != 0)
     if uses_lr and any("lr" not in group for group in optimizer.param_groups):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_entropy.methods.pull import Pull
 from lightning_entropy.methods.schedules import AUTO, Scoping, Starting, Warmup, Widening, in_outer_steps
@@ -153,6 +153,17 @@ class Relaxation:
         self.at(0)
         self._check_combinations()
 
+    if not TYPE_CHECKING:  # or type checkers would allow any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            # Called for what there is not; Lightning looks up its hooks on whatever it was given as a callback.
+            if name.startswith("on_") or name in ("setup", "teardown", "state_key"):
+                raise AttributeError(
+                    "a Relaxation is a method and no callback: write callbacks=[InnerOuterCallback(relaxation)], or "
+                    "EntropySGD(...), HamiltonJacobi(...), HeatSmoothing(...)"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _check_combinations(self) -> None:
         if self.coupled and self.explicit:
             raise ValueError("coupled and explicit exclude each other: they are two forms of the same spring")
@@ -248,6 +259,8 @@ class Relaxation:
             value = 0.0
         if name == "gamma" and self.perturb and self.width == 0:
             rule = ("a finite number > 0 with perturb=True (its variance is 1/gamma)", POSITIVE[1])
+        elif name == "gamma" and isinstance(value, str) and not self.auto_gamma:
+            raise TypeError(f"gamma must be a number >= 0, a schedule such as Scoping, or 'auto', got {value!r}")
         elif name == "gamma" and self.auto_gamma:
             scoping = value if isinstance(value, Scoping) else Scoping(AUTO, 1e-3)
             # The first loop (t = 0) measures; the spring starts with the second.
@@ -265,3 +278,19 @@ def _plain(value: Any) -> Any:
         return repr(value)
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_relaxation(value: Any) -> Relaxation:
+    """Return ``value`` if it is a :class:`Relaxation`.
+
+    Raises:
+        TypeError: it is not; the message says what to write where it is a callback or a preset that was not called.
+    """
+    if isinstance(value, Relaxation):
+        return value
+    name, hint = getattr(value, "__name__", type(value).__name__), ""
+    if isinstance(getattr(value, "relaxation", None), Relaxation):
+        hint = f": {name} has one, at its attribute relaxation"
+    elif callable(value):
+        hint = f": call the preset, as in {name}()"
+    raise TypeError(f"relaxation must be a Relaxation such as entropy_sgd(), got {name}{hint}")

@@ -8,7 +8,7 @@ import torch
 
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
-from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.strategies.compression import FORMATS, Format
 
 SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
@@ -83,8 +83,7 @@ class ReplicaOptions:
     overlap: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.relaxation, Relaxation):
-            raise TypeError(f"relaxation must be a Relaxation, got {type(self.relaxation).__name__}")
+        check_relaxation(self.relaxation)
         if not self.relaxation.has_anchor:
             raise ValueError(
                 "relaxation must have perturb=False for replicas, got True: it has no anchors to pull together"
@@ -103,6 +102,22 @@ class ReplicaOptions:
         """Return where a rank stands; ``"auto"`` makes every process a replica."""
         return Grid(rank, world_size, world_size if self.replicas == "auto" else self.replicas)
 
+    def describe(self, grid: Grid) -> str:
+        """Say in a sentence how replicas train and what they see.
+
+        Example:
+            >>> options = ReplicaOptions(presets.parle(), "auto", "all", False, None, None, "float32", True)
+            >>> options.describe(Grid(0, 2, 2))
+            "2 replicas x 1 process; each sees all data, so an epoch is 2 passes over it (data='shard' makes it one)"
+        """
+        processes = f"{grid.data_parallel} process{'es' if grid.data_parallel > 1 else ''}"
+        if grid.replicas == 1:
+            return f"1 replica x {processes}, and nothing to tie it to: ask for more devices or fewer processes each"
+        who = f"{grid.replicas} replicas x {processes}"
+        if self.data == "shard":
+            return f"{who}; each sees a different one of {grid.replicas} parts of every epoch"
+        return f"{who}; each sees all data, so an epoch is {grid.replicas} passes over it (data='shard' makes it one)"
+
     def common_seed(self, broadcast: Callable[[int], int]) -> int:
         """Return the seed that all ranks have in common. A collective.
 
@@ -112,8 +127,18 @@ class ReplicaOptions:
         return int(broadcast(torch.initial_seed() if self.seed is None else self.seed))
 
 
+# Under which names a strategy is registered; a hyphen is what many write first.
+NAMES: dict[str, Callable[[], Relaxation]] = {
+    "elastic_entropy": presets.parle,
+    "elastic-entropy": presets.parle,
+    "parle": presets.parle,
+    "elastic_sgd": presets.elastic_sgd,
+    "elastic-sgd": presets.elastic_sgd,
+}
+
+
 def register(strategy: type, registry: Any) -> None:
-    """Register a strategy as ``elastic_entropy`` and ``elastic_sgd``, with ``_spawn``, ``_fork`` and ``_notebook``.
+    """Register a strategy under its names, with ``_spawn``, ``_fork`` and ``_notebook`` too.
 
     A name that is there is replaced, so that a module may be imported twice.
 
@@ -121,13 +146,13 @@ def register(strategy: type, registry: Any) -> None:
         strategy: the class.
         registry: Lightning's, of the Trainer's strategies or of Fabric's.
     """
-    for name, relaxation in (("elastic_entropy", presets.parle()), ("elastic_sgd", presets.elastic_sgd())):
+    for name, preset in NAMES.items():
         for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
             registry.register(
                 name + suffix,
                 strategy,
                 description=f"Replicas without shared gradients ({name}), start_method={start_method!r}",
                 override=True,
-                relaxation=relaxation,
+                relaxation=preset(),
                 start_method=start_method,
             )

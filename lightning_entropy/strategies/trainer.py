@@ -331,6 +331,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             bystander=lambda: self._tries,
         )
         self._log = OuterStepLog(self._trainer)
+        rank_zero_info(f"{type(self).__name__}: {self.options.describe(self.grid)}")
         if self._restored is None:
             return
         self._loops.load_state_dict(self._restored)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_entropy.engine.formats import check_format
 from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
-from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import log_outer_step, of_this_training, training_is_complete
@@ -73,8 +73,7 @@ class InnerOuterCallback(Callback):
         seed: int | None = None,
         compile: bool = False,
     ) -> None:
-        if not isinstance(relaxation, Relaxation):
-            raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
+        check_relaxation(relaxation)
         OuterStep(outer, relaxation.outer_momentum)  # refuses now what it would refuse when training starts
         self.relaxation = relaxation
         self.outer = outer
