@@ -206,7 +206,7 @@ def test_tokens_that_the_net_does_not_know_are_refused(tmp_path):
     path = tmp_path / "train.bin"
     torch.arange(100, 500, dtype=torch.int16).numpy().tofile(path)
     m = LanguageModel(GPT(vocab_size=499, block_size=8, n_layer=1, n_head=2, n_embd=16), torch.optim.AdamW)
-    with pytest.raises(ValueError, match="data.files must hold tokens below vocab_size = 499, got 499"):
+    with pytest.raises(ValueError, match=r"data.files must hold tokens below vocab_size = 499, got 499"):
         trainer(tmp_path, max_steps=1).fit(m, datamodule=TextData([str(path)], tokens="uint16", block_size=8))
 
 
