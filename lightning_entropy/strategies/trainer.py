@@ -106,8 +106,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             module itself or else of every submodule), instead of starting from the same.
         outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
         seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
-        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes and ``"int8"`` a quarter, with the
-            rounding error added to the next round.
+        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes, ``"int8"`` a quarter and ``"int4"`` an
+            eighth, with the rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
             not answer counts as gone), ``start_method``, ``checkpoint_io`` (writes the main checkpoint),

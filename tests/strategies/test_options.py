@@ -124,7 +124,7 @@ def test_arguments_are_checked(cls: Any) -> None:
     for arguments, error in (
         ({"replicas": 0}, "replicas must be 'auto' or an int >= 1, got 0"),
         ({"data": "some"}, "data must be 'all' or 'shard', got 'some'"),
-        ({"communication_dtype": "int4"}, "communication_dtype must be one of"),
+        ({"communication_dtype": "int2"}, "communication_dtype must be one of"),
         ({"replicas": True}, "replicas must be 'auto' or an int >= 1, got True"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
         ({"relaxation": presets.heat()}, "relaxation must have perturb=False"),
