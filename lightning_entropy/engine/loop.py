@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.auto_gamma import GammaMeasurement
-from lightning_entropy.engine.formats import check_format
+from lightning_entropy.engine.formats import check_loop
 from lightning_entropy.engine.inner_rules import inner_rules
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
@@ -438,6 +439,20 @@ class InnerOuter:
             "outer": self._outer.state_dict(self.weights.named()),
         }
 
+    def check_state(self, state: Mapping[str, Any], what: str = "state_dict of a loop") -> None:
+        """Check what :meth:`load_state_dict` is to be given; nothing changes.
+
+        Args:
+            state: to be loaded.
+            what: it is, for the message.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+        """
+        shapes = {name: None if is_lazy(p) else p.shape for name, p in self.weights.by_name().items()}
+        check_loop(what, state, FORMAT, shapes)
+        self._outer.check_state(what, state["outer"])
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called; the parameters get y.
@@ -446,9 +461,10 @@ class InnerOuter:
             state: of a loop over the same parameters.
 
         Raises:
-            ValueError: a parameter that this optimizer does not have, another shape, or a newer format.
+            ValueError: a parameter that this optimizer does not have, another shape, a newer format, a key that is
+                missing or of the wrong type, or the state of another outer optimizer; nothing has changed.
         """
-        check_format("state_dict of a loop", state, FORMAT)
+        self.check_state(state)
         self.unperturb(check=False)
         self._moving = []
         self.weights.load_state_dict(state["slots"], before=Holds.OTHER if self.perturbs else None)
