@@ -158,7 +158,7 @@ class Training:
         return {
             "module": dict(module.state_dict()),
             "optimizers": [optimizer.state_dict() for optimizer in t.optimizers],
-            "loops": ours.state_dict()["loops"] if ours else [],
+            "loops": ours.state_dict().get("loops", []) if ours else [],
             "step": t.global_step,
         }
 
