@@ -266,7 +266,10 @@ class ModuleLoops:
         values: dict[str, Any] = {}
         for i, loop in enumerate(self.loops):
             prefix = "entropy/" if len(self.loops) == 1 else f"entropy/{i}/"
-            values[prefix + "gamma"] = loop.settings.gamma
+            if loop.settings.stiffness:  # the same at every learning rate, which gamma is not
+                values[prefix + "stiffness"] = loop.settings.stiffness
+            else:
+                values[prefix + "gamma"] = loop.settings.gamma
             values[prefix + "rho"] = loop.settings.rho
             values[prefix + "outer_step"] = loop.outer_step
             if loop.distances is not None:

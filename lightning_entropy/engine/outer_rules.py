@@ -9,13 +9,114 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weights import Weight, Weights
+from lightning_entropy.methods.relaxation import Relaxation, Settings
 from lightning_entropy.methods.targets import OuterTarget
 
 OuterFactory = Callable[[list[Tensor]], Optimizer]
 
 # Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
 ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
+
+
+class OuterRule:
+    """What ends a loop: x <- outer(x, x - z + rho (x - mean over replicas of x)), and y restarts at x.
+
+    Where y goes on from where it is (two time scales), x follows only when the next step begins or someone looks: at a
+    y that has seen the constraints that are put back after a step. An x that y restarts at is in the parameters for
+    them to see.
+
+    Args:
+        relaxation: the method.
+        weights: of the loop.
+        factory: makes the outer optimizer; None: Nesterov SGD with the relaxation's numbers.
+        replica_mean: mean over replicas; None: there is one.
+
+    Raises:
+        TypeError: as :class:`OuterStep`.
+    """
+
+    def __init__(
+        self, relaxation: Relaxation, weights: Weights, factory: OuterFactory | None, replica_mean: ReplicaMean | None
+    ) -> None:
+        self._reset, self._pulls = relaxation.reset, relaxation.rho != 0
+        self._weights = weights
+        self._step = OuterStep(factory, relaxation.outer_momentum)
+        self._replicas = Replicas(replica_mean, relaxation.outer_target)
+        self._due: tuple[list[Weight], Settings] | None = None  # a step that is counted, and not taken yet
+
+    def begin(self) -> None:
+        """With replicas, begin a loop for all trainable parameters and start the mean that can travel early."""
+        if not self._replicas:
+            return
+        for p in self._weights.params:
+            if p.requires_grad:
+                self._weights.track(p)
+        self._weights.begin()
+        if self._pulls:
+            self._replicas.start(list(self._weights))
+
+    def moving(self) -> list[Weight]:
+        """Return the weights that the step concerns, of which there are more with replicas: all take it together."""
+        self.begin()
+        return [w for w in self._weights if w.moved or self._replicas]
+
+    def end(self, weights: list[Weight], settings: Settings, *, at_once: bool) -> None:
+        """End a loop.
+
+        Args:
+            weights: from :meth:`moving`.
+            settings: the relaxation's numbers in it.
+            at_once: take the step now, though y goes on from where it is.
+        """
+        apart = not self._weights.tied
+        if weights and apart:
+            self._due = weights, settings
+        for w in weights:
+            w.moved = w.moved and apart
+        if self._reset or self._replicas or at_once:
+            self.finish()
+        if self._reset:
+            self._weights.rest()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Take the step that is due, if one is."""
+        if self._due is None:
+            return
+        (weights, settings), self._due = self._due, None
+        means, pulls = self._replicas.agree(weights, settings.rho, reset=self._reset)
+        self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
+        for w in weights:
+            w.moved = False
+            if self._reset:
+                w.param.copy_(w.anchor)
+
+    def forget_mean(self) -> None:
+        """Drop the mean over replicas that is under way, once it has arrived."""
+        self._replicas.forget()
+
+    def state_dict(self) -> Mapping[str, Any] | None:
+        """Return the outer optimizer's options and, by name, its state; None before its first step."""
+        return self._step.state_dict(self._weights.named())
+
+    def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
+        """Refuse a state as :meth:`OuterStep.check_state` does."""
+        self._step.check_state(what, state)
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from an outer optimizer's state, or without one; a step that was due is not taken."""
+        self._due = None
+        self._step.load_state_dict(state)
+
+
+def zero_first_moments(optimizer: Optimizer, weights: Iterable[Weight]) -> None:
+    """Zero the momentum of SGD and its kin, and the first moment of Adam and its kin, in place."""
+    for w in weights:
+        for key in ("momentum_buffer", "exp_avg"):
+            moment = optimizer.state.get(w.param, {}).get(key)
+            if moment is not None:
+                moment.zero_()
 
 
 class OuterStep:

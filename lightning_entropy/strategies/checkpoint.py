@@ -1,8 +1,13 @@
 """What belongs to one replica, in a file of its own beside the checkpoint: ``<file>.replicas/<r>.pt``.
 
-A save is complete or absent. The replicas write their files under provisional names that contain the save's token;
-then the checkpoint with the same token replaces the old one; then the files get their final names. A crash before the
-replacement leaves the old checkpoint and the old files; one after it leaves the new ones, some under provisional names.
+If a replica has several ranks, what its other ranks do not share with the first is in ``<r>-<position>.pt``.
+
+A save is complete or absent. The ranks write their files under provisional names that contain the save's token, which
+says the run, the number of the save and the step; then the checkpoint with the same token replaces the old one; then
+the files get their final names. A crash before the replacement leaves the old checkpoint and the old files; one after
+it leaves the new ones, some under provisional names. A rank that saves alone, after an exception, leaves its file under
+the provisional name, and the last complete set beside it. So a load finds a set of one save, with all its files, or
+goes on from the consensus and says what was missing.
 """
 
 import os
@@ -56,61 +61,48 @@ def save_whole(io: CheckpointIO, content: dict[str, Any], path: Any, storage_opt
             os.remove(provisional)
 
 
-def stage(content: dict[str, Any], checkpoint: Any, replica: int, token: str) -> None:
-    """Write a replica's file under its provisional name."""
-    TorchCheckpointIO().save_checkpoint(content, _provisional(checkpoint, replica, token))
+def stage(content: dict[str, Any], checkpoint: Any, name: str, token: str) -> None:
+    """Write a rank's file under its provisional name."""
+    TorchCheckpointIO().save_checkpoint(content, _provisional(checkpoint, name, token))
 
 
-def commit(checkpoint: Any, replica: int, token: str) -> None:
-    """Move a replica's file to its final name, and remove what interrupted saves have left."""
+def commit(checkpoint: Any, name: str, token: str) -> None:
+    """Move a rank's file to its final name, and remove what interrupted saves have left."""
     if is_local(checkpoint):
-        os.replace(_provisional(checkpoint, replica, token), _final(checkpoint, replica))
+        os.replace(_provisional(checkpoint, name, token), _final(checkpoint, name))
     else:
-        get_filesystem(folder(checkpoint)).mv(_provisional(checkpoint, replica, token), _final(checkpoint, replica))
-    tidy(checkpoint, replica, keep=())
+        get_filesystem(folder(checkpoint)).mv(_provisional(checkpoint, name, token), _final(checkpoint, name))
+    tidy(checkpoint, name, keep=())
 
 
-def tidy(checkpoint: Any, replica: int, keep: Collection[str]) -> None:
-    """Remove a replica's provisional files, except those with the tokens to keep."""
+def tidy(checkpoint: Any, name: str, keep: Collection[str]) -> None:
+    """Remove a rank's provisional files, except those with the tokens to keep."""
     fs = get_filesystem(folder(checkpoint))
-    for path in _listed(checkpoint):
-        name, _, token = os.path.basename(path).partition(".")
-        if name == str(replica) and token.endswith(".part") and token.removesuffix(".part") not in keep:
+    for token, path in _staged(checkpoint, name).items():
+        if token not in keep:
             fs.rm(path)
 
 
-def find(checkpoint: Any, replica: int, token: str) -> str | None:
-    """Return the path of a replica's file, under either name; None if there is none."""
-    fs = get_filesystem(folder(checkpoint))
-    for path in (_provisional(checkpoint, replica, token), _final(checkpoint, replica)):
-        if fs.exists(path):
-            return path
-    return None
+def surplus(checkpoint: Any, names: Collection[str]) -> list[str]:
+    """Return the files of ranks that the checkpoint does not have."""
+    return [path for path in _listed(checkpoint) if os.path.basename(path).split(".")[0] not in names]
 
 
-def surplus(checkpoint: Any, replicas: int) -> list[str]:
-    """Return the files of replicas that the checkpoint does not have."""
-    known = {str(r) for r in range(replicas)}
-    return [path for path in _listed(checkpoint) if os.path.basename(path).split(".")[0] not in known]
-
-
-def read(path: str, token: str, weights_only: bool | None, replica: int | None = None) -> dict[str, Any]:
-    """Read a replica's file.
+def read(path: str, weights_only: bool | None, name: str | None = None) -> dict[str, Any]:
+    """Read a rank's file.
 
     Raises:
-        ReplicaFileError: it cannot be read, or is of another save than the checkpoint; the message names it.
+        ReplicaFileError: it cannot be read, or is another rank's; the message names it.
     """
     remedy = "copy the whole folder of the checkpoint again, or delete it to go on from the consensus"
     try:
         content = TorchCheckpointIO().load_checkpoint(path, weights_only=weights_only)
-        found = content["token"]
+        content["token"]
     except Exception as error:
         raise ReplicaFileError(f"{path} cannot be read ({type(error).__name__}: {error}): {remedy}") from error
-    if found != token:
-        raise ReplicaFileError(f"{path} must be of the same save as its checkpoint, got another's: {remedy}")
-    other = content.get("replica", replica)  # which version 0.1 did not write
-    if replica is not None and other != replica:
-        raise ReplicaFileError(f"{path} must be of replica {replica}, got the file of replica {other}: {remedy}")
+    other = str(content.get("replica", name))  # which version 0.1 did not write
+    if name is not None and other != name:
+        raise ReplicaFileError(f"{path} must be of replica {name}, got the file of replica {other}: {remedy}")
     return content
 
 
@@ -121,12 +113,22 @@ def remove(checkpoint: Any) -> None:
         fs.rm(folder(checkpoint), recursive=True)
 
 
-def _provisional(checkpoint: Any, replica: int, token: str) -> str:
-    return os.path.join(folder(checkpoint), f"{replica}.{token}.part")
+def _provisional(checkpoint: Any, name: str, token: str) -> str:
+    return os.path.join(folder(checkpoint), f"{name}.{token}.part")
 
 
-def _final(checkpoint: Any, replica: int) -> str:
-    return os.path.join(folder(checkpoint), f"{replica}.pt")
+def _final(checkpoint: Any, name: str) -> str:
+    return os.path.join(folder(checkpoint), f"{name}.pt")
+
+
+def _staged(checkpoint: Any, name: str) -> dict[str, str]:
+    """Return a rank's files under provisional names, by token."""
+    found = {}
+    for path in _listed(checkpoint):
+        own, _, token = os.path.basename(path).partition(".")
+        if own == name and token.endswith(".part"):
+            found[token.removesuffix(".part")] = path
+    return found
 
 
 def _listed(checkpoint: Any) -> list[str]:
@@ -139,8 +141,12 @@ def new_run(broadcast: Callable[[str], str]) -> str:
     return str(broadcast(uuid.uuid4().hex[:12]))
 
 
+# Of a rank's own state, what it does not share with the first rank of its replica.
+OF_A_RANK = ("couplings", "module", "rng")
+
+
 class ReplicaFiles:
-    """Saves a checkpoint in parts: one main file, and one for every replica.
+    """Saves a checkpoint in parts: one main file, and one for every rank.
 
     Args:
         grid: where this rank stands.
@@ -161,36 +167,41 @@ class ReplicaFiles:
         info: dict[str, Any],
         path: Any,
         storage_options: Any = None,
+        alone: bool = False,
     ) -> None:
-        """Write the replicas' files, then the main one.
+        """Write the ranks' files, then the main one.
 
         Args:
             io: writes the main file.
             checkpoint: the main file's content; only the first rank's is written.
-            own: the content of this replica's file.
+            own: this rank's own state.
             info: added to the main file, for a load with another number of replicas.
             path: of the main file.
             storage_options: for ``io``.
+            alone: other ranks may not be saving, or not at this step: what there is stays as it is.
         """
         self._saves += 1  # the same on all ranks, so the token needs no message
-        token = f"{self._run}-{self._saves}"
-        writes = self._grid.position == 0
-        if writes:
-            stage({"token": token, "replica": self._grid.replica, **own}, path, self._grid.replica, token)
+        step = checkpoint.get("global_step")  # of a Trainer
+        token = f"{self._run}-{self._saves}-{step if isinstance(step, int) else 0}"
+        name = self._grid.file
+        own = own if self._grid.position == 0 else {key: own[key] for key in OF_A_RANK if key in own}
+        stage({"token": token, "replica": name, **own}, path, name, token)
         self._barrier()
         if self._grid.rank == 0:
-            parts = {KEY: {"replicas": self._grid.replicas, "token": token, **info}}
-            save_whole(io, {**checkpoint, **parts}, path, storage_options)
+            grid = {"replicas": self._grid.replicas, "data_parallel": self._grid.data_parallel}
+            save_whole(io, {**checkpoint, KEY: {**grid, "token": token, **info}}, path, storage_options)
         self._barrier()
-        if writes and type(io) is TorchCheckpointIO:
-            commit(path, self._grid.replica, token)
-        elif writes:  # the main file may be written later: both saves' files stay, and a load picks those of its token
-            tidy(path, self._grid.replica, keep={token, self._last.get(str(path), "")})
+        if not alone and type(io) is TorchCheckpointIO:
+            commit(path, name, token)
+        elif (
+            not alone
+        ):  # the main file may be written later: both saves' files stay, and a load picks those of its token
+            tidy(path, name, keep={token, self._last.get(str(path), "")})
         self._last[str(path)] = token
 
 
 def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool | None) -> dict[str, Any] | None:
-    """Read this replica's file of a checkpoint that has some. A collective.
+    """Read this rank's part of a checkpoint that has replicas. A collective.
 
     Args:
         checkpoint: the main file's content. What :meth:`ReplicaFiles.save` added is removed.
@@ -199,11 +210,11 @@ def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool |
         weights_only: as for ``torch.load``.
 
     Returns:
-        The replica's own state, or ``{"counters": ...}`` if all start from the consensus, with a warning that says
-        why; None if the checkpoint has no replicas.
+        The rank's own state, or ``{"counters": ...}`` if all start from the consensus, with a warning that says why;
+        None if the checkpoint has no replicas.
 
     Raises:
-        ReplicaFileError: a file cannot be read or is of another save; on all ranks.
+        ReplicaFileError: a file cannot be read or is of another run; on all ranks.
     """
     info = checkpoint.pop(KEY, None)
     if info is None:
@@ -214,24 +225,80 @@ def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool |
     if info["replicas"] != grid.replicas:
         rank_zero_warn(f"{path} has {info['replicas']} replicas, and there are {grid.replicas}: {start}")
         return counters
-    file = find(path, grid.replica, info["token"])
-    content, error, missing = None, None, None
-    if file is None:
-        missing = _final(path, grid.replica)
-    else:
-        try:
-            content = read(file, info["token"], weights_only, grid.replica)
-        except ReplicaFileError as caught:
-            error = str(caught)
+    # Version 0.1 wrote a file a replica; with another number of ranks, what a rank had of its own has no heir.
+    names = [f"{grid.replica}"]
+    if grid.position and info.get("data_parallel") == grid.data_parallel:
+        names.append(grid.file)
+    found: list[dict[str, dict[str, Any]]] = []
+    error = None
+    try:
+        found = [contents(path, name, info["token"], weights_only) for name in names]
+    except ReplicaFileError as caught:
+        error = str(caught)
+    tokens = {token: _step(found[0][token]) for token in (set.intersection(*map(set, found)) if found else ())}
     answers: list[Any] = [None] * grid.world_size
-    dist.all_gather_object(answers, (error, missing))
+    dist.all_gather_object(answers, (error, tokens))
     errors = sorted({error for error, _ in answers if error is not None})
     if errors:
         raise ReplicaFileError("; ".join(errors))
-    gone = sorted({missing for _, missing in answers if missing is not None})
-    if gone:
-        rank_zero_warn(f"{', '.join(gone)}, of one of {grid.replicas} replicas, is missing: {start}")
-        return counters
-    for extra in surplus(path, grid.replicas):
+    token = _complete([tokens for _, tokens in answers], info["token"])
+    if token is None or token != info["token"]:
+        gone = sorted(
+            {_final(path, str(r // grid.data_parallel)) for r, (_, t) in enumerate(answers) if info["token"] not in t}
+        )
+        lack = (
+            f"{', '.join(gone)}, of one of {grid.replicas} replicas, is missing"
+            if gone
+            else "its files are of different steps"
+        )
+        if token is None:
+            rank_zero_warn(f"{path} is not complete: {lack}: {start}")
+            return counters
+        rank_zero_warn(
+            f"{path} is not complete: {lack}: training goes on from the last complete save, at step {tokens[token]}"
+        )
+    known = {
+        str(r) if d == 0 else f"{r}-{d}" for r in range(grid.replicas) for d in range(info.get("data_parallel", 1))
+    }
+    for extra in surplus(path, known):
         rank_zero_warn(f"{extra} belongs to none of the {grid.replicas} replicas of {path} and is not read")
-    return content
+    return {key: value for contents in found for key, value in contents[token].items()}
+
+
+def contents(path: Any, name: str, token: str, weights_only: bool | None) -> dict[str, dict[str, Any]]:
+    """Return a rank's files of the run of a token, by their own tokens."""
+    by_token: dict[str, dict[str, Any]] = {}
+    staged, final = _staged(path, name), _final(path, name)
+    if token in staged:
+        by_token[token] = read(staged[token], weights_only, name)
+    if get_filesystem(folder(path)).exists(final):
+        try:
+            content = read(final, weights_only, name)
+        except ReplicaFileError:
+            if token not in by_token:
+                raise
+        else:
+            if _run(content["token"]) != _run(token) and token not in by_token:
+                raise ReplicaFileError(
+                    f"{final} must be of the same save as its checkpoint, got another's: copy the whole folder of the "
+                    "checkpoint again, or delete it to go on from the consensus"
+                )
+            by_token[content["token"]] = content
+    return by_token
+
+
+def _run(token: str) -> str:
+    return token.split("-")[0]
+
+
+def _step(content: dict[str, Any]) -> int | None:
+    """Return the Trainer's step of a replica's file; None where there is no Trainer."""
+    step = content.get("checkpoint", {}).get("global_step")
+    return None if step is None else int(step)
+
+
+def _complete(tokens: list[dict[str, int | None]], wanted: str) -> str | None:
+    """Return the save of which all ranks have their files, of one step: the wanted one or else the last; or None."""
+    common = [t for t in set.intersection(*map(set, tokens)) if _run(t) == _run(wanted)]
+    whole = [t for t in common if len({own[t] for own in tokens}) == 1]
+    return max(whole, key=lambda t: (t == wanted, int(t.split("-")[1])), default=None)

@@ -57,13 +57,17 @@ class Sum:
 
     @property
     def done(self) -> bool:
-        """Whether :meth:`result` would return at once."""
-        self.progress()
+        """Whether :meth:`result` would return at once, without a collective."""
         return (not self.in_halves or self._second is not None) and self._work.is_completed()
 
     def progress(self) -> None:
         """Start the second half if the first has arrived."""
         if self.in_halves and self._second is None and self._work.is_completed():
+            self._start_second()
+
+    def advance(self) -> None:
+        """Wait for the first half, if there are two, and start the second."""
+        if self.in_halves and self._second is None:
             self._start_second()
 
     def result(self) -> Tensor:
@@ -72,8 +76,7 @@ class Sum:
         Raises:
             RuntimeError: a rank of the group is gone.
         """
-        if self.in_halves and self._second is None:
-            self._start_second()
+        self.advance()
         self._work.wait()
         if self._codec is None:
             return self._given

@@ -1,6 +1,7 @@
 """The consensus: the mean of x over replicas, with floating-point buffers averaged."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ class Consensus:
         module: whose parameters and buffers.
         loops: that hold x.
         mean: over replicas; None: there is one, and x is the consensus.
-        streams: the loops' own exchanges, where they are of x.
+        streams: the loops' own exchanges.
+        early: they are of x.
         every: parameters that no optimizer has are averaged too; False: they are the same on all replicas.
+        replica: this one's number, for messages.
     """
 
     def __init__(
@@ -29,9 +32,12 @@ class Consensus:
         mean: Coupling | None,
         streams: Sequence[Coupling],
         *,
+        early: bool,
         every: bool,
+        replica: int,
     ) -> None:
-        self._module, self._loops, self._mean, self._streams, self._every = module, loops, mean, streams, every
+        self._module, self._loops, self._mean, self._every = module, loops, mean, every
+        self._streams, self._early, self._replica = streams, early, replica
         self._good_buffers = [b.detach().clone() for b in self._buffers()]
 
     @torch.no_grad()
@@ -102,17 +108,44 @@ class Consensus:
         if self._mean is None:
             return []
         if alone:
-            return self._arrived()
+            return self._arrived() if self._early else []
+        for coupling in self._streams:
+            if coupling.round is not None:
+                coupling.round.advance()  # others may be waiting for it, and would not come here before it arrives
         params = [p for loop in self._loops.loops for p in loop.params]
         values = [x for loop in self._loops.loops for x in loop.anchor]
         if self._every:
             rest = [p for p in self._module.parameters() if p not in set(params)]
             params, values = [*params, *rest], [*values, *(p.detach() for p in rest)]
         buffers = self._buffers()
-        means = self._mean([*values, *(b.detach() for b in buffers)], judged=len(values))()
+        given = [*values, *(b.detach() for b in buffers)]
+        means = self._mean(given, judged=len(values))()
         self._mean.round = None  # holds a copy of the weights
-        self._good_buffers = [m.to(b.dtype) for m, b in zip(means[len(values) :], buffers, strict=True)]
-        return list(zip([*params, *buffers], means, strict=True))
+        n = len(values)
+        good = [
+            m.to(b.dtype) if m.isfinite().all() else (old if old.isfinite().all() else b.detach().clone())
+            for m, b, old in zip(means[n:], buffers, self._good_buffers, strict=True)
+        ]
+        self._good_buffers = good
+        self._mend(dict(zip(params, means, strict=False)))
+        return list(zip([*params, *buffers], [*means[:n], *good], strict=True))
+
+    def _mend(self, means: Mapping[Tensor, Tensor]) -> None:
+        """Start what is not finite on this replica again: y at its x or else the mean, and buffers at the mean."""
+        self.mend_buffers()
+        assert self._mean is not None
+        loops = self._loops.loops
+        lost = [not all(w.inner.isfinite().all() for w in loop.weights) for loop in loops]
+        gone = [not all(x.isfinite().all() for x in loop.anchor) for loop in loops]
+        flags = self._mean.links.any_inside([*lost, *gone])
+        for loop, y_is_lost, x_is_lost in zip(loops, flags, flags[len(loops) :], strict=False):
+            if y_is_lost or x_is_lost:
+                loop.restart([means[w.param] if x_is_lost else w.anchor.clone() for w in loop.weights])
+                warnings.warn(
+                    f"replica {self._replica} has nan or inf in its weights after outer step {loop.outer_step}: it "
+                    f"starts again from {'the consensus' if x_is_lost else 'its anchor'}",
+                    stacklevel=2,
+                )
 
     def _arrived(self) -> list[tuple[Tensor, Tensor]]:
         """Return what is known without a collective: the means of x that have arrived since the last outer steps."""
@@ -120,7 +153,10 @@ class Consensus:
         for loop, coupling in zip(self._loops.loops, self._streams, strict=False):
             if coupling.round is None or not coupling.round.arrived:
                 return []
-            given = zip(coupling.round.tensors, coupling.round.wait(), strict=True)
+            try:
+                given = list(zip(coupling.round.tensors, coupling.round.wait(), strict=True))
+            except RuntimeError:  # it has failed rather than arrived; there is an error on its way already
+                return []
             means = {id(x): mean for x, mean in given}
             pairs += [
                 (p, means[id(x)])

@@ -11,11 +11,26 @@ class ConsensusOwner(Protocol):
     def show_consensus(self) -> None:
         """Put the consensus into the module. A collective."""
 
+    def training_begins(self) -> None:
+        """Act before the first batch of training or of its sanity check."""
+
+    def training_batch_started(self) -> None:
+        """Act before a training batch, before any other callback does."""
+
+    def batch_is_over(self) -> None:
+        """Act after a training batch, after all other callbacks."""
+
+    def check_stop(self) -> None:
+        """Stop this rank if it has waited too long for the others to stop with it."""
+
+    def failed(self, exception: BaseException) -> None:
+        """Tell the other ranks why this one leaves."""
+
     def training_batch_ended(self, batch_idx: int) -> None:
         """Act after a training batch, before any other callback does."""
 
     def training_epoch_ended(self) -> None:
-        """Act after a training epoch, before any other callback does."""
+        """Show the consensus after a training epoch, before any other callback looks."""
 
     def training_ended(self) -> None:
         """Act after the last epoch, before any other callback does."""
@@ -31,6 +46,24 @@ class ShowConsensus(Callback):
     def __init__(self, owner: ConsensusOwner) -> None:
         self._owner = owner
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the strategy take charge of signals."""
+        self._owner.training_begins()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the strategy take charge of signals."""
+        self._owner.training_begins()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the strategy that a batch begins."""
+        self._owner.training_batch_started()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Let a rank stop that waits for the others to stop with it."""
+        self._owner.check_stop()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -42,9 +75,8 @@ class ShowConsensus(Callback):
         self._owner.show_consensus()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the consensus to the callbacks that follow."""
+        """Let the strategy show the consensus to the callbacks that follow."""
         self._owner.training_epoch_ended()
-        self._owner.show_consensus()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the consensus in the module."""
@@ -53,4 +85,22 @@ class ShowConsensus(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave in the module as much of the consensus as is known without the other ranks."""
+        self._owner.failed(exception)
         self._owner.show_consensus()
+
+
+class AfterCallbacks(Callback):
+    """Tell the strategy that all other callbacks have seen the end of a batch. Must be the last callback.
+
+    Args:
+        owner: the strategy.
+    """
+
+    def __init__(self, owner: ConsensusOwner) -> None:
+        self._owner = owner
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the strategy act after all others."""
+        self._owner.batch_is_over()

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 from lightning_entropy.strategies.compression import Format, Sum
 from lightning_entropy.strategies.options import Grid
 
-Naming = Callable[[RuntimeError], RuntimeError]
+# Waits for other ranks inside of the block, at a place with a name; an error then names the rank that is gone.
+Meeting = Callable[[str], AbstractContextManager[None]]
 
 DIVERGED = "the weights of every replica are nan or inf"  # how the error begins
 
@@ -37,6 +40,14 @@ class Links:
         self.replicas, self.data_parallel = replicas, data_parallel
         self.position = dist.get_rank() % data_parallel
         self.by_host = dist.get_backend(self.across) == "gloo"
+
+    def any_inside(self, flags: Sequence[bool]) -> list[bool]:
+        """Return which of the flags are set on any rank of this replica. A collective of the replica."""
+        if self.inside is None:
+            return list(flags)
+        agreed = torch.tensor([float(flag) for flag in flags], device="cpu" if self.by_host else "cuda")
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.inside)
+        return [value > 0 for value in agreed.tolist()]
 
     def close(self) -> None:
         """Destroy the groups."""
@@ -63,9 +74,13 @@ class Memory:
 class Coupling:
     """Means over replicas, one exchange after the other: the engine's ``replica_mean``.
 
-    A replica with a value that is not finite is left out of the round: it sends zeros of weight zero. If a replica has
-    several ranks, each exchanges its part of the weights and they gather the parts, so that the replica's ranks get the
-    same bits and the replica sends its weights once.
+    What is not finite enters no mean: a replica sends zeros of weight zero in its place, and the mean is that of the
+    others. The weights are judged together, any further tensor (a buffer) by itself. If a replica has several ranks,
+    they judge together too; each exchanges its part of the weights and they gather the parts, so that the replica's
+    ranks get the same bits and the replica sends its weights once.
+
+    A round also carries a notice: whether any rank wants something that all have to do together (to stop, say). All
+    ranks know it when they have waited for the same round.
 
     Args:
         links: process groups of its own.
@@ -73,10 +88,13 @@ class Coupling:
             and add the rounding error to the next round (error feedback); the first round is sent in float32.
         differences: False sends the values themselves: for pseudo-gradients, which the last mean does not predict.
         overlap: False waits for every exchange at once, with the same result.
-        naming: turns the error of a collective into one that names the rank that is gone.
+        meeting: waits for other ranks.
+        name: of the stream, for messages.
 
     Attributes:
         round: the last exchange; None before the first.
+        notice: whether this rank gives notice in the rounds that it starts from now on.
+        noticed: whether any rank has given notice, in the rounds that have been waited for.
         sent: bytes this rank has sent to other replicas, counted as for a ring: 2 (R - 1) / R of the payload.
         waited: seconds this rank has waited for exchanges to end.
         spread: rms per weight, over replicas, of their distance to the mean in the previous round; None before that.
@@ -89,14 +107,17 @@ class Coupling:
         format: Format = "float32",
         differences: bool = True,
         overlap: bool = True,
-        naming: Naming = lambda error: error,
+        meeting: Meeting = lambda where: nullcontext(),
+        name: str = "an exchange",
     ) -> None:
         self.links = links
         self.format: Format = format
         self.differences = differences
         self.overlap = overlap
-        self.naming = naming
+        self.meeting = partial(meeting, name)
         self.round: Round | None = None
+        self.notice = False
+        self.noticed = False
         self.sent = 0.0
         self.waited = 0.0
         self.spread: float | None = None
@@ -109,10 +130,11 @@ class Coupling:
 
         Args:
             tensors: any shapes, the same on all replicas. They must not change until the mean has been waited for.
-            judged: how many of them, from the first, must be finite for the replica to count; None: all.
+            judged: how many of them, from the first, are the weights; None: all.
 
         Returns:
-            A function that waits for the means and returns them, in float64 if any tensor is, else in float32.
+            A function that waits for the means and returns them, in float64 if any tensor is, else in float32. The mean
+            of a tensor beyond the weights that is finite on no replica is nan.
 
         Raises:
             RuntimeError: a rank is gone.
@@ -142,39 +164,50 @@ class Round:
 
     Attributes:
         tensors: this replica's.
-        finite: whether they are, so that the replica counts.
+        finite: whether its weights are, so that they count.
     """
 
     def __init__(self, coupling: Coupling, tensors: list[Tensor], judged: int) -> None:
         self.tensors = tensors
         self._coupling, self._judged = coupling, tensors[:judged]
         self._means: list[Tensor] | None = None
+        # How many values are judged together: those of all weights, then those of every other tensor.
+        self._sizes = [sum(t.numel() for t in self._judged), *(t.numel() for t in tensors[judged:])]
         flat = _flatten(tensors)
-        self.finite = bool(flat[: sum(t.numel() for t in self._judged)].isfinite().all())
+        with coupling.meeting():
+            counts, notice = self._agree_inside(flat)
+        self.finite = counts[0] > 0
+        for part, counted in zip(flat.split(self._sizes), counts, strict=True):
+            if not counted:
+                part.zero_()
         own = self._part(flat)
         memory = coupling.memory
         if memory.mean is not None and memory.mean.numel() != own.numel():
             memory = Memory()  # parameters have been added: start afresh
         self._compressed = coupling.format != "float32"
+        assert len(counts) == 1 or not self._compressed, "a compressed round has weights alone"
         self._reference = memory.mean.to(own) if coupling.differences and memory.mean is not None else None
         whole = self._compressed and coupling.differences and self._reference is None
         values = own if self._reference is None else own - self._reference
         if memory.residual is not None:
             values = values + memory.residual.to(own)
-        if not self.finite:
+        if not self.finite and len(counts) == 1:  # nor what the rounds before have left over
             values = torch.zeros_like(own)
-        self._header = torch.zeros(2, device=own.device)
-        if self.finite:
-            self._header[0] = 1.0
-            if coupling.distance is not None:
-                self._header[1] = coupling.distance
-        try:
+        distance = torch.zeros((), device=own.device)
+        if self.finite and coupling.distance is not None:
+            distance = coupling.distance.to(own.device, torch.float32)
+        self._header = torch.cat([torch.tensor([*counts, notice], device=own.device), distance.reshape(1)])
+        with coupling.meeting():
             self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
             self._sum = Sum(values, coupling.links.across, "float32" if whole else coupling.format, memory.share)
-        except RuntimeError as error:
-            raise coupling.naming(error) from error
         self._residual = values - self._sum.sent if self._compressed and self.finite else memory.residual
-        coupling.sent += 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 8)
+        coupling.sent += 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
+
+    def _agree_inside(self, flat: Tensor) -> tuple[list[float], float]:
+        """Return what the replica's ranks decide together: whether each part counts, and whether they give notice."""
+        finite = torch.stack([part.isfinite().all() for part in flat.split(self._sizes)]).tolist()
+        lost = self._coupling.links.any_inside([*(not f for f in finite), self._coupling.notice])
+        return [0.0 if flag else 1.0 for flag in lost[:-1]], float(lost[-1])
 
     @property
     def in_halves(self) -> bool:
@@ -188,13 +221,20 @@ class Round:
             return True
         return self._coupling.links.inside is None and self._header_work.is_completed() and self._sum.done
 
+    def advance(self) -> None:
+        """Start the second half, if there is one, as soon as the first has arrived, which is waited for.
+
+        To be called before a collective in which the other replicas may already wait for this one.
+        """
+        if self._means is None:
+            with self._coupling.meeting():
+                self._sum.advance()
+
     def progress(self) -> None:
         """Start the second half, if there is one and the first has arrived."""
         if self._means is None:
-            try:
+            with self._coupling.meeting():
                 self._sum.progress()
-            except RuntimeError as error:
-                raise self._coupling.naming(error) from error
 
     def wait(self) -> list[Tensor]:
         """Wait for the means and return them; may be called again.
@@ -204,29 +244,34 @@ class Round:
         """
         if self._means is None:
             start = time.perf_counter()
-            try:
+            with self._coupling.meeting():
                 self._means = self._wait()
-            except RuntimeError as error:
-                raise self._coupling.naming(error) from error
             self._coupling.waited += time.perf_counter() - start
         return self._means
 
     def _wait(self) -> list[Tensor]:
         coupling = self._coupling
-        mean = self._sum.result()
+        total = self._sum.result()
         self._header_work.wait()
-        counted, squares = self._header.tolist()
-        if counted == 0:
+        *counts, noticed, squares = self._header.tolist()
+        coupling.noticed = coupling.noticed or noticed > 0
+        if counts[0] == 0:
             raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")
-        mean = mean / counted if self._reference is None else self._reference + mean / counted
+        mean = total / counts[0] if len(counts) == 1 else total / self._part(self._spread_out(counts, total))
+        if self._reference is not None:
+            mean = self._reference + mean
         if self._compressed:
             coupling.memory = Memory(mean if coupling.differences else None, self._residual, self._sum.residual)
         means = _unflatten(self._whole(mean), self.tensors)
-        coupling.spread = None if coupling.distance is None else (squares / counted) ** 0.5
+        coupling.spread = None if coupling.distance is None else (squares / counts[0]) ** 0.5
         if self._judged and self.finite:
             squared = [(t.detach() - m).square().sum() for t, m in zip(self._judged, means, strict=False)]
             coupling.distance = torch.stack(squared).sum() / sum(t.numel() for t in self._judged)
         return means
+
+    def _spread_out(self, counts: list[float], like: Tensor) -> Tensor:
+        """Return for every value of all the tensors by how many replicas it was counted."""
+        return torch.tensor(counts, dtype=like.dtype).repeat_interleave(torch.tensor(self._sizes))
 
     def _part(self, flat: Tensor) -> Tensor:
         """Return this rank's part of its replica's values, on the device they are sent from."""

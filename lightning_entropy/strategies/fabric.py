@@ -24,7 +24,7 @@ from lightning_entropy.strategies.lightning_internals import (
     without_gradient_sync,
     wrap_in_group,
 )
-from lightning_entropy.strategies.liveness import Heartbeat, watch
+from lightning_entropy.strategies.liveness import Heartbeat, meeting, watch
 from lightning_entropy.strategies.loaders import own_order
 from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
 from lightning_entropy.strategies.rendezvous import join_after_restart
@@ -137,12 +137,9 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
             self.grid,
             seed=self._base_seed,
             timeout=timeout(self),
-            naming=self._named,
+            meeting=lambda where: meeting(self._heartbeat, where),
         )
         return wrapped, optimizers, scheduler
-
-    def _named(self, error: RuntimeError) -> RuntimeError:
-        return error if self._heartbeat is None else self._heartbeat.named(error)
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step, and count the attempt; the outer step follows the last inner step."""

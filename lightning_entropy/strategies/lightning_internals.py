@@ -4,14 +4,17 @@ Checked against lightning 2.6.6 and torch 2.14.1; ``tests/strategies/test_lightn
 them changes. No private method of a parent class is overridden.
 """
 
+import signal
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import Module
@@ -97,6 +100,64 @@ def put_first(trainer: Trainer, callback: Callback) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     others = [other for other in callbacks if type(other) is not type(callback)]
     trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+
+
+def put_last(trainer: Trainer, callback: Callback) -> None:
+    """Make a callback the last to be called; see :func:`put_first`."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [other for other in callbacks if type(other) is not type(callback)]
+    trainer.callbacks = [*others, callback]  # type: ignore[attr-defined]
+
+
+def free_batches(trainer: Trainer) -> Callable[[], None]:
+    """Take out the broadcast by which Lightning ties all ranks before every training batch; return what puts it back.
+
+    ``_TrainingEpochLoop.advance`` calls ``_broadcast_sigterm_tensor`` of its own instance, to tell all ranks of a
+    SIGTERM on rank 0.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    assert callable(loop._broadcast_sigterm_tensor)
+    loop._broadcast_sigterm_tensor = lambda: None
+
+    def undo() -> None:
+        del loop._broadcast_sigterm_tensor
+
+    return undo
+
+
+def ask_every_epoch(timer: Timer) -> Callable[[], None]:
+    """Let a ``Timer`` broadcast its decision at the end of an epoch rather than every batch; return what undoes it.
+
+    The ``interval`` of its constructor is kept in ``_interval``.
+    """
+    interval, timer._interval = timer._interval, "epoch"
+
+    def undo() -> None:
+        timer._interval = interval
+
+    return undo
+
+
+def asks_every_batch(callback: Callback) -> bool:
+    """Whether a ``ModelCheckpoint`` asks all ranks every batch if its ``train_time_interval`` has passed."""
+    return isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None
+
+
+def handlers_of_others(handler: Any) -> list[Callable[[int, FrameType | None], Any]]:
+    """Return the handlers of a signal that are not Lightning's, of the one that the Trainer has installed.
+
+    ``_SignalConnector`` puts its own methods and whatever was installed before into a ``_HandlersCompose``, whose
+    ``signal_handlers`` they are. Python's own handler of SIGINT raises, and is left out.
+    """
+    handlers = getattr(handler, "signal_handlers", [handler])
+    ours = ("lightning.pytorch", "pytorch_lightning")
+    return [
+        h
+        for h in handlers
+        if callable(h)
+        and h is not signal.default_int_handler
+        and not (getattr(h, "__module__", "") or "").startswith(ours)
+    ]
 
 
 def replace_message(exception: BaseException, message: str) -> None:

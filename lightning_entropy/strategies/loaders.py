@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.data import sized_len
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_entropy.strategies.options import Grid
 
@@ -26,10 +27,9 @@ def even_end(loader: object, limit: int | float | None) -> object:
         limit: the Trainer's ``limit_train_batches``: at most so many batches an epoch, or a fraction of them.
 
     Returns:
-        The loader itself if the length is known on all ranks, else one that ends when the shortest does.
-
-    Raises:
-        MisconfigurationException: the lengths are known and differ; all ranks raise it.
+        The loader itself if all have the same length. Else one that ends when the shortest does: replicas meet at the
+        end of an epoch. Where the lengths are known, a warning says how many batches are left out, and nothing is asked
+        while training; where one is unknown (an iterable dataset's), the ranks agree before every batch.
     """
     length = sized_len(loader)
     if length is not None and limit is not None:
@@ -38,12 +38,36 @@ def even_end(loader: object, limit: int | float | None) -> object:
     dist.all_gather_object(lengths, length)
     if None in lengths:
         return EvenEnd(loader)
+    shortest = min(n for n in lengths if n is not None)
     if len(set(lengths)) > 1:
-        raise MisconfigurationException(
-            f"training loaders must have as many batches on every rank, got {lengths} by rank: set limit_train_batches "
-            f"to {min(n for n in lengths if n is not None)}, or give every rank as much data"
+        rank_zero_warn(
+            f"training loaders have {lengths} batches by rank: an epoch ends with the shortest, after {shortest}. Give "
+            "every rank as much data to see it all"
         )
-    return loader
+    return loader if length == shortest else ShortEnd(loader, shortest)
+
+
+class ShortEnd:
+    """A loader that ends after a number of batches.
+
+    Args:
+        loader: of more batches. Its other attributes can be read here too.
+        length: how many batches.
+    """
+
+    def __init__(self, loader: Any, length: int) -> None:
+        self._loader, self._length = loader, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._loader), self._length)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
 
 
 class EvenEnd:

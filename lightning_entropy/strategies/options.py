@@ -42,6 +42,11 @@ class Grid(NamedTuple):
         """Its place in the replica, in [0, D)."""
         return self.rank % self.data_parallel
 
+    @property
+    def file(self) -> str:
+        """The name of this rank's file in a checkpoint, without its ending."""
+        return f"{self.replica}" if self.position == 0 else f"{self.replica}-{self.position}"
+
     def check(self, error: type[Exception]) -> None:
         """Raise ``error`` if the replicas do not divide the processes."""
         if self.world_size % self.replicas:

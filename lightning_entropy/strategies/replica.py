@@ -14,7 +14,7 @@ from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
-from lightning_entropy.strategies.exchange import Coupling, Links, Naming, Round
+from lightning_entropy.strategies.exchange import Coupling, Links, Meeting, Round
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
 
 FORMAT = 1  # of ReplicaLoops.state_dict()
@@ -34,7 +34,7 @@ class ReplicaLoops:
         overlap: False waits for every exchange at once.
         apart: parameters that no optimizer has may differ between replicas.
         timeout: of the exchanges.
-        naming: turns the error of a collective into one that names the rank that is gone.
+        meeting: waits for other ranks.
         bystander: whether a step passes the loops by, as in :class:`InnerOuter`.
 
     Attributes:
@@ -56,17 +56,19 @@ class ReplicaLoops:
         overlap: bool,
         apart: bool,
         timeout: timedelta | None,
-        naming: Naming,
+        meeting: Meeting,
         bystander: Callable[[], bool] = lambda: False,
     ) -> None:
         self._relaxation, self._grid = relaxation, grid
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
-        self._exchange_timeout, self._naming = timeout, naming
+        self._exchange_timeout, self._meeting = timeout, meeting
         self._format: Format = communication_dtype
         self._overlap = overlap
         self._links: list[Links] = []
         # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
-        mean = Coupling(self._open(), overlap=False, naming=naming) if grid.replicas > 1 else None
+        self._mean: Coupling | None = None
+        if grid.replicas > 1:
+            self._mean = Coupling(self._open(), overlap=False, meeting=meeting, name="the consensus")
         self.couplings = [self._coupling() for _ in optimizers if grid.replicas > 1]
         self.loops = ModuleLoops(
             module,
@@ -78,8 +80,15 @@ class ReplicaLoops:
             count_attempts=True,
             bystander=bystander,
         )
-        streams = self.couplings if relaxation.outer_target.early else []
-        self.consensus = Consensus(module, self.loops, mean, streams, every=apart)
+        self.consensus = Consensus(
+            module,
+            self.loops,
+            self._mean,
+            self.couplings,
+            early=relaxation.outer_target.early,
+            every=apart,
+            replica=grid.replica,
+        )
 
     def _open(self) -> Links:
         links = Links(self._grid.replicas, self._grid.data_parallel, self._exchange_timeout)
@@ -92,7 +101,8 @@ class ReplicaLoops:
             format=self._format,
             differences=self._relaxation.outer_target.near,
             overlap=self._overlap,
-            naming=self._naming,
+            meeting=self._meeting,
+            name="an outer step",
         )
 
     def begin(self) -> None:
@@ -141,10 +151,8 @@ class ReplicaLoops:
             self._diverged[i] = round
 
     def _mend(self, i: int) -> None:
-        """Put a replica that has diverged back to the mean of the others, as soon as it can be had."""
-        # An exchange in halves is not waited for alone: the others come to their second half at a later step, which
-        # Lightning does not let them take before this rank does.
-        if i in self._diverged and (self._diverged[i].arrived or not self._diverged[i].in_halves):
+        """Put a replica that has diverged back to the mean of the others, which is waited for."""
+        if i in self._diverged:
             loop, target = self.loops.loops[i], self._diverged.pop(i).wait()
             if self._relaxation.outer_target.common:  # x has gone the others' way; y has not
                 target = loop.anchor
@@ -170,6 +178,22 @@ class ReplicaLoops:
         self.loops.close()
         for coupling in self.couplings:
             coupling.round = None
+
+    def give_notice(self, wanted: bool) -> None:
+        """Say in the exchanges to come whether this rank wants something that all ranks must do together."""
+        for coupling in self._all_couplings:
+            coupling.notice = wanted
+
+    def take_notice(self) -> bool:
+        """Return whether any rank has given notice since the last call: the same on all ranks after an exchange."""
+        noticed = any(coupling.noticed for coupling in self._all_couplings)
+        for coupling in self._all_couplings:
+            coupling.noticed = False
+        return noticed
+
+    @property
+    def _all_couplings(self) -> list[Coupling]:
+        return [*self.couplings, *([] if self._mean is None else [self._mean])]
 
     def metrics(self) -> dict[str, Any]:
         """Return what is logged at outer steps, with the replicas' spread."""
@@ -229,7 +253,7 @@ def replica_loops(
     *,
     seed: int,
     timeout: timedelta | None,
-    naming: Naming,
+    meeting: Meeting,
     bystander: Callable[[], bool] = lambda: False,
 ) -> ReplicaLoops:
     """Return the loops of this rank's optimizers, as the options say; for the arguments see :class:`ReplicaLoops`."""
@@ -244,6 +268,6 @@ def replica_loops(
         overlap=options.overlap,
         apart=options.independent_init,
         timeout=timeout,
-        naming=naming,
+        meeting=meeting,
         bystander=bystander,
     )

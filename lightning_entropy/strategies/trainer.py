@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from enum import Enum, auto
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.outer_rules import OuterFactory
@@ -19,10 +20,12 @@ from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies import checkpoint as replica_files
 from lightning_entropy.strategies.checkpoint import ReplicaFiles
 from lightning_entropy.strategies.compression import Format
-from lightning_entropy.strategies.consensus_callback import ShowConsensus
+from lightning_entropy.strategies.consensus_callback import AfterCallbacks, ShowConsensus
 from lightning_entropy.strategies.lightning_internals import (
+    asks_every_batch,
     confine_sync_batchnorm,
     put_first,
+    put_last,
     set_device_mesh,
     timeout,
     wrap_in_group,
@@ -32,10 +35,20 @@ from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
 from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
+from lightning_entropy.strategies.stopping import JointStop
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
 from lightning_entropy.trainer.resume import check_method
+
+
+class Moment(Enum):
+    """Where a Trainer is, seen from a training batch."""
+
+    BETWEEN = auto()  # two batches: in a validation, say, or a save
+    STEP = auto()  # from a batch's first hook to its optimizer step
+    CALLBACKS = auto()  # when callbacks see the end of a batch
+
 
 # In a checkpoint, what is the same for all replicas; everything else is in each replica's own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
@@ -59,8 +72,18 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     ``<checkpoint>.replicas/<r>.pt``: with it a resume is exact; without it, or with another R, all replicas start from
     the consensus, with a warning.
 
-    A replica whose weights become nan or inf is left out of the mean and restarts from it, with fresh momentum. A rank
-    that dies ends the job, within the process-group timeout and with an error that names it.
+    Replicas meet at outer steps, at validation, at the end of an epoch and at saves, and nowhere else: nothing passes
+    between them in a training batch, so one that is late costs the others nothing before the next meeting. Hence in a
+    training batch ``self.log(..., sync_dist=True)``, ``self.all_gather`` and ``strategy.broadcast`` span the ranks of
+    one replica; at validation and everywhere else they span all ranks, as does ``trainer.world_size``, and
+    ``trainer.global_rank`` is that of all of them. Files, loggers and the progress bar are rank 0's. SIGTERM, Ctrl+C,
+    a ``Timer`` and ``trainer.should_stop`` on any rank travel with the next meeting, and all ranks stop at its outer
+    step. Two things still ask all ranks every batch: loaders of unknown length, and ``ModelCheckpoint`` with a
+    ``train_time_interval``.
+
+    What is not finite enters no mean. A replica whose weights become nan or inf is left out and restarts from the mean,
+    with fresh momentum; so do its buffers. A rank that dies ends the job, within the process-group timeout and with an
+    error that names it, and says why where it could.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
     ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
@@ -68,8 +91,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     (per training step, for exchanges to arrive; on CUDA, as seen by the host).
 
     Saving is a collective, so it does not belong in a signal handler: on SLURM, use
-    ``SLURMEnvironment(auto_requeue=False)``. Lightning itself broadcasts a flag before every batch of every
-    multi-process fit, so replicas advance batch by batch together and pay a link's latency once a batch.
+    ``SLURMEnvironment(auto_requeue=False)``.
 
     Step optimizers through the Trainer, as automatic optimization and ``self.optimizers()`` do: replicas count
     attempted steps, so that they stay together when a gradient scaler skips one.
@@ -96,7 +118,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
         TypeError: ``relaxation`` is not one.
         MisconfigurationException: at the start of fit: replicas that do not divide the processes; another owner of the
-            loop, or a weight-averaging callback; loaders of different lengths.
+            loop, or a weight-averaging callback.
 
     References:
         Chaudhari et al., Parle, 2017, arXiv:1707.00424; Zhang et al., Elastic averaging SGD, NeurIPS 2015,
@@ -136,6 +158,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._left: dict[str, Any] | None = None  # by the fit that has ended
         self._unclosed: dict[str, Any] | None = None  # this replica's state before its loops were closed
         self._epoch_rng: dict[str, Any] | None = None  # of a checkpoint from an epoch's last batch, until the next one
+        self._stop: JointStop | None = None  # of the fit, with several replicas
+        self._moment = Moment.BETWEEN
 
     # Public attributes; the code itself reads the options.
     relaxation = property(attrgetter("options.relaxation"))
@@ -159,7 +183,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     @property
     def _fitting(self) -> bool:
-        return self._trainer.state.fn == TrainerFn.FITTING
+        # Where processes were started for the fit, the one that started them has no module at hand.
+        return self.lightning_module is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     # Set-up
 
@@ -192,6 +217,15 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
                     f"the consensus of {type(self).__name__}: remove one of them"
                 )
         put_first(self._trainer, ShowConsensus(self))
+        self._stop = None
+        if self.grid.replicas > 1:
+            put_last(self._trainer, AfterCallbacks(self))
+            self._stop = JointStop(self._trainer, self.global_rank)
+            if any(map(asks_every_batch, self._trainer.callbacks)):  # type: ignore[attr-defined]
+                rank_zero_warn(
+                    "ModelCheckpoint(train_time_interval=...) asks all ranks every batch, which ties the replicas "
+                    "to each other: every_n_train_steps does not"
+                )
 
     @property
     def _inside(self) -> Any:
@@ -225,10 +259,52 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         return own_order(self.grid)
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Refuse training loaders of different lengths; those of unknown length end with the shortest."""
+        """Let training loaders of different lengths end with the shortest."""
         if self._trainer.training and self.world_size > 1:
             return even_end(dataloader, self._trainer.limit_train_batches)
         return dataloader
+
+    # Which ranks a collective of Lightning's spans
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nothing may be asked of other replicas: from a training batch's start to its callbacks' end."""
+        return self._moment != Moment.BETWEEN and self._trainer.training and self.grid.replicas > 1
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over all ranks; in a training batch over this replica's."""
+        if self._alone and group in (None, dist.group.WORLD):
+            if self.grid.data_parallel == 1:
+                return tensor
+            group = self._inside
+        return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
+        """Gather from all ranks; in a training batch from this replica's."""
+        if self._alone and group in (None, dist.group.WORLD):
+            if self.grid.data_parallel == 1:
+                return tensor
+            group = self._inside
+        return super().all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object; in a training step that of this replica's rank at position ``src``."""
+        if self._alone and self._moment == Moment.STEP:
+            if self.grid.data_parallel == 1:
+                return obj
+            src = self.grid.replica * self.grid.data_parallel + src % self.grid.data_parallel
+            objects = [obj]
+            dist.broadcast_object_list(objects, src, group=self._inside)
+            return objects[0]
+        return super().broadcast(obj, src)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Agree on a decision with all ranks, whenever it is: to save, say."""
+        before, self._moment = self._moment, Moment.BETWEEN
+        try:
+            return super().reduce_boolean_decision(decision, all)
+        finally:
+            self._moment = before
 
     # Training
 
@@ -251,7 +327,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             self.grid,
             seed=self._base_seed,
             timeout=timeout(self),
-            naming=self._named,
+            meeting=self._meeting,
             bystander=lambda: self._tries,
         )
         self._log = OuterStepLog(self._trainer)
@@ -290,6 +366,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             check_optimizers(self.lightning_module, self.optimizers)
             self._loops.follow(self.optimizers)
             rank_zero_info(f"{type(self).__name__}: the Trainer's optimizers have changed; new loops begin at x")
+        self._stop_if_noticed()
+        self._give_notice()
         self._loops.begin()
         due = self._log.due
         for loop in self._loops.loops.loops:
@@ -305,19 +383,57 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             self._log.write(self._loops)
         return output
 
+    def training_begins(self) -> None:
+        """Let nothing tie the replicas batch by batch."""
+        if self._stop is not None:
+            self._stop.install()
+
+    def training_batch_started(self) -> None:
+        """From here on nothing is asked of other replicas but at exchanges."""
+        self._moment = Moment.STEP
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Stop alone, if this rank was told to and no exchange has come within seconds."""
+        if self._stop is not None:
+            self._stop.check()
+
+    def _give_notice(self) -> None:
+        if self._stop is not None and self._loops is not None:
+            self._loops.give_notice(self._stop.wanted)
+
+    def _stop_if_noticed(self) -> None:
+        """Stop together with the other ranks, if any rank has asked for it in an exchange that all have seen."""
+        if self._stop is not None and self._loops is not None and self._loops.take_notice():
+            self._stop.act()
+
     def training_batch_ended(self, batch_idx: int) -> None:
-        """Close the loops if this was the last batch, before the last validation and checkpoint."""
+        """Close the loops if this was the last batch, before the last validation and checkpoint; or stop here."""
+        self._moment = Moment.CALLBACKS
         if training_is_complete(self._trainer, batch_idx):
             self._close()
+        else:
+            self._stop_if_noticed()
+
+    def batch_is_over(self) -> None:
+        """Let the Trainer go on where it wants to stop, until all replicas can."""
+        self._moment = Moment.BETWEEN
+        if self._stop is not None:
+            self._stop.hold()
 
     def training_epoch_ended(self) -> None:
-        """Close the loops if the Trainer stops here; go back to the random numbers of an epoch that had ended."""
+        """Show the consensus, and close the loops if the Trainer stops here: on its own, or with another rank."""
+        self._moment = Moment.BETWEEN
         if self._trainer.should_stop:
             self._close()
         if self._epoch_rng is not None:
             # Resumed from the validation of an epoch's last batch: making its iterator again has drawn a number.
             set_rng_state(self._epoch_rng)
             self._epoch_rng = None
+        self.show_consensus()
+        self._stop_if_noticed()
+        if self._trainer.should_stop:
+            self._close()
 
     def training_ended(self) -> None:
         """Close the loops, wherever they are."""
@@ -341,13 +457,16 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     def show_consensus(self) -> None:
         """Put the consensus into the module until the next training batch. A collective, unless it is there already."""
+        self._moment = Moment.BETWEEN
         if self._loops is not None:
+            self._give_notice()
             self._loops.consensus.show(alone=self._trainer.interrupted)
 
     def on_validation_end(self) -> None:
         """Put y back, behind every callback and before the module puts back its own."""
         if self._loops is not None and not self._tries:
             self._loops.consensus.hide()
+            self._stop_if_noticed()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state dict of the consensus. A collective, except after an exception."""
@@ -361,6 +480,9 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             self._loops.detach(close=not self._leaving)
             self._loops = None
             release(self._trainer, self)
+        if self._stop is not None:
+            self._stop.remove()
+            self._stop = None
         super().teardown()
 
     # Checkpoints
@@ -380,7 +502,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             return
         own = {key: value for key, value in checkpoint.items() if key not in COMMON}
         info = {"counters": ReplicaLoops.counters(state)}
-        self._files.save(self.checkpoint_io, checkpoint, {"checkpoint": own, **state}, info, filepath, storage_options)
+        whole = {"checkpoint": own, **state}
+        self._files.save(
+            self.checkpoint_io, checkpoint, whole, info, filepath, storage_options, alone=self._trainer.interrupted
+        )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the main file and, in fit, this replica's own."""

@@ -1,13 +1,12 @@
 """A DDP strategy for the Trainer whose errors name the rank that died, and that does not wait for it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_entropy.strategies.lightning_internals import backend, replace_message, timeout
-from lightning_entropy.strategies.liveness import Heartbeat, watch
+from lightning_entropy.strategies.liveness import Heartbeat, meeting, watch
 from lightning_entropy.strategies.options import Grid
 from lightning_entropy.strategies.rendezvous import join_after_restart
 
@@ -46,6 +45,12 @@ class WatchedDDPStrategy(DDPStrategy):
         except RuntimeError:  # the module is not attached yet
             return False
 
+    def failed(self, exception: BaseException) -> None:
+        """Tell the other ranks why this one leaves, unless it is because of one that is gone."""
+        gone = isinstance(exception, RuntimeError) and self._named(exception) is not exception
+        if self._heartbeat is not None and not gone:
+            self._heartbeat.leave(exception)
+
     def on_exception(self, exception: BaseException) -> None:
         """Name the rank that is gone, if that is what happened."""
         super().on_exception(exception)
@@ -57,6 +62,9 @@ class WatchedDDPStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Stop the heartbeat."""
         if self._heartbeat is not None:
+            if self._leaving and self.is_global_zero:
+                # Rank 0 may be the one that started the others and ends them: they are let write their checkpoints.
+                self._heartbeat.wait_for_others()
             self._heartbeat.stop()
             self._heartbeat = None
         super().teardown()
@@ -64,33 +72,27 @@ class WatchedDDPStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
         if not self._leaving:
-            with self._naming():
+            with self._meeting("a barrier"):
                 super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Return rank ``src``'s object."""
         if self._leaving:
             return obj
-        with self._naming():
+        with self._meeting("a broadcast"):
             return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce over all ranks."""
         if self._leaving:
             return tensor
-        with self._naming():
+        with self._meeting("a reduction"):
             return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Agree on a decision."""
         return decision if self._leaving else super().reduce_boolean_decision(decision, all)
 
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            named = self._named(error)
-            if named is error:
-                raise
-            raise named from error
+    def _meeting(self, where: str) -> AbstractContextManager[None]:
+        """Wait for other ranks inside of the block; an error names the ranks that are gone."""
+        return meeting(self._heartbeat, where)

@@ -18,7 +18,7 @@ from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
-from lightning_entropy.trainer.progress import log_outer_step, training_is_complete
+from lightning_entropy.trainer.progress import log_outer_step, of_this_training, training_is_complete
 from lightning_entropy.trainer.resume import check_loadable, check_method, check_state, check_states, shapes_of
 
 FORMAT = 1  # of InnerOuterCallback.state_dict()
@@ -136,7 +136,7 @@ class InnerOuterCallback(Callback):
         self._loops = ModuleLoops(
             pl_module,
             trainer.optimizers,
-            self.relaxation,
+            of_this_training(self.relaxation, trainer),
             outer=self.outer,
             seed=seed,
             compile=self.compile,

@@ -128,3 +128,17 @@ def test_what_is_no_dict_is_refused(state: Any) -> None:
     _, _, loop = start(OPTIMIZERS["sgd"], le.Relaxation())
     with pytest.raises(ValueError, match=re.escape(f"state_dict of a loop must be a dict, got {state!r}")):
         loop.load_state_dict(state)
+
+
+def test_a_schedule_that_cannot_go_on_from_a_state_leaves_the_loop_as_it_is() -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], le.entropy_sgd(5, 0.5))
+    for i in range(7):
+        step(net, optimizer, i)
+    state = copy.deepcopy(loop.state_dict())
+    other, other_optimizer, other_loop = start(OPTIMIZERS["sgd"], le.entropy_sgd(5, lambda t: 0.5 - t))
+    step(other, other_optimizer, 0)
+    before = values(other.parameters())
+    with pytest.raises(ValueError, match=r"gamma\(t=1\) must be"):
+        other_loop.load_state_dict(state)
+    assert_equal(other.parameters(), before)
+    assert (other_loop.inner_step, other_loop.outer_step) == (1, 0)

@@ -100,13 +100,24 @@ def test_what_is_changed_while_the_consensus_is_shown_is_in_the_checkpoint(tmp_p
     assert_goes_on(whole, fit(tmp_path / "again", strategy(relaxation), 2, ckpt_path=file, **kwargs), 16)
 
 
+class LocalStatistics(Streaming):
+    """BatchNorm layers whose statistics the ranks of a replica do not share."""
+
+    def __init__(self) -> None:
+        super().__init__(bn=True)
+
+
 @pytest.mark.processes
-def test_resume_of_groups(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
+def test_resume_of_groups(tmp_path: Path, format: Any) -> None:
+    """Also of what the ranks of a replica do not share: what rounding left over, and BatchNorm statistics."""
+    own = {"replicas": 2, "communication_dtype": format, "broadcast_buffers": False}
     keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1)
-    whole = fit(tmp_path, strategy(PARLE, replicas=2), 4, make=Streaming, callbacks=[keep], **SHORT)
-    assert sorted(os.listdir(tmp_path / "at.ckpt.replicas")) == ["0.pt", "1.pt"]
-    kwargs: dict[str, Any] = {"make": Streaming, "ckpt_path": tmp_path / "at.ckpt", **SHORT}
-    assert_goes_on(whole, fit(tmp_path / "again", strategy(PARLE, replicas=2), 4, **kwargs), 4)
+    whole = fit(tmp_path, strategy(PARLE, **own), 4, make=LocalStatistics, callbacks=[keep], **SHORT)
+    assert sorted(os.listdir(tmp_path / "at.ckpt.replicas")) == ["0-1.pt", "0.pt", "1-1.pt", "1.pt"]
+    kwargs: dict[str, Any] = {"make": LocalStatistics, "ckpt_path": tmp_path / "at.ckpt", **SHORT}
+    assert_goes_on(whole, fit(tmp_path / "again", strategy(PARLE, **own), 4, **kwargs), 4)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +215,45 @@ def test_a_wrong_file_is_an_error_that_names_it(copy: Path, damage: str) -> None
         go_on(copy)
 
 
+def saved_alone(copy: Path, replica: int, step: int) -> None:
+    """Put beside a checkpoint what a rank leaves there that saves alone, after an exception."""
+    path = Path(f"{copy}.replicas/{replica}.pt")
+    run, number, _ = torch.load(copy, weights_only=True)["elastic_replicas"]["token"].split("-")
+    token = f"{run}-{int(number) + 1}-{step}"
+    content = torch.load(path, weights_only=True)
+    content["checkpoint"]["global_step"] = step
+    torch.save({**content, "token": token}, path.with_name(f"{replica}.{token}.part"))
+    if replica == 0:
+        main = torch.load(copy, weights_only=True)
+        main["elastic_replicas"]["token"] = token
+        torch.save(main, copy)
+
+
+@pytest.mark.processes
+def test_files_of_different_steps_are_not_used_and_the_last_complete_set_is_found(copy: Path) -> None:
+    expected = go_on(copy)
+    saved_alone(copy, 1, 32)
+    saved_alone(copy, 0, 40)
+    with pytest.raises(Exception, match=r"not complete: .*/1.pt, .* is missing: .* the last complete save, at step 7"):
+        go_on(copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for left, right in zip(expected, go_on(copy), strict=True):
+            assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
+    for replica in range(2):
+        os.remove(f"{copy}.replicas/{replica}.pt")
+    with pytest.raises(Exception, match=r"not complete: .*/1.pt, .* is missing: all of them start from the consensus"):
+        go_on(copy)
+
+
+@pytest.mark.processes
+def test_files_that_ranks_saved_alone_at_the_same_step_are_a_set(copy: Path) -> None:
+    for replica in (1, 0):
+        saved_alone(copy, replica, 7)
+        os.remove(f"{copy}.replicas/{replica}.pt")
+    go_on(copy)
+
+
 @pytest.mark.processes
 def test_a_surplus_file_is_said_and_not_read(copy: Path) -> None:
     shutil.copy(f"{copy}.replicas/1.pt", f"{copy}.replicas/2.pt")
@@ -235,19 +285,18 @@ def test_a_crash_while_saving_leaves_one_whole_checkpoint(tmp_path: Path, moment
         # The order that the barriers make: all stage, the first replaces, all commit.
         token = f"{run}-1"
         for grid in grids:
-            replica_files.stage({"token": token, "value": value}, path, grid.replica, token)
+            replica_files.stage({"token": token, "value": value}, path, grid.file, token)
         replica_files.save_whole(
             replica_files.TorchCheckpointIO(), {"value": value, replica_files.KEY: {"token": token}}, path
         )
         for grid in grids:
-            replica_files.commit(path, grid.replica, token)
+            replica_files.commit(path, grid.file, token)
 
     def load() -> set[int]:
         main = torch.load(path, weights_only=True)
         token = main[replica_files.KEY]["token"]
-        files = [replica_files.find(path, r, token) for r in range(2)]
-        assert all(files)
-        return {main["value"]} | {replica_files.read(str(f), token, True)["value"] for f in files}
+        contents = [replica_files.contents(path, str(r), token, True) for r in range(2)]
+        return {main["value"]} | {content[token]["value"] for content in contents}
 
     save("first", 1)
     calls = 0

@@ -1,6 +1,7 @@
 """Whoever looks sees the consensus; a replica's own state stays beside it."""
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,47 @@ def test_batchnorm_is_refreshed_at_the_consensus(tmp_path: Path) -> None:
             refreshed = rank["refreshed"][epoch]
             torch.testing.assert_close(refreshed[0], layer.running_mean, rtol=0, atol=1e-12)
             torch.testing.assert_close(refreshed[0], saved["net.1.running_mean"], rtol=0, atol=0)
+
+
+class Spoils(L.Callback):
+    """Put nan somewhere on one rank in the middle of a loop, and see what every rank validates with."""
+
+    def __init__(self, folder: Path, where: str) -> None:
+        self.folder, self.where = folder, where
+        self.held: list[list[Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            with torch.no_grad():
+                (pl_module.net[0].weight if self.where == "weight" else pl_module.net[1].running_mean).fill_(torch.nan)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.held.append([v.clone() for v in pl_module.state_dict().values()])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        torch.save(self.held, self.folder / f"held.{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize("where", ["weight", "buffer"])
+@pytest.mark.parametrize("relaxation", [le.parle(12, 0.1, 0.3, 0.25), le.diloco(12), le.elastic_sgd(12)])
+@pytest.mark.parametrize("data_parallel", [1, 2])
+def test_what_is_not_finite_is_never_validated_and_is_mended(
+    tmp_path: Path, where: str, relaxation: le.Relaxation, data_parallel: int
+) -> None:
+    """Found by a validation in the middle of a loop, before any exchange of weights is due."""
+    n = 2 * data_parallel
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        own = strategy(relaxation, start_method="popen", replicas=2, broadcast_buffers=False)
+        callbacks = [Spoils(tmp_path, where), Record(tmp_path)]
+        run = trainer(tmp_path, own, n, callbacks=callbacks, max_epochs=4, val_check_interval=4, limit_val_batches=1)
+        run.fit(Net(bn=True, samples=64 * data_parallel))
+
+    assert external(n, work) == [""] * n
+    for rank in range(n):
+        held = torch.load(tmp_path / f"held.{rank}.pt")
+        assert len(held) == 8
+        assert all(v.isfinite().all() for values in held for v in values)
+        iterates = torch.load(tmp_path / f"{rank}.pt", weights_only=False)["iterates"]
+        assert all(y.isfinite().all() for y in iterates[-1])

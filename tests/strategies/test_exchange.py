@@ -85,21 +85,41 @@ def test_differences_are_what_is_rounded(tmp_path: Path) -> None:
         assert (a - b).abs().max() < 0.01
 
 
-def test_a_replica_that_is_not_finite_does_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data_parallel", [1, 2])
+def test_what_is_not_finite_enters_no_mean(tmp_path: Path, data_parallel: int) -> None:
+    """The weights together, further tensors each by itself; and one rank of a replica speaks for all of them."""
+
     def work(rank: int) -> list[Any]:
-        coupling = Coupling(Links(3, 1))
-        given = values(rank)
-        if rank == 1:
+        replica = rank // data_parallel
+        coupling = Coupling(Links(3, data_parallel))
+        given = values(replica)
+        if rank == 2 * data_parallel - 1:
             given[0][3, 3] = float("inf")
         wait = coupling(given)
         assert coupling.round is not None
-        # What is not judged may be anything: a mask of -inf, say.
+        finite = coupling.round.finite
+        statistics = torch.full((3,), torch.nan if rank == 0 else float(replica))
         mask = torch.tensor([0.0, -torch.inf])
-        return [*wait(), coupling.round.finite, coupling([*values(rank), mask], judged=3)()[3]]
+        return [*wait(), finite, *coupling([*values(replica), statistics, mask], judged=3)()]
 
-    ranks = meet(3, work, tmp_path)
-    mean = [(a + b) / 2 for a, b in zip(values(0), values(2), strict=True)]
+    ranks = meet(3 * data_parallel, work, tmp_path)
+    two = [(a + b) / 2 for a, b in zip(values(0), values(2), strict=True)]
+    three = [sum(parts) / 3 for parts in zip(*(values(r) for r in range(3)), strict=True)]
     for r, rank in enumerate(ranks):
-        torch.testing.assert_close(rank[:3], mean)
-        assert rank[3] == (r != 1)
-        assert rank[4].tolist() == [0, -torch.inf]
+        torch.testing.assert_close(rank[:3], two)
+        assert rank[3] == (r // data_parallel != 1)
+        torch.testing.assert_close(rank[4:7], three)
+        assert rank[7].tolist() == [1.5] * 3
+        assert rank[8].isnan().all()  # finite nowhere
+
+
+def test_a_notice_reaches_all_ranks_in_the_same_round(tmp_path: Path) -> None:
+    def work(rank: int) -> list[bool]:
+        coupling, seen = Coupling(Links(2, 2)), []
+        for t in range(3):
+            coupling.notice = rank == 3 and t == 1
+            coupling(values(0))()
+            seen.append(coupling.noticed)
+        return seen
+
+    assert meet(4, work, tmp_path) == [[False, True, True]] * 4

@@ -1,6 +1,8 @@
 """The private names of Lightning and torch that the strategies rely on."""
 
 import ast
+import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
 from lightning.fabric.strategies import ddp as fabric_ddp
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies import ddp as trainer_ddp
@@ -216,3 +219,71 @@ def test_private_names_of_others_are_in_one_file() -> None:
                 if not name.startswith(("self._", "cls._")) and name not in ELSEWHERE:
                     found.add(f"{file.name}: {name}")
     assert {entry.split(":")[0] for entry in found} == {"lightning_internals.py"}, found
+
+
+@pytest.mark.processes
+def test_the_only_collective_of_a_batch_is_taken_out(tmp_path: Path) -> None:
+    """DDP's ranks are broadcast to before every batch; with the loop freed they are not, and afterwards they are."""
+
+    class Free(L.Callback):
+        def __init__(self) -> None:
+            self.calls, self.seen = 0, []
+            self.undo: Any = None
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            original = torch.distributed.broadcast
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                self.calls += 1
+                return original(*args, **kwargs)
+
+            torch.distributed.broadcast = counted
+            self.undo = internals.free_batches(trainer)
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, i: int) -> None:
+            self.seen.append(self.calls)
+            if i == 1:
+                self.undo()
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            torch.save(self.seen, tmp_path / f"seen.{trainer.global_rank}.pt")
+
+    trainer(tmp_path, "ddp_fork", 2, callbacks=[Free()], max_epochs=1).fit(Net())
+    for rank in range(2):
+        assert torch.load(tmp_path / f"seen.{rank}.pt") == [0, 0, 1, 2]
+
+
+def test_a_timer_is_asked_every_epoch_until_that_is_undone(tmp_path: Path) -> None:
+    asked: list[bool] = []
+    run = trainer(tmp_path, "auto", 1)
+    run.strategy.broadcast = lambda obj, src=0: asked.append(obj) or obj  # type: ignore[func-returns-value,assignment]
+    timer = Timer(timedelta(hours=1))
+    undo = internals.ask_every_epoch(timer)
+    timer.on_train_batch_end(run)
+    assert asked == []
+    timer.on_train_epoch_end(run)
+    assert asked == [False]
+    undo()
+    timer.on_train_batch_end(run)
+    assert asked == [False, False]
+
+
+def test_a_checkpoint_by_time_is_known() -> None:
+    assert internals.asks_every_batch(ModelCheckpoint(train_time_interval=timedelta(minutes=1)))
+    assert not internals.asks_every_batch(ModelCheckpoint(every_n_train_steps=1))
+
+
+def test_handlers_that_are_not_lightnings_are_found(tmp_path: Path) -> None:
+    def mine(number: int, frame: Any) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, mine)
+    run = trainer(tmp_path, "auto", 1)
+    try:
+        run._signal_connector.register_signal_handlers()
+        assert internals.handlers_of_others(signal.getsignal(signal.SIGTERM)) == [mine]
+        assert internals.handlers_of_others(mine) == [mine]
+        assert internals.handlers_of_others(signal.SIG_DFL) == []
+        assert internals.handlers_of_others(signal.default_int_handler) == []
+    finally:
+        run._signal_connector.teardown()
+        signal.signal(signal.SIGTERM, before)

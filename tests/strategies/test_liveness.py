@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 import warnings
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_entropy as le
 from lightning_entropy.strategies import liveness as heartbeat
@@ -94,7 +96,7 @@ class FakeStore:
     def multi_get(self, keys: list[str]) -> list[bytes]:
         if not FakeStore.there:
             raise RuntimeError("connection closed")
-        return [self.values[key] for key in keys]
+        return [self.values.get(key, b"") for key in keys]
 
 
 def test_rank_0_keeps_the_store_until_the_others_have_read_who_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +104,7 @@ def test_rank_0_keeps_the_store_until_the_others_have_read_who_is_gone(monkeypat
     monkeypatch.setattr(FakeStore, "values", {})
     monkeypatch.setattr(FakeStore, "there", True)
     monkeypatch.setattr(heartbeat.dist, "TCPStore", FakeStore)
+    monkeypatch.setattr(heartbeat, "listening_store", FakeStore)
     monkeypatch.setattr(heartbeat.dist, "broadcast_object_list", lambda port, src: port.__setitem__(0, 1))
     monkeypatch.setattr(heartbeat.dist, "all_gather_object", lambda errors, error: None)
     beats = [heartbeat.Heartbeat(rank, 4, "host") for rank in range(4)]
@@ -172,3 +175,138 @@ def test_a_rank_that_stands_still_is_named_after_the_timeout(tmp_path: Path) -> 
     said = external(2, work, timeout=40, until=0)
     assert "rank 1 (replica 1) stopped answering" in said[0]
     assert time.monotonic() - start < 30
+
+
+class Fails(L.Callback):
+    """Raise, or find the disk full, on one rank."""
+
+    def __init__(self, rank: int, moment: str) -> None:
+        self.rank, self.moment = rank, moment
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.moment == "step" and trainer.global_rank == self.rank and trainer.global_step == 5:
+            raise ValueError("broken image")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.moment == "save" and trainer.global_rank == self.rank:
+            raise OSError(28, "No space left on device")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.moment == "validation" and trainer.global_rank == self.rank:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("format", ["float32", "int8"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("moment", "reason"),
+    [("step", "ValueError: broken image"), ("save", "No space left on device"), ("validation", "KeyboardInterrupt")],
+)
+def test_a_rank_that_fails_is_named_with_its_reason(
+    tmp_path: Path, format: Any, rank: int, moment: str, reason: str
+) -> None:
+    def work(rank_: int) -> None:
+        warnings.simplefilter("ignore")
+        own = strategy(PARLE, start_method="popen", communication_dtype=format)
+        keep = ModelCheckpoint(tmp_path, every_n_train_steps=5)
+        run = trainer(tmp_path, own, 2, callbacks=[Fails(rank, moment), keep], limit_val_batches=1)
+        run.fit(Net())
+
+    other = external(2, work)[1 - rank]
+    assert other.startswith("ReplicaLost: ")
+    assert f"rank {rank} (replica {rank}) ended with" in other
+    assert reason in other
+
+
+@pytest.mark.processes
+def test_a_rank_that_dies_before_its_first_heartbeat_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
+    watch = heartbeat.watch
+
+    def dies(grid: Any, environment: Any) -> Any:
+        if grid.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return watch(grid, environment)
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        monkeypatch.setattr("lightning_entropy.strategies.watched_ddp.watch", dies)
+        trainer(tmp_path, strategy(PARLE, start_method="popen"), 3).fit(Net())
+
+    said = external(3, work)
+    assert said[1] == f"exit {-signal.SIGKILL}"
+    assert said[0].startswith("ReplicaLost: ")
+    assert "rank 1" in said[0].lower().replace("ranks", "rank") or "[1]" in said[0]
+    assert said[2] != ""
+
+
+def test_what_a_stranger_writes_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStore, "values", {})
+    monkeypatch.setattr(FakeStore, "there", True)
+    monkeypatch.setattr(heartbeat.dist, "TCPStore", FakeStore)
+    monkeypatch.setattr(heartbeat, "listening_store", FakeStore)
+    monkeypatch.setattr(heartbeat.dist, "broadcast_object_list", lambda port, src: port.__setitem__(0, 1))
+    monkeypatch.setattr(heartbeat.dist, "all_gather_object", lambda errors, error: None)
+    beats = [heartbeat.Heartbeat(rank, 3, "host") for rank in range(3)]
+    try:
+        for key, value in (("lost", "x"), ("lost", "-1,7"), ("lost", "\u00b2"), ("beat/2", "nonsense")):
+            FakeStore().set(key, value)
+            assert beats[0].silent(patience=1.0) == []
+        assert all(beat._thread.is_alive() for beat in beats)
+    finally:
+        for beat in beats:
+            beat.stop()
+
+
+def test_the_store_listens_at_the_address_of_its_host_alone() -> None:
+    store = heartbeat.listening_store("127.0.0.1", timedelta(seconds=5))
+    with socket.socket() as elsewhere, pytest.raises(OSError, match="refused"):
+        elsewhere.connect(("127.0.0.2", store.port))
+    with socket.socket() as here:
+        here.connect(("127.0.0.1", store.port))
+
+
+class StopsAlone(Net):
+    """Stop on one rank, behind the back of every callback."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_rank == 1 and self.trainer.global_step == 5:
+            self.trainer.should_stop = True
+
+
+class SavesAlone(Net):
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_rank == 1 and self.trainer.global_step == 5:
+            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir, "alone.ckpt"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("module", [StopsAlone, SavesAlone])
+@pytest.mark.parametrize("relaxation", [PARLE, le.diloco(3)])
+def test_ranks_that_wait_for_each_other_at_different_places_end_and_say_where(
+    tmp_path: Path, module: Any, relaxation: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, strategy(relaxation, start_method="popen"), 2).fit(module(samples=800))
+
+    said = external(2, work, timeout=40)
+    assert "hung" not in said
+    assert "exit 1" in said
+    assert "different places: rank 0 (replica 0) at an outer step, rank 1 (replica 1) at " in capfd.readouterr().err
+
+
+@pytest.mark.processes
+def test_a_rank_that_has_ended_before_the_others_is_named(tmp_path: Path) -> None:
+    """Its last meeting was another one for the others."""
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, strategy(PARLE, start_method="popen"), 2).fit(StopsAlone())
+
+    said = external(2, work, timeout=40)
+    assert said[1] == ""
+    assert said[0].startswith("ReplicaLost: rank 1 (replica 1) ended with its fit, and rank 0 cannot go on")

@@ -39,7 +39,7 @@ def test_what_is_logged(tmp_path: Path, format: Any) -> None:
     sent = float(rows[-1]["entropy/bytes_per_step"])
     # The weights are float64, which goes as it is; rounded, there is a block for each of the two.
     payload = {"float32": 8 * weights, "bfloat16": 2 * 2 * 1024, "int8": 2 * (1024 + 4)}[format]
-    assert sent == pytest.approx((payload + 8) / 4)
+    assert sent == pytest.approx((payload + 12) / 4)
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [3, 7, 11, 15]), (5, [7, 15]), (6, [7, 15]), (9, [11]), (0, [])])
