@@ -100,6 +100,10 @@ class OuterRule:
         """Return the outer optimizer's options and, by name, its state; None before its first step."""
         return self._step.state_dict(self._weights.named())
 
+    def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
+        """Refuse a state as :meth:`OuterStep.check_state` does."""
+        self._step.check_state(what, state)
+
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from an outer optimizer's state, or without one; a step that was due is not taken."""
         self._due = None
@@ -128,6 +132,7 @@ class OuterStep:
     """
 
     def __init__(self, factory: OuterFactory | None, momentum: float) -> None:
+        self._options: list[set[str]] | None = None  # of the optimizer's groups; None where there is no optimizer
         if factory is not None:
             if not callable(factory):
                 raise TypeError(f"outer must be a callable of the list of anchors, got {factory!r}")
@@ -135,6 +140,9 @@ class OuterStep:
             if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
                 kind = type(made).__name__
                 raise TypeError(f"outer must return a torch.optim.Optimizer that steps without a closure, got {kind}")
+            self._options = [set(group) for group in made.param_groups]
+        elif momentum:
+            self._options = [set(group) for group in SGD([torch.zeros(1)], lr=1.0).param_groups]
         self._factory = factory
         self._momentum = momentum
         self._loaded: Mapping[str, Any] | None = None  # waits for the optimizer, which waits for the anchors
@@ -202,6 +210,28 @@ class OuterStep:
             return self._loaded
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {"options": options, "state": {name: dict(self.optimizer.state.get(w.anchor, {})) for name, w in names}}
+
+    def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
+        """Refuse the state of another optimizer than this one; what there is no optimizer for is left alone.
+
+        Args:
+            what: the state is in, for the message.
+            state: of :meth:`state_dict`.
+
+        Raises:
+            ValueError: another number of groups, or groups with other options.
+        """
+        if state is None or self._options is None:
+            return
+        then = [set(group) for group in state["options"]]
+        # Another version of torch may have options more, or less; another optimizer has both.
+        known = zip(then, (now - {"params"} for now in self._options), strict=False)
+        if len(then) != len(self._options) or not all(a <= b or b <= a for a, b in known):
+            names = [sorted(now - {"params"}) for now in self._options]
+            raise ValueError(
+                f"outer in {what} must be of an optimizer with options {names}, got {[sorted(a) for a in then]}: give "
+                "the outer optimizer that it was saved with"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Keep a copy of the state until the anchors are there."""
