@@ -111,11 +111,14 @@ class LocalStatistics(Streaming):
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
-@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
-def test_resume_of_groups(tmp_path: Path, format: Any) -> None:
-    """Also of what the ranks of a replica do not share: what rounding left over, and BatchNorm statistics."""
+@pytest.mark.parametrize(("format", "at"), [("float32", 5), ("bfloat16", 5), ("int8", 5), ("int8", 6), ("int4", 6)])
+def test_resume_of_groups(tmp_path: Path, format: Any, at: int) -> None:
+    """Also of what the ranks of a replica do not share: what rounding left over, and BatchNorm statistics.
+
+    In the middle of a loop of three, with its exchange under way, and between two loops.
+    """
     own = {"replicas": 2, "communication_dtype": format, "broadcast_buffers": False}
-    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1)
+    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=at, save_top_k=1)
     whole = fit(tmp_path, strategy(PARLE, **own), 4, make=LocalStatistics, callbacks=[keep], **SHORT)
     assert sorted(os.listdir(tmp_path / "at.ckpt.replicas")) == ["0-1.pt", "0.pt", "1-1.pt", "1.pt"]
     kwargs: dict[str, Any] = {"make": LocalStatistics, "ckpt_path": tmp_path / "at.ckpt", **SHORT}
