@@ -361,24 +361,32 @@ class InnerOuter:
         self.outer_step += 1
         if self.relaxation.reset_momentum and not closing:
             self._reset_momentum(weights)
-        if self.relaxation.reset or self._replicas or closing:
-            self._move_anchors()
-        if self.relaxation.reset:
+        taken = self._move_anchors() if self.relaxation.reset or self._replicas or closing else True
+        if self.relaxation.reset and taken:
             self.weights.rest()
         # Else y goes on where it is, and x follows it when the next step begins or someone looks: at a y that has seen
         # the constraints that are put back after a step. An x that y restarts at is in the parameters for them to see.
 
     @torch.no_grad()
-    def _move_anchors(self) -> None:
-        """Take the outer step of the loop that has ended, if it is not taken yet."""
+    def _move_anchors(self) -> bool:
+        """Take the outer step of the loop that has ended, if it is not taken yet.
+
+        Returns:
+            Whether it is taken. Where the replicas' common step could not be had it is put off: y and z go on from
+            where they are, and the next outer step is along what they have come since x, in all the loops.
+        """
         weights, self._moving = self._moving, []
         if weights:
-            means, pulls = self._replicas.agree(weights, self.settings.rho, reset=self.relaxation.reset)
+            agreed = self._replicas.agree(weights, self.settings.rho, reset=self.relaxation.reset)
+            if agreed is None:
+                return False
+            means, pulls = agreed
             self._outer.step(weights, self.weights.named(), means, pulls, self.settings.outer_lr)
         for w in weights:
             w.moved = False
             if self.relaxation.reset:
                 w.param.copy_(w.anchor)
+        return True
 
     def settle(self) -> None:
         """Bring x up to date: with an outer step that is not taken yet, and with what was written at rest."""

@@ -14,8 +14,10 @@ from lightning_entropy.methods.targets import OuterTarget
 
 OuterFactory = Callable[[list[Tensor]], Optimizer]
 
-# Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
-ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
+# Starts the mean over replicas; a callable result waits for it, a list is the mean itself. None: it could not be had,
+# and the outer step does without a pull, or is put off where it needs the mean.
+Mean = list[Tensor] | None
+ReplicaMean = Callable[[list[Tensor]], Mean | Callable[[], Mean]]
 
 
 class OuterStep:
@@ -122,7 +124,7 @@ class Replicas:
     def __init__(self, mean: ReplicaMean | None, target: OuterTarget) -> None:
         self._mean = mean
         self._target = target
-        self._under_way: list[Tensor] | Callable[[], list[Tensor]] | None = None
+        self._under_way: Mean | Callable[[], Mean] = None
 
     def __bool__(self) -> bool:
         return self._mean is not None
@@ -142,30 +144,35 @@ class Replicas:
 
     def agree(
         self, weights: Sequence[Weight], rho: float, *, reset: bool = False
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull."""
+    ) -> tuple[list[Tensor], list[Tensor | None]] | None:
+        """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull.
+
+        None: all replicas take the same step, and the mean along which they do could not be had.
+        """
         # z starts at x, where a weight that has not moved in a loop from x still is.
         means = [w.anchor if reset and w.average is None and not w.moved else w.mean for w in weights]
         if self._target.common:
             if self._mean is None:
                 return means, [None] * len(weights)
             steps = self._mean_of(weights, means)
+            if steps is None:
+                return None
             return [w.anchor - step for w, step in zip(weights, steps, strict=True)], [None] * len(weights)
         targets: Sequence[Tensor | None] = []
         if self._under_way is not None:
             arrived, self._under_way = _wait(self._under_way), None
             # An x that a user has replaced since is not pulled to the mean of the old ones.
-            targets = [None if w.replaced else target for w, target in zip(weights, arrived, strict=False)]
+            targets = [None if w.replaced else target for w, target in zip(weights, arrived or [], strict=False)]
         elif not self._target.early and rho:
-            targets = means if self._mean is None else self._mean_of(weights, means)
+            targets = means if self._mean is None else self._mean_of(weights, means) or []
         # A parameter that was unfrozen since the mean was started has no target yet.
         pairs = zip_longest(weights, targets if rho else [])
         return means, [None if target is None else (w.anchor - target).mul_(rho) for w, target in pairs]
 
-    def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> Mean:
         assert self._mean is not None
         return _wait(self._mean([self._target.of(w.anchor, z) for w, z in zip(weights, means, strict=True)]))
 
 
-def _wait(mean: list[Tensor] | Callable[[], list[Tensor]]) -> list[Tensor]:
+def _wait(mean: Mean | Callable[[], Mean]) -> Mean:
     return mean() if callable(mean) else mean
