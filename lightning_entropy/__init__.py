@@ -9,15 +9,20 @@ from lightning_entropy.methods.presets import (
     diloco,
     elastic_sgd,
     entropy_sgd,
+    gpa,
     hamilton_jacobi,
     heat,
     local_sgd,
     lookahead,
+    palsgd,
     parle,
+    smoothed_lookahead,
+    snoo,
     two_timescale,
 )
+from lightning_entropy.methods.pull import Pull
 from lightning_entropy.methods.relaxation import Relaxation
-from lightning_entropy.methods.schedules import Scoping, Widening
+from lightning_entropy.methods.schedules import Scoping, Starting, Warmup, Widening
 from lightning_entropy.strategies import ElasticEntropyFabricStrategy, ElasticEntropyStrategy
 from lightning_entropy.trainer.batchnorm import RefreshBatchNorm
 from lightning_entropy.trainer.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing
@@ -33,19 +38,26 @@ __all__ = [
     "HeatSmoothing",
     "InnerOuter",
     "InnerOuterCallback",
+    "Pull",
     "RefreshBatchNorm",
     "Relaxation",
     "Scoping",
+    "Starting",
+    "Warmup",
     "Widening",
     "diloco",
     "elastic_sgd",
     "entropy_sgd",
+    "gpa",
     "hamilton_jacobi",
     "heat",
     "local_sgd",
     "lookahead",
+    "palsgd",
     "parle",
     "relax",
+    "smoothed_lookahead",
+    "snoo",
     "two_timescale",
 ]
 

@@ -76,6 +76,7 @@ NAMES = {
         "test_computed_once_under_ddp",
         "test_computed_once_under_the_elastic_strategy",
         "test_equal_steps_cost_as_many_times_more_as_there_are_replicas",
+        "test_every_config_of_the_language_model_takes_a_step",
         "test_every_config_takes_a_step",
         "test_every_method_spends_the_same_gradient_evaluations",
         "test_a_failure_ends_no_training",

@@ -775,6 +775,7 @@ def diloco(
     outer_lr: Number = 0.7,
     outer_momentum: float = 0.9,
     outer_nesterov: bool = True,
+    stiffness: float = 0.0,
 ) -> list[Path]:
     r"""Run DiLoCo: H inner steps on every worker, then Nesterov SGD on the mean pseudo-gradient.
 
@@ -794,12 +795,14 @@ def diloco(
         outer_lr: eta.
         outer_momentum: of the outer step.
         outer_nesterov: False is heavy ball.
+        stiffness: k of a pull y_a <- (y_a + k x) / (1 + k) to the last global x after every inner step: the mean of
+            PALSGD's, which comes at random.
 
     Returns:
         One path per worker; the anchors are the same in all.
 
     References:
-        Douillard et al., DiLoCo, arXiv:2311.08105, Algorithm 1.
+        Douillard et al., DiLoCo, arXiv:2311.08105, Algorithm 1; Naganuma et al., PALSGD, arXiv:2504.18454.
     """
     streams = [iter(own) for own in batches]
     paths = [Path([], []) for _ in batches]
@@ -813,6 +816,7 @@ def diloco(
             paths[a].iterates.append([])
             for _ in range(inner_steps):
                 y = optimizers[a].step(y, _flat(grad(_shaped(y, params), next(stream))))
+                y = (y + stiffness * x) / (1 + stiffness)
                 paths[a].iterates[-1].append(_shaped(y, params))
             deltas.append(x - y)
         outer_buffer, direction = _momentum(outer_buffer, _mean(deltas), outer_momentum, outer_nesterov)
@@ -820,6 +824,61 @@ def diloco(
         for path in paths:
             path.anchors.append(_shaped(x, params))
     return paths
+
+
+def gpa_adamw(
+    params: Params,
+    grad: Grad,
+    *,
+    batches: Iterable[Any],
+    steps: int,
+    lr: float,
+    train_averaging: float,
+    averaging: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Path:
+    r"""Run AdamW with generalized primal averaging, its three sequences kept apart.
+
+        y <- mu_y x + (1 - mu_y) z;  g <- grad f(y)
+        m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+        z <- z - lr [(m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps) + weight_decay y]
+        x <- mu_x x + (1 - mu_x) z
+
+    Args:
+        params: the initial x, y and z. Not written to.
+        grad: the mini-batch gradient.
+        batches: one per step.
+        steps: how many.
+        lr: of AdamW.
+        train_averaging: mu_y.
+        averaging: mu_x.
+        betas: b1 and b2.
+        eps: outside the square root.
+        weight_decay: at y.
+
+    Returns:
+        The path; y after every step as the anchors, x as the iterates.
+
+    References:
+        Defazio et al., Smoothing DiLoCo with primal averaging, arXiv:2512.17131, and its authors' optimizer.
+    """
+    stream = iter(batches)
+    path = Path([], [])
+    x = y = z = _flat(params)
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for k in range(1, steps + 1):
+        g = _flat(grad(_shaped(y, params), next(stream)))
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        direction = (m / (1 - betas[0] ** k)) / ((v / (1 - betas[1] ** k)).sqrt() + eps)
+        z = z - lr * (direction + weight_decay * y)
+        x = averaging * x + (1 - averaging) * z
+        y = train_averaging * x + (1 - train_averaging) * z
+        path.iterates.append([_shaped(x, params)])
+        path.anchors.append(_shaped(y, params))
+    return path
 
 
 def smoothed_chain(
@@ -833,6 +892,7 @@ def smoothed_chain(
     width: Number,
     perturbations: list[Gaussian],
     filter_normalized: bool = False,
+    relative: bool = False,
     gamma: Number = 0.0,
     noise: float = 0.0,
     gaussians: list[Gaussian] | None = None,
@@ -867,6 +927,7 @@ def smoothed_chain(
         width: standard deviation of the perturbation, of the outer step.
         perturbations: n, for each replica its own.
         filter_normalized: scale the perturbation by the filters' norms.
+        relative: scale it by :func:`relative_scales`.
         gamma: stiffness of the implicit spring.
         noise: epsilon.
         gaussians: the chain's draws, for each replica its own; needed if ``noise`` is not zero.
@@ -901,7 +962,7 @@ def smoothed_chain(
             z = xs[a].clone()
             paths[a].iterates.append([])
             for inner_step in range(inner_steps):
-                s = _flat(filter_norms(_shaped(y, params))) if filter_normalized else torch.ones_like(y)
+                s = _flat(_scales(_shaped(y, params), filter_normalized, relative))
                 perturbed = y + _at(width, t) * s * _flat(perturbations[a](t, inner_step))
                 g = _flat(grad(_shaped(perturbed, params), next(streams[a])))
                 y = optimizers[a].step(y, g)
@@ -956,6 +1017,39 @@ def filter_norms(params: Params) -> Params:
     return scales
 
 
+def relative_scales(params: Params) -> Params:
+    """Return the scale of every weight with which noise has the norm of the weight's filter, in the mean of its square.
+
+    Noise s N(0, I) on the n weights of a filter has the mean square norm s^2 n: that is |filter|^2 for
+    s = |filter| / sqrt(n). Vectors and scalars are not perturbed: s = 0.
+
+    Args:
+        params: the weights, any shapes.
+
+    Returns:
+        Tensors shaped as ``params``.
+
+    Example:
+        >>> relative_scales([torch.tensor([[3.0, 3.0], [0.0, 0.0]]), torch.tensor([5.0, 12.0])])
+        [tensor([[3., 3.],
+                [0., 0.]]), tensor([0., 0.])]
+    """
+    scales = []
+    for tensor in params:
+        scale = torch.zeros_like(tensor)
+        if tensor.dim() >= 2:
+            for i in range(tensor.shape[0]):
+                scale[i] = math.sqrt(tensor[i].square().sum() / tensor[i].numel())
+        scales.append(scale)
+    return scales
+
+
+def _scales(params: Params, filter_normalized: bool, relative: bool) -> Params:
+    if filter_normalized:
+        return filter_norms(params)
+    return relative_scales(params) if relative else [torch.ones_like(p) for p in params]
+
+
 def heat(
     params: Params,
     grad: Grad,
@@ -967,6 +1061,7 @@ def heat(
     gamma: Number,
     gaussian: Gaussian,
     filter_normalized: bool = False,
+    relative: bool = False,
     start: int = 0,
 ) -> Path:
     r"""Descend the Gaussian smoothing of f: the gradient averaged over L perturbed points, one step at x.
@@ -990,6 +1085,7 @@ def heat(
         gamma: inverse variance of the kernel, > 0.
         gaussian: standard normal draws.
         filter_normalized: scale the noise by the filters' norms.
+        relative: scale it by :func:`relative_scales`.
         start: t at the first outer step.
 
     Returns:
@@ -1004,7 +1100,7 @@ def heat(
     optimizer = copy.deepcopy(optimizer)
     for outer_step in range(outer_steps):
         sigma = math.sqrt(1 / _at(gamma, start + outer_step))
-        scale = _flat(filter_norms(_shaped(x, params))) if filter_normalized else torch.ones_like(x)
+        scale = _flat(_scales(_shaped(x, params), filter_normalized, relative))
         total = torch.zeros_like(x)
         path.iterates.append([])
         for inner_step in range(inner_steps):

@@ -322,6 +322,25 @@ def filter_norms(param: Tensor) -> Tensor:
     return torch.linalg.vector_norm(param, dim=tuple(range(1, param.dim())), keepdim=True)
 
 
+def filter_rms(param: Tensor) -> Tensor:
+    """Compute the root mean square of each output filter, ready to broadcast.
+
+    Noise of this standard deviation has, on average over its draws, the square norm of the filter.
+
+    Args:
+        param: (out, ...) with two dimensions or more, a filter not empty.
+
+    Returns:
+        (out, 1, ...).
+
+    Example:
+        >>> filter_rms(torch.tensor([[3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 4.0, 0.0]]))
+        tensor([[3.],
+                [2.]])
+    """
+    return filter_norms(param) / param[0].numel() ** 0.5
+
+
 def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Compute the root mean square per weight of left - right, in the unit of a weight.
 

@@ -149,7 +149,7 @@ class Chain:
         else:
             for w in weights:
                 w.average = None
-        if not (gamma or now.noise or averages is not None):
+        if not (gamma or now.stiffness or now.noise or averages is not None):
             return None
         # torch steps with a rate that a schedule has taken below 0; a spring and noise have none.
         rates = [lr.clamp(min=0) if isinstance(lr, Tensor) else max(lr, 0.0) for lr in rates]
@@ -158,7 +158,7 @@ class Chain:
             params=params,
             anchors=[w.anchor for w in weights],
             averages=averages,
-            stiffness=[lr * gamma if gamma else 0.0 for lr in rates],
+            stiffness=[lr * gamma if gamma else now.stiffness for lr in rates],
             noise=[lr**0.5 * now.noise if now.noise else 0.0 for lr in rates],
             average=now.average,
             seeds=step.seeds(params) if now.noise else None,

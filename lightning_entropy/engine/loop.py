@@ -4,7 +4,7 @@ A :class:`Relaxation` says what the loop does; the methods of the family differ 
 unrolled: ``optimizer.step()`` is one inner step, and a counter says when the outer step is due. So the optimizer
 stays the user's: its class, its state, its checkpoint keys, its schedulers.
 
-The loop counts, and calls the inner rules and the outer step; which weights a parameter holds is :class:`Weights`'s.
+The loop counts, and calls the inner rules and the outer one; which weights a parameter holds is :class:`Weights`'s.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.auto_gamma import GammaMeasurement
-from lightning_entropy.engine.formats import check_format
+from lightning_entropy.engine.constraints import Constraints
+from lightning_entropy.engine.formats import check_loop
 from lightning_entropy.engine.inner_rules import inner_rules
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
 from lightning_entropy.engine.optimizer_hooks import OptimizerHooks
-from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep, ReplicaMean, Replicas
+from lightning_entropy.engine.outer_rules import OuterFactory, OuterRule, ReplicaMean, zero_first_moments
 from lightning_entropy.engine.step import Step
-from lightning_entropy.engine.torch_internals import version
 from lightning_entropy.engine.weights import Holds, Weight, Weights
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
@@ -101,18 +102,14 @@ class InnerOuter:
         self.measure = False
         self.distances: tuple[Tensor, Tensor] | None = None
         self._seed(torch.initial_seed() if seed is None else check_integer("seed", seed, 0))
-        self._outer = OuterStep(outer, relaxation.outer_momentum)
-        self._replicas = Replicas(replica_mean, relaxation.outer_target)
+        self._outer = OuterRule(relaxation, self.weights, outer, replica_mean)
         native = NativeStep(self.params) if check_bool("compile", compile) else None
-        self._rules = inner_rules(relaxation, self.weights, native, self_writing)
-        self.perturbs = any(rule.perturbs for rule in self._rules)
+        self._inner = inner_rules(relaxation, self.weights, native, self_writing)
+        self.perturbs = any(rule.perturbs for rule in self._inner)
+        self._constraints = Constraints(self.weights, watched=watch_writes)
         self._count_attempts = count_attempts
-        self._watches = watch_writes
-        self._versions: dict[Tensor, int] = {}  # of the parameters, as the last step left them
-        self._constrained: list[Weight] = []  # written since
         self._prepare_after_step = prepare_after_step
         self._stepping: Step | None = None
-        self._moving: list[Weight] = []  # whose outer step is counted, and not taken yet
         self._measurement = GammaMeasurement()
         self._hooks = OptimizerHooks(
             optimizer,
@@ -146,7 +143,7 @@ class InnerOuter:
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
         """Return x of one parameter that holds another value in training; None where it holds x, or what is shown."""
-        self._move_anchors()
+        self._outer.finish()
         return self.weights.anchor_of(p)
 
     @property
@@ -180,9 +177,9 @@ class InnerOuter:
             instead: by parameter, what the outermost call shows in the place of x.
         """
         before = self.weights.holds
-        self._note_writes()
+        self._constraints.note()
         self.unperturb()
-        self._move_anchors()
+        self._outer.finish()
         self.weights.show(before, instead or {})
 
     @torch.no_grad()
@@ -195,7 +192,7 @@ class InnerOuter:
     def detach(self) -> None:
         """Leave x in the parameters and no hook behind. May be called twice."""
         self.unperturb(check=False)
-        self._move_anchors()
+        self._outer.finish()
         self.weights.detach()
         self._hooks.remove()
 
@@ -213,14 +210,14 @@ class InnerOuter:
         """
         if self.weights.shown:
             return
-        self._move_anchors()
+        self._outer.finish()
         self.due = False
-        self._versions, self._constrained = {}, []
-        self._begin_together()
+        self._constraints.forget()
+        self._outer.begin()
         if self.perturbs:
             self._read_settings()
             step = self._step([], [], self._forward_noise, first=not again)
-            for rule in self._rules:
+            for rule in self._inner:
                 rule.before_forward(step)
 
     begin = prepare  # its name in version 0.1
@@ -235,25 +232,14 @@ class InnerOuter:
         Raises:
             RuntimeError: the perturbed weights were written; they hold y nevertheless.
         """
-        for rule in self._rules:
+        for rule in self._inner:
             rule.take_back(check=check)
-
-    def _begin_together(self) -> None:
-        """With replicas, begin a loop for all trainable parameters and start the mean that can travel early."""
-        if not self._replicas:
-            return
-        for p in self.params:
-            if p.requires_grad:
-                self.weights.track(p)
-        self.weights.begin()
-        if self.relaxation.rho != 0:
-            self._replicas.start(list(self.weights))
 
     def _before_step(self) -> None:
         if self.weights.shown:
             raise RuntimeError("optimizer.step() while the parameters show the anchor: leave at_anchor() first")
         self._stepping = None
-        self._move_anchors()
+        self._outer.finish()
         self._read_settings()
 
     def _read_settings(self) -> None:
@@ -263,7 +249,7 @@ class InnerOuter:
 
     def _on_gradients(self, first: bool) -> None:
         self.unperturb()
-        self._begin_together()
+        self._outer.begin()
         weights, rates = self.weights.stepping()
         step = self._stepping = self._step(weights, rates, self._noise, first=first)
         if not weights:
@@ -271,20 +257,19 @@ class InnerOuter:
         self.weights.begin()
         if first and self._measures_gamma:
             self._measurement.add(weights, step.grad_scale)
-        for rule in self._rules:
+        for rule in self._inner:
             rule.before_update(step)
 
     def _after_step(self) -> None:
         step, self._stepping = self._stepping, None
         if step is not None and step.weights:
-            for rule in self._rules:
+            for rule in self._inner:
                 rule.after_update(step)
             for w in step.weights:
                 w.moved = True
             if not self._count_attempts:
                 self.advance()
-        self._versions = {w.param: version(w.param) for w in self.weights} if self._watches else {}
-        self._constrained = []
+        self._constraints.watch()
         self.due = self.perturbs
         if self.due and self._prepare_after_step:
             self.prepare()
@@ -314,24 +299,16 @@ class InnerOuter:
         if not self.inner_step:
             return
         self.unperturb()
-        self._note_writes()
-        constrained = self._constrained
-        projected = [w.param.detach().clone() for w in constrained]
+        kept = self._constraints.kept()
         step = self._step(list(self.weights), [], self._noise)
         with self._hooks.ignored():
-            for rule in self._rules:
+            for rule in self._inner:
                 rule.close(step)
         self._outer_step(closing=True)
-        # Whoever writes weights after a step keeps a constraint, and is not called again: x is y, which obeys it.
-        for w, y in zip(constrained, projected, strict=True):
+        # Whoever keeps a constraint is not called again: x is the y that obeys it.
+        for w, y in kept:
             w.anchor.copy_(y)
             w.restart()
-
-    def _note_writes(self) -> None:
-        """Note which weights somebody else has written since the last step, before they are written here."""
-        known = [w for w in self.weights if w.param in self._versions]
-        self._constrained += [w for w in known if self._versions[w.param] != version(w.param)]
-        self._versions = {}
 
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""
@@ -339,14 +316,10 @@ class InnerOuter:
         if self.inner_step >= self.relaxation.inner_steps:
             self._outer_step()
 
-    # The outer step
-
     @torch.no_grad()
     def _outer_step(self, *, closing: bool = False) -> None:
-        self._begin_together()
-        weights = [w for w in self.weights if w.moved or self._replicas]
-        apart = bool(weights) and not self.weights.tied
-        if self.measure and apart:
+        weights = self._outer.moving()
+        if self.measure and weights and not self.weights.tied:
             anchors = [w.anchor for w in weights]
             self.distances = (
                 F.rms_distance([w.inner for w in weights], anchors),
@@ -354,51 +327,16 @@ class InnerOuter:
             )
         if self._measures_gamma:
             self.gamma_start = self._measurement.take(weights)
-        self._moving = weights if apart else []
-        for w in weights:
-            w.moved = w.moved and apart
+        if self.relaxation.reset_momentum and not closing:
+            zero_first_moments(self.optimizer, weights)
         self.inner_step = 0
         self.outer_step += 1
-        if self.relaxation.reset_momentum and not closing:
-            self._reset_momentum(weights)
-        taken = self._move_anchors() if self.relaxation.reset or self._replicas or closing else True
-        if self.relaxation.reset and taken:
-            self.weights.rest()
-        # Else y goes on where it is, and x follows it when the next step begins or someone looks: at a y that has seen
-        # the constraints that are put back after a step. An x that y restarts at is in the parameters for them to see.
-
-    @torch.no_grad()
-    def _move_anchors(self) -> bool:
-        """Take the outer step of the loop that has ended, if it is not taken yet.
-
-        Returns:
-            Whether it is taken. Where the replicas' common step could not be had it is put off: y and z go on from
-            where they are, and the next outer step is along what they have come since x, in all the loops.
-        """
-        weights, self._moving = self._moving, []
-        if weights:
-            agreed = self._replicas.agree(weights, self.settings.rho, reset=self.relaxation.reset)
-            if agreed is None:
-                return False
-            means, pulls = agreed
-            self._outer.step(weights, self.weights.named(), means, pulls, self.settings.outer_lr)
-        for w in weights:
-            w.moved = False
-            if self.relaxation.reset:
-                w.param.copy_(w.anchor)
-        return True
+        self._outer.end(weights, self.settings, at_once=closing)
 
     def settle(self) -> None:
         """Bring x up to date: with an outer step that is not taken yet, and with what was written at rest."""
-        self._move_anchors()
+        self._outer.finish()
         self.weights.settle()
-
-    def _reset_momentum(self, weights: Iterable[Weight]) -> None:
-        for w in weights:
-            for key in ("momentum_buffer", "exp_avg"):
-                moment = self.optimizer.state.get(w.param, {}).get(key)
-                if moment is not None:
-                    moment.zero_()
 
     @torch.no_grad()
     def restart(self, values: Iterable[Tensor]) -> None:
@@ -419,7 +357,15 @@ class InnerOuter:
 
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""
-        self._replicas.forget()
+        self._outer.forget_mean()
+
+    def common_state(self) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
+        return self._outer.common_state()
+
+    def load_common_state(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`common_state` of another replica; y and z stay."""
+        self._outer.load_common_state(state)
 
     @property
     def _measures_gamma(self) -> bool:
@@ -434,7 +380,7 @@ class InnerOuter:
         Args:
             anchor: with x; without it, whoever loads has put x into the parameters.
         """
-        self._move_anchors()
+        self._outer.finish()
         return {
             "format": FORMAT,
             "inner_step": self.inner_step,
@@ -443,8 +389,22 @@ class InnerOuter:
             "gamma_start": self.gamma_start,
             "measured": self._measurement.count,
             "slots": self.weights.state_dict(anchor=anchor),
-            "outer": self._outer.state_dict(self.weights.named()),
+            "outer": self._outer.state_dict(),
         }
+
+    def check_state(self, state: Mapping[str, Any], what: str = "state_dict of a loop") -> None:
+        """Check what :meth:`load_state_dict` is to be given; nothing changes.
+
+        Args:
+            state: to be loaded.
+            what: it is, for the message.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+        """
+        shapes = {name: None if is_lazy(p) else p.shape for name, p in self.weights.by_name().items()}
+        check_loop(what, state, FORMAT, shapes)
+        self._outer.check_state(what, state["outer"])
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -454,19 +414,21 @@ class InnerOuter:
             state: of a loop over the same parameters.
 
         Raises:
-            ValueError: a parameter that this optimizer does not have, another shape, or a newer format.
+            ValueError: a parameter that this optimizer does not have, another shape, a newer format, a key that is
+                missing or of the wrong type, or the state of another outer optimizer; nothing has changed.
         """
-        check_format("state_dict of a loop", state, FORMAT)
+        self.check_state(state)
+        settings = self.settings
+        if state["inner_step"]:  # or else they are read when the loop begins, if it does: a schedule may have ended
+            settings = self.relaxation.at(state["outer_step"], state["gamma_start"])
         self.unperturb(check=False)
-        self._moving = []
         self.weights.load_state_dict(state["slots"], before=Holds.OTHER if self.perturbs else None)
         self._outer.load_state_dict(state["outer"])
         self.inner_step, self.outer_step = state["inner_step"], state["outer_step"]
         self._seed(state["seed"])
         self.gamma_start, self._measurement.count = state["gamma_start"], state["measured"]
-        self._replicas.forget()
-        if self.inner_step:  # or else they are read when the loop begins, if it does: a schedule may have ended
-            self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
+        self._outer.forget_mean()
+        self.settings = settings
         if self.perturbs:
             self.prepare()
 

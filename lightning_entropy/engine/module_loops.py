@@ -251,8 +251,13 @@ class ModuleLoops:
         """Go on from the state of every loop; the module holds x.
 
         Raises:
-            ValueError: another number of optimizers, of other parameters, or a newer format.
+            ValueError: another number of optimizers, or what :meth:`InnerOuter.load_state_dict` refuses of one; no loop
+                has changed.
         """
+        if len(states) != len(self.loops):
+            raise ValueError(f"the state must be of {len(self.loops)} optimizers, got {len(states)}")
+        for i, (loop, state) in enumerate(zip(self.loops, states, strict=True)):
+            loop.check_state(state, f"the state of loop {i}")
         for loop, state in zip(self.loops, states, strict=True):
             loop.load_state_dict(state)
 
@@ -261,7 +266,10 @@ class ModuleLoops:
         values: dict[str, Any] = {}
         for i, loop in enumerate(self.loops):
             prefix = "entropy/" if len(self.loops) == 1 else f"entropy/{i}/"
-            values[prefix + "gamma"] = loop.settings.gamma
+            if loop.settings.stiffness:  # the same at every learning rate, which gamma is not
+                values[prefix + "stiffness"] = loop.settings.stiffness
+            else:
+                values[prefix + "gamma"] = loop.settings.gamma
             values[prefix + "rho"] = loop.settings.rho
             values[prefix + "outer_step"] = loop.outer_step
             if loop.distances is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weights import Weight, Weights
+from lightning_entropy.methods.relaxation import Relaxation, Settings
 from lightning_entropy.methods.targets import OuterTarget
 
 OuterFactory = Callable[[list[Tensor]], Optimizer]
@@ -18,6 +19,126 @@ OuterFactory = Callable[[list[Tensor]], Optimizer]
 # and the outer step does without a pull, or is put off where it needs the mean.
 Mean = list[Tensor] | None
 ReplicaMean = Callable[[list[Tensor]], Mean | Callable[[], Mean]]
+
+
+class OuterRule:
+    """What ends a loop: x <- outer(x, x - z + rho (x - mean over replicas of x)), and y restarts at x.
+
+    Where y goes on from where it is (two time scales), x follows only when the next step begins or someone looks: at a
+    y that has seen the constraints that are put back after a step. An x that y restarts at is in the parameters for
+    them to see.
+
+    Args:
+        relaxation: the method.
+        weights: of the loop.
+        factory: makes the outer optimizer; None: Nesterov SGD with the relaxation's numbers.
+        replica_mean: mean over replicas; None: there is one.
+
+    Raises:
+        TypeError: as :class:`OuterStep`.
+    """
+
+    def __init__(
+        self, relaxation: Relaxation, weights: Weights, factory: OuterFactory | None, replica_mean: ReplicaMean | None
+    ) -> None:
+        self._reset, self._pulls = relaxation.reset, relaxation.rho != 0
+        self._weights = weights
+        self._step = OuterStep(factory, relaxation.outer_momentum)
+        self._replicas = Replicas(replica_mean, relaxation.outer_target)
+        self._due: tuple[list[Weight], Settings] | None = None  # a step that is counted, and not taken yet
+
+    def begin(self) -> None:
+        """With replicas, begin a loop for all trainable parameters and start the mean that can travel early."""
+        if not self._replicas:
+            return
+        for p in self._weights.params:
+            if p.requires_grad:
+                self._weights.track(p)
+        self._weights.begin()
+        if self._pulls:
+            self._replicas.start(list(self._weights))
+
+    def moving(self) -> list[Weight]:
+        """Return the weights that the step concerns, of which there are more with replicas: all take it together."""
+        self.begin()
+        return [w for w in self._weights if w.moved or self._replicas]
+
+    def end(self, weights: list[Weight], settings: Settings, *, at_once: bool) -> None:
+        """End a loop.
+
+        Args:
+            weights: from :meth:`moving`.
+            settings: the relaxation's numbers in it.
+            at_once: take the step now, though y goes on from where it is.
+        """
+        apart = not self._weights.tied
+        if weights and apart:
+            self._due = weights, settings
+        for w in weights:
+            w.moved = w.moved and apart
+        taken = self.finish() if self._reset or self._replicas or at_once else True
+        if self._reset and taken:
+            self._weights.rest()
+
+    @torch.no_grad()
+    def finish(self) -> bool:
+        """Take the step that is due, if one is.
+
+        Returns:
+            Whether none is due any more. Where the replicas' common step could not be had it is put off: y and z go on
+            from where they are, and the step that ends the next loop is along what they have come since x in both.
+        """
+        if self._due is None:
+            return True
+        (weights, settings), self._due = self._due, None
+        agreed = self._replicas.agree(weights, settings.rho, reset=self._reset)
+        if agreed is None:
+            return False
+        means, pulls = agreed
+        self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
+        for w in weights:
+            w.moved = False
+            if self._reset:
+                w.param.copy_(w.anchor)
+        return True
+
+    def forget_mean(self) -> None:
+        """Drop the mean over replicas that is under way, once it has arrived."""
+        self._replicas.forget()
+
+    def state_dict(self) -> Mapping[str, Any] | None:
+        """Return the outer optimizer's options and, by name, its state; None before its first step."""
+        return self._step.state_dict(self._weights.named())
+
+    def common_state(self) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
+        return {"anchors": {name: w.anchor for name, w in self._weights.named()}, "outer": self.state_dict()}
+
+    @torch.no_grad()
+    def load_common_state(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`common_state` of another replica; y and z stay."""
+        for name, w in self._weights.named():
+            if name in state["anchors"]:
+                w.anchor.copy_(state["anchors"][name])
+        self._step.load_state_dict(state["outer"])
+
+    def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
+        """Refuse a state as :meth:`OuterStep.check_state` does."""
+        self._step.check_state(what, state)
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from an outer optimizer's state, or without one; a step that was due is not taken."""
+        self._due = None
+        self._step.load_state_dict(state)
+
+
+def zero_first_moments(optimizer: Optimizer, weights: Iterable[Weight]) -> None:
+    """Zero the momentum of SGD and its kin, and the first moment of Adam and its kin, in place."""
+    for w in weights:
+        for key in ("momentum_buffer", "exp_avg"):
+            moment = optimizer.state.get(w.param, {}).get(key)
+            if moment is not None:
+                moment.zero_()
 
 
 class OuterStep:
@@ -33,6 +154,7 @@ class OuterStep:
     """
 
     def __init__(self, factory: OuterFactory | None, momentum: float) -> None:
+        self._options: list[set[str]] | None = None  # of the optimizer's groups; None where there is no optimizer
         if factory is not None:
             if not callable(factory):
                 raise TypeError(f"outer must be a callable of the list of anchors, got {factory!r}")
@@ -40,6 +162,9 @@ class OuterStep:
             if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
                 kind = type(made).__name__
                 raise TypeError(f"outer must return a torch.optim.Optimizer that steps without a closure, got {kind}")
+            self._options = [set(group) for group in made.param_groups]
+        elif momentum:
+            self._options = [set(group) for group in SGD([torch.zeros(1)], lr=1.0).param_groups]
         self._factory = factory
         self._momentum = momentum
         self._loaded: Mapping[str, Any] | None = None  # waits for the optimizer, which waits for the anchors
@@ -107,6 +232,28 @@ class OuterStep:
             return self._loaded
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {"options": options, "state": {name: dict(self.optimizer.state.get(w.anchor, {})) for name, w in names}}
+
+    def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
+        """Refuse the state of another optimizer than this one; what there is no optimizer for is left alone.
+
+        Args:
+            what: the state is in, for the message.
+            state: of :meth:`state_dict`.
+
+        Raises:
+            ValueError: another number of groups, or groups with other options.
+        """
+        if state is None or self._options is None:
+            return
+        then = [set(group) for group in state["options"]]
+        # Another version of torch may have options more, or less; another optimizer has both.
+        known = zip(then, (now - {"params"} for now in self._options), strict=False)
+        if len(then) != len(self._options) or not all(a <= b or b <= a for a, b in known):
+            names = [sorted(now - {"params"}) for now in self._options]
+            raise ValueError(
+                f"outer in {what} must be of an optimizer with options {names}, got {[sorted(a) for a in then]}: give "
+                "the outer optimizer that it was saved with"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Keep a copy of the state until the anchors are there."""

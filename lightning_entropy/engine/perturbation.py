@@ -1,7 +1,8 @@
 """The inner rule of Gaussian smoothing: gradients at weights to which noise is added."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.torch_internals import version
 from lightning_entropy.engine.weights import Holds, Weight, Weights
 from lightning_entropy.methods.relaxation import Relaxation
+
+
+class Scale(NamedTuple):
+    """The unit of a perturbation's width: which parameters are perturbed, and how much one unit is."""
+
+    takes: Callable[[Tensor], bool]
+    of: Callable[[Tensor], Tensor] | None  # None: 1 for every weight
+
+
+# By the value of Relaxation.scale.
+SCALES: Mapping[str, Scale] = {
+    "absolute": Scale(lambda p: True, None),
+    "filter": Scale(lambda p: True, F.filter_norms),
+    "relative": Scale(lambda p: p.dim() > 1 and p.numel() > 0, F.filter_rms),
+}
 
 
 class Perturbation:
@@ -41,7 +57,7 @@ class Perturbation:
         native: NativeStep | None,
         self_writing: Collection[Tensor] = (),
     ) -> None:
-        self._per_filter = relaxation.scale == "filter"
+        self._scale = SCALES[relaxation.scale]
         self._weights = weights
         self._move_ = F.inner_move_ if native is None else native.move_
         self._unchecked = self_writing
@@ -52,7 +68,7 @@ class Perturbation:
     def before_forward(self, step: Step) -> None:
         """Perturb the parameters that can get a gradient, unless they are perturbed already."""
         params = self._weights.params
-        if self._perturbed or any(is_lazy(p) for p in params):
+        if self._perturbed or step.settings.width == 0 or any(is_lazy(p) for p in params):
             return  # a lazy module's first gradient is at y: its parameters have no values yet
         if step.first or self._step is None:
             step.weights = [self._weights.track(p) for p in params if p.requires_grad]
@@ -104,16 +120,17 @@ class Perturbation:
         return self._weights.holds is Holds.OTHER and not self._weights.shown
 
     def _perturb(self, step: Step) -> None:
-        weights = step.weights
-        params, width = [w.param for w in weights], step.settings.width
+        width, scale = step.settings.width, self._scale
+        taken = [i for i, w in enumerate(step.weights) if scale.takes(w.param)]
+        weights = [step.weights[i] for i in taken]
         self._move_(
             Move(
-                params=params,
+                params=[w.param for w in weights],
                 anchors=[w.anchor for w in weights],
                 averages=None,
                 stiffness=[0.0] * len(weights),
-                noise=[width * F.filter_norms(_wide(w)) if self._per_filter else width for w in weights],
-                seeds=self._seeds,
+                noise=[width if scale.of is None else width * scale.of(_wide(w)) for w in weights],
+                seeds=[self._seeds[i] for i in taken],
             )
         )
 

@@ -7,7 +7,8 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from lightning_entropy.engine.chain import SPRINGS
 from lightning_entropy.engine.loop import InnerOuter
 from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMean
-from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.methods.pull import Pull
+from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 
 
 def relax(
@@ -86,11 +87,15 @@ def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> I
 def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not isinstance(relaxation, Relaxation):
-        raise TypeError(f"relaxation must be a Relaxation, got {type(relaxation).__name__}")
-    uses_lr = relaxation.has_anchor and (relaxation.gamma != 0 or relaxation.noise != 0)
+    check_relaxation(relaxation)
+    by_lr = relaxation.gamma != 0 and not isinstance(relaxation.gamma, Pull)
+    uses_lr = relaxation.has_anchor and (by_lr or relaxation.noise != 0)
     if uses_lr and any("lr" not in group for group in optimizer.param_groups):
         raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
+    if relaxation.has_shares:
+        raise ValueError(
+            f"at must be an outer step here, where the length of the training is not known, got a share in {relaxation}"
+        )
     averages = not relaxation.has_anchor and relaxation.inner_steps > 1
     if isinstance(optimizer, SparseAdam) and averages:
         raise ValueError(

@@ -274,11 +274,15 @@ class Weights:
 
     # State
 
+    def by_name(self) -> dict[str, Tensor]:
+        """Return every parameter of the optimizer by its key in the state."""
+        return {self._names.get(p, str(i)): p for i, p in enumerate(self.params)}
+
     def named(self) -> Iterator[tuple[str, Weight]]:
         """Yield every weight with its key in the state."""
-        for i, p in enumerate(self.params):
+        for name, p in self.by_name().items():
             if p in self._weights:
-                yield self._names.get(p, str(i)), self._weights[p]
+                yield name, self._weights[p]
 
     def state_dict(self, *, anchor: bool) -> dict[str, dict[str, Any]]:
         """Return what is needed to go on, by name; tensors are references.
@@ -313,20 +317,10 @@ class Weights:
         The parameters hold y afterwards, or x with y beside where they are shown.
 
         Args:
-            entries: by name, from :meth:`state_dict`.
+            entries: by name, from :meth:`state_dict`; checked.
             before: what :meth:`hide` is to return where they are shown; None: what they hold then.
-
-        Raises:
-            ValueError: a name that the optimizer does not have, or a tensor of another shape.
         """
-        by_name = {self._names.get(p, str(i)): p for i, p in enumerate(self.params)}
-        for name, entry in entries.items():
-            if name not in by_name:
-                raise ValueError(f"state_dict must be of the optimizer's parameters, got {name!r}, which is not one")
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and value.shape != by_name[name].shape:
-                    shapes = f"{tuple(value.shape)} for {name!r} of shape {tuple(by_name[name].shape)}"
-                    raise ValueError(f"{key} in state_dict must have the parameter's shape, got {shapes}")
+        by_name = self.by_name()
         if self._before:  # what is not in the state is x, and not what stands in for it
             self.adopt()
             for w in self:

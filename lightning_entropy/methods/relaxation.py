@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_entropy.methods.schedules import AUTO, Scoping, Widening
+from lightning_entropy.methods.pull import Pull
+from lightning_entropy.methods.schedules import AUTO, Scoping, Starting, Warmup, Widening, in_outer_steps
 from lightning_entropy.methods.targets import OUTER_TARGETS, OuterTarget
 from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, check_bool, check_integer, check_number
 
 # Our schedules are named before Callable, or LightningCLI takes a default of theirs for a dict that it cannot read.
-Number = float | Scoping | Widening | Callable[[int], float]
-Gamma = float | Literal["auto"] | Scoping | Widening | Callable[[int], float]
+Number = float | Scoping | Widening | Warmup | Starting | Callable[[int], float]
+Gamma = float | Literal["auto"] | Pull | Scoping | Widening | Warmup | Starting | Callable[[int], float]
+Scale = Literal["absolute", "filter", "relative"]
 
 # The numbers that may vary with the outer step t, and their ranges.
 _VARYING: dict[str, Rule] = {
@@ -25,7 +27,10 @@ _VARYING: dict[str, Rule] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The numbers of a :class:`Relaxation` at one outer step t. Same names, units and ranges."""
+    """The numbers of a :class:`Relaxation` at one outer step t. Same names, units and ranges.
+
+    Where gamma is a :class:`Pull`, ``stiffness`` is its k, the same at every learning rate, and ``gamma`` is 0.
+    """
 
     gamma: float
     noise: float
@@ -33,6 +38,7 @@ class Settings:
     rho: float
     outer_lr: float
     width: float
+    stiffness: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class Relaxation:
         gamma: stiffness of the spring y -> x, loss / weight^2, >= 0; larger is narrower. It is 1/gamma in
             *Deep Relaxation* and in the *Parle* paper, where gamma is a time (the variance of the smoothing kernel).
             ``"auto"`` is ``Scoping("auto", 1e-3)``: measured in a first loop without a spring, then grown.
+            :class:`Pull` says the spring by what it does: the share of a loop's path that it takes back.
         noise: thermal noise, loss^(1/2), >= 0; the temperature is noise^2 / 2.
         average: weight of the newest y in the running mean z, in (0, 1]; 1: z is the last iterate.
         rho: elasticity of x toward the mean of the replicas, dimensionless, >= 0. One replica is its own mean.
@@ -71,13 +78,18 @@ class Relaxation:
             research code of Parle). ``"pseudo_gradient"``: every replica steps along the mean of x - z
             (local SGD, DiLoCo), and rho is not used.
         perturb: instead of a chain, the gradient at x + N(0, 1/gamma), averaged over the L inner steps, is what the
-            user's optimizer steps along at x: Gaussian smoothing, the heat equation.
-        width: inside a chain, every gradient is taken at y + width N(0, I) and stepped along at y: the chain descends
-            the smoothed loss, in its spring, average and outer step as ever. >= 0; a weight, or a fraction with
-            ``scale="filter"``.
-        scale: of either perturbation. ``"absolute"``: the standard deviation, gamma^(-1/2) or ``width``, is the same
-            for every weight; ``"filter"``: it is that times the norm of the weight's output filter (of the whole
-            tensor for vectors).
+            user's optimizer steps along at x: Gaussian smoothing, the heat equation. Its size is either ``gamma`` or
+            ``width`` = gamma^(-1/2).
+        width: size of the noise at which gradients are taken, in the unit of ``scale``, >= 0. Inside a chain, every
+            gradient is taken at y + width N(0, I) and stepped along at y: the chain descends the smoothed loss, in its
+            spring, average and outer step as ever.
+        scale: the unit of either perturbation. ``"absolute"``: the noise's standard deviation is the width, the same
+            for every weight. ``"filter"``: it is the width times the norm of the weight's output filter (of the whole
+            tensor for vectors), as in LPF-SGD. ``"relative"``: it is the width times the root mean square of the
+            filter, so that the norm of the noise is that share of the norm of the filter, whatever its size: the one
+            that transfers between nets. It leaves vectors (biases, the scale and bias of norm layers) alone: a filter
+            before a norm layer may be rescaled without a change of the net, so that its own norm is its unit, and a
+            vector has no such unit. A filter of zeros is not perturbed.
         outer_lr: step size of the outer optimizer, > 0; 1 jumps to z.
         outer_momentum: its Nesterov momentum, in [0, 1).
 
@@ -103,7 +115,7 @@ class Relaxation:
 
     Example:
         >>> Relaxation(inner_steps=5, outer_lr=0.5).at(0)
-        Settings(gamma=0.0, noise=0.0, average=1.0, rho=0.0, outer_lr=0.5, width=0.0)
+        Settings(gamma=0.0, noise=0.0, average=1.0, rho=0.0, outer_lr=0.5, width=0.0, stiffness=0.0)
 
     References:
         Chaudhari et al., Entropy-SGD, ICLR 2017, arXiv:1611.01838; Deep Relaxation, 2018, arXiv:1704.04932;
@@ -122,7 +134,7 @@ class Relaxation:
     elastic_target: Literal["anchor", "average", "pseudo_gradient"] = "anchor"
     perturb: bool = False
     width: Number = 0.0
-    scale: Literal["absolute", "filter"] = "absolute"
+    scale: Scale = "absolute"
     outer_lr: Number = 1.0
     outer_momentum: float = 0.0
 
@@ -132,7 +144,7 @@ class Relaxation:
             check_bool(name, getattr(self, name))
         for name, choices in (
             ("elastic_target", tuple(OUTER_TARGETS)),
-            ("scale", ("absolute", "filter")),
+            ("scale", ("absolute", "filter", "relative")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
@@ -141,18 +153,39 @@ class Relaxation:
         self.at(0)
         self._check_combinations()
 
+    if not TYPE_CHECKING:  # or type checkers would allow any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            # Called for what there is not; Lightning looks up its hooks on whatever it was given as a callback.
+            if name.startswith("on_") or name in ("setup", "teardown", "state_key"):
+                raise AttributeError(
+                    "a Relaxation is a method and no callback: write callbacks=[InnerOuterCallback(relaxation)], or "
+                    "EntropySGD(...), HamiltonJacobi(...), HeatSmoothing(...)"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _check_combinations(self) -> None:
         if self.coupled and self.explicit:
             raise ValueError("coupled and explicit exclude each other: they are two forms of the same spring")
-        if self.scale == "filter" and not self.perturb and self.width == 0:
-            raise ValueError("scale='filter' needs perturb=True or a width: it scales the perturbation")
+        if self.scale != "absolute" and not self.perturb and self.width == 0:
+            raise ValueError(f"scale={self.scale!r} needs perturb=True or a width: it scales the perturbation")
+        if isinstance(self.gamma, Pull) and (self.spring != "implicit" or not self.reset):
+            raise ValueError(
+                "gamma must be a number with coupled, explicit or reset=False, got a Pull: its formula is "
+                "that of the default spring, in loops that start at x"
+            )
         if self.outer_target.common and self.rho != 0:
             raise ValueError(f"rho must be 0 with elastic_target={self.elastic_target!r}, got {self.rho!r}")
         if not self.perturb:
             return
-        off = Relaxation()
+        if self.width != 0 and self.gamma != 0:
+            raise ValueError(
+                f"gamma and width exclude each other with perturb=True, where width is gamma^(-1/2), got {self.gamma!r}"
+                f" and {self.width!r}"
+            )
+        off, of_heat = Relaxation(), ("inner_steps", "gamma", "perturb", "width", "scale")
         for name in self.__dataclass_fields__:
-            if name not in ("inner_steps", "gamma", "perturb", "scale") and getattr(self, name) != getattr(off, name):
+            if name not in of_heat and getattr(self, name) != getattr(off, name):
                 raise ValueError(f"{name} has no meaning with perturb=True, got {getattr(self, name)!r}")
 
     def describe(self) -> dict[str, Any]:
@@ -164,6 +197,19 @@ class Relaxation:
         """
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: _plain(value) for name, value in values.items()}
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether a setting is a share of the training, which :meth:`over` turns into an outer step."""
+        return self.over(1.0) is not self
+
+    def over(self, steps: float) -> "Relaxation":
+        """Return the method in which shares of the training (:class:`Starting`) are outer steps.
+
+        Args:
+            steps: the training's length in steps of the optimizer, > 0.
+        """
+        return in_outer_steps(self, steps / self.inner_steps)  # type: ignore[no-any-return]
 
     @property
     def spring(self) -> Literal["implicit", "coupled", "explicit"]:
@@ -201,14 +247,20 @@ class Relaxation:
             TypeError: something that is not a number.
         """
         numbers = {name: self._at(name, rule, t, gamma_start) for name, rule in _VARYING.items()}
-        if self.perturb:
+        if isinstance(self.gamma, Pull):
+            numbers["stiffness"] = self.gamma.stiffness(t, inner_steps=self.inner_steps)
+        if self.perturb and self.width == 0:
             numbers["width"] = numbers["gamma"] ** -0.5
         return Settings(**numbers)
 
     def _at(self, name: str, rule: Rule, t: int, gamma_start: float | None) -> float:
         value: Any = getattr(self, name)
-        if name == "gamma" and self.perturb:
+        if name == "gamma" and isinstance(value, Pull):
+            value = 0.0
+        if name == "gamma" and self.perturb and self.width == 0:
             rule = ("a finite number > 0 with perturb=True (its variance is 1/gamma)", POSITIVE[1])
+        elif name == "gamma" and isinstance(value, str) and not self.auto_gamma:
+            raise TypeError(f"gamma must be a number >= 0, a schedule such as Scoping, or 'auto', got {value!r}")
         elif name == "gamma" and self.auto_gamma:
             scoping = value if isinstance(value, Scoping) else Scoping(AUTO, 1e-3)
             # The first loop (t = 0) measures; the spring starts with the second.
@@ -226,3 +278,19 @@ def _plain(value: Any) -> Any:
         return repr(value)
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_relaxation(value: Any) -> Relaxation:
+    """Return ``value`` if it is a :class:`Relaxation`.
+
+    Raises:
+        TypeError: it is not; the message says what to write where it is a callback or a preset that was not called.
+    """
+    if isinstance(value, Relaxation):
+        return value
+    name, hint = getattr(value, "__name__", type(value).__name__), ""
+    if isinstance(getattr(value, "relaxation", None), Relaxation):
+        hint = f": {name} has one, at its attribute relaxation"
+    elif callable(value):
+        hint = f": call the preset, as in {name}()"
+    raise TypeError(f"relaxation must be a Relaxation such as entropy_sgd(), got {name}{hint}")

@@ -1,10 +1,11 @@
 """Numbers that vary with the outer step: callables of t that pickle, print and compare."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Literal
 
-from lightning_entropy.methods.validation import POSITIVE, check_integer, check_number
+from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, check_integer, check_number
 
 AUTO: Literal["auto"] = "auto"
 
@@ -97,3 +98,110 @@ class Widening:
         """Return gamma at outer step t >= 0."""
         half_cosine = (1 - math.cos(math.pi * min(t, self.steps) / self.steps)) / 2
         return self.gamma / (1 + (self.factor - 1) * half_cosine) ** 2
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Go linearly from ``start`` to ``value`` over the first outer steps, and stay there.
+
+    For any number of a relaxation, such as ``width=Warmup(0.1, 1000)``: noise that is small while the weights still
+    move fast. With ``start`` above ``value`` it is a decay.
+
+    Args:
+        value: from t = ``steps`` on, >= 0.
+        steps: outer steps until then, int >= 1.
+        start: value at t = 0, >= 0.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: an argument of another type.
+
+    Example:
+        >>> [Warmup(0.4, 2)(t) for t in range(4)]
+        [0.0, 0.2, 0.4, 0.4]
+    """
+
+    value: float
+    steps: int
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("value", self.value, NON_NEGATIVE)
+        check_integer("steps", self.steps, 1)
+        check_number("start", self.start, NON_NEGATIVE)
+
+    def __call__(self, t: int) -> float:
+        """Return the value at outer step t >= 0."""
+        done = min(t, self.steps) / self.steps
+        return self.start * (1 - done) + self.value * done
+
+
+@dataclass(frozen=True)
+class Starting:
+    """Turn a number on late: ``before`` until outer step ``at``, then ``value``.
+
+    SAM in the last eighth of a training has nearly the whole effect of SAM; whether that holds for a smoothing or a
+    slow outer step can be tried with this. What is "off" depends on the number: 0 for ``gamma``, ``noise``, ``rho`` and
+    ``width``, 1 for ``average`` and ``outer_lr``. So ``width=Starting(0.1, at=0.88)``, and
+    ``outer_lr=Starting(0.5, at=0.88, before=1.0)``, with which a lookahead is the plain optimizer at first.
+
+    Args:
+        value: from outer step ``at`` on: a number, or a schedule that counts its steps from there.
+        at: int >= 0, an outer step; or a float in (0, 1), a share of the training, which the callbacks know under
+            automatic optimization with a ``max_steps`` or ``max_epochs``. Elsewhere a share is refused.
+        before: until then, >= 0.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: an argument of another type.
+
+    Example:
+        >>> late = Starting(0.1, at=2)
+        >>> [late(t) for t in range(4)]
+        [0.0, 0.0, 0.1, 0.1]
+        >>> in_outer_steps(Starting(0.1, at=0.9), 50).at
+        45
+
+    References:
+        Zhou, Wang, Mao, Li and Yan, Sharpness-aware minimization efficiently selects flatter minima late in training,
+        ICLR 2025, arXiv:2410.10373.
+    """
+
+    value: float | Scoping | Widening | Warmup | Callable[[int], float]
+    at: int | float
+    before: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.value):
+            check_number("value", self.value, NON_NEGATIVE)
+        if isinstance(self.at, float):
+            check_number("at", self.at, ("an outer step, an int >= 0, or a share in (0, 1)", lambda v: 0 < v < 1))
+        else:
+            check_integer("at", self.at, 0)
+        check_number("before", self.before, NON_NEGATIVE)
+
+    def __call__(self, t: int) -> float:
+        """Return the value at outer step t >= 0."""
+        if t == 0 and isinstance(self.at, float):  # which is before any share
+            return self.before
+        if isinstance(self.at, float):
+            raise ValueError(f"at={self.at} is a share of a training whose length is not known: make it an outer step")
+        if t < self.at:
+            return self.before
+        return self.value(t - self.at) if callable(self.value) else self.value
+
+
+def in_outer_steps(value: Any, total: float) -> Any:
+    """Return a setting in which shares of the training are outer steps; anything else as it is.
+
+    Args:
+        value: a number, a schedule, or a schedule of schedules.
+        total: outer steps of the training, > 0.
+    """
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    parts = {name: in_outer_steps(getattr(value, name), total) for name in value.__dataclass_fields__}
+    if isinstance(value, Starting) and isinstance(value.at, float):
+        parts["at"] = round(value.at * total)
+    changed = {name: part for name, part in parts.items() if part is not getattr(value, name)}
+    return replace(value, **changed) if changed else value

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 from lightning_entropy.strategies.compression import Format, Sum
 from lightning_entropy.strategies.options import Grid
 
-Naming = Callable[[RuntimeError], RuntimeError]
+# Waits for other ranks inside of the block, at a place with a name; an error then names the rank that is gone.
+Meeting = Callable[[str], AbstractContextManager[None]]
 
 DIVERGED = "the weights of every replica are nan or inf"  # how the error begins
 
@@ -85,7 +88,8 @@ class Coupling:
             and add the rounding error to the next round (error feedback); the first round is sent in float32.
         differences: False sends the values themselves: for pseudo-gradients, which the last mean does not predict.
         overlap: False waits for every exchange at once, with the same result.
-        naming: turns the error of a collective into one that names the rank that is gone.
+        meeting: waits for other ranks.
+        name: of the stream, for messages.
 
     Attributes:
         round: the last exchange; None before the first.
@@ -103,13 +107,14 @@ class Coupling:
         format: Format = "float32",
         differences: bool = True,
         overlap: bool = True,
-        naming: Naming = lambda error: error,
+        meeting: Meeting = lambda where: nullcontext(),
+        name: str = "an exchange",
     ) -> None:
         self.links = links
         self.format: Format = format
         self.differences = differences
         self.overlap = overlap
-        self.naming = naming
+        self.meeting = partial(meeting, name)
         self.round: Round | None = None
         self.notice = False
         self.noticed = False
@@ -169,10 +174,8 @@ class Round:
         # How many values are judged together: those of all weights, then those of every other tensor.
         self._sizes = [sum(t.numel() for t in self._judged), *(t.numel() for t in tensors[judged:])]
         flat = flatten(tensors)
-        try:
+        with coupling.meeting():
             counts, notice = self._agree_inside(flat)
-        except RuntimeError as error:
-            raise coupling.naming(error) from error
         self.finite = counts[0] > 0
         for part, counted in zip(flat.split(self._sizes), counts, strict=True):
             if not counted:
@@ -194,11 +197,9 @@ class Round:
         if self.finite and coupling.distance is not None:
             distance = coupling.distance.to(own.device, torch.float32)
         self._header = torch.cat([torch.tensor([*counts, notice], device=own.device), distance.reshape(1)])
-        try:
+        with coupling.meeting():
             self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
             self._sum = Sum(values, coupling.links.across, "float32" if whole else coupling.format, memory.share)
-        except RuntimeError as error:
-            raise coupling.naming(error) from error
         self._residual = values - self._sum.sent if self._compressed and self.finite else memory.residual
         coupling.sent += 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
 
@@ -226,18 +227,14 @@ class Round:
         To be called before a collective in which the other replicas may already wait for this one.
         """
         if self._means is None:
-            try:
+            with self._coupling.meeting():
                 self._sum.advance()
-            except RuntimeError as error:
-                raise self._coupling.naming(error) from error
 
     def progress(self) -> None:
         """Start the second half, if there is one and the first has arrived."""
         if self._means is None:
-            try:
+            with self._coupling.meeting():
                 self._sum.progress()
-            except RuntimeError as error:
-                raise self._coupling.naming(error) from error
 
     def wait(self) -> list[Tensor]:
         """Wait for the means and return them; may be called again.
@@ -247,10 +244,8 @@ class Round:
         """
         if self._means is None:
             start = time.perf_counter()
-            try:
+            with self._coupling.meeting():
                 self._means = self._wait()
-            except RuntimeError as error:
-                raise self._coupling.naming(error) from error
             self._coupling.waited += time.perf_counter() - start
         return self._means
 

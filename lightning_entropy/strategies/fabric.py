@@ -24,7 +24,7 @@ from lightning_entropy.strategies.lightning_internals import (
     without_gradient_sync,
     wrap_in_group,
 )
-from lightning_entropy.strategies.liveness import Heartbeat, watch
+from lightning_entropy.strategies.liveness import Heartbeat, meeting, watch
 from lightning_entropy.strategies.loaders import own_order
 from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
 from lightning_entropy.strategies.rendezvous import join_after_restart
@@ -46,7 +46,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         independent_init: replicas start from different weights.
         outer: makes the outer optimizer from the list of anchors.
         seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
-        communication_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        communication_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
         overlap: False waits for every exchange at once.
         **kwargs: of Fabric's ``DDPStrategy``, and of ``DistributedDataParallel`` inside a replica.
 
@@ -137,12 +137,9 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
             self.grid,
             seed=self._base_seed,
             timeout=timeout(self),
-            naming=self._named,
+            meeting=lambda where: meeting(self._heartbeat, where),
         )
         return wrapped, optimizers, scheduler
-
-    def _named(self, error: RuntimeError) -> RuntimeError:
-        return error if self._heartbeat is None else self._heartbeat.named(error)
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step, and count the attempt; the outer step follows the last inner step."""

@@ -6,7 +6,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -38,7 +39,8 @@ class Heartbeat:
     A collective with a dead rank mostly fails at once, but some ranks may be left waiting, until the process group's
     timeout, for others that have given up (Lightning's broadcast before every batch swallows errors). So the thread
     ends its process, with a message that names the rank, if a rank is silent and the main thread has not moved for
-    30 seconds.
+    30 seconds. So it does if all ranks are alive and wait for each other, but not at the same place: one has stopped
+    training, say, and another is at its next outer step. Where a rank has waited for long is part of its beat.
 
     Args:
         rank: this rank.
@@ -53,6 +55,7 @@ class Heartbeat:
         self._reason_keys = [f"reason/{r}" for r in range(world_size)]
         self._lost: list[int] = []  # ranks that some rank found gone, without those that end because of it
         self._reasons: dict[int, str] = {}  # by rank: why it has left
+        self._at = ""  # where this rank waits for others; empty: nowhere
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -103,7 +106,8 @@ class Heartbeat:
             if here != spot:
                 spot, moved = here, now
             try:
-                self._thread_store.set(self._keys[self._rank], str(count))
+                place = self._at if now - moved > LIMIT / 2 else ""
+                self._thread_store.set(self._keys[self._rank], f"{count} {place}")
                 latest = self._read(self._thread_store)
             except RuntimeError:
                 latest = [beats[0], *(b"?" for _ in beats[1:])]  # rank 0 has stopped; the others are unknown
@@ -116,6 +120,38 @@ class Heartbeat:
                 with suppress(RuntimeError):
                     self._tell(self._thread_store, silent)
                 os._exit(1)
+
+            if now - moved > LIMIT and (crossed := self._crossed(latest)):
+                print(f"{crossed}, for {now - moved:.0f} s", file=sys.stderr, flush=True)
+                with suppress(RuntimeError):
+                    self._thread_store.set(self._reason_keys[self._rank], crossed)
+                os._exit(1)
+
+    def _crossed(self, beats: list[bytes]) -> str | None:
+        """Return a message if all ranks wait for others at different places, so that nobody will come."""
+        places = [beat.decode(errors="replace").partition(" ")[2] for beat in beats]
+        if not all(places) or len(set(places)) == 1:
+            return None
+        where = ", ".join(f"{self._name(rank)} at {place}" for rank, place in enumerate(places))
+        return f"the ranks wait for each other at different places: {where}"
+
+    @contextmanager
+    def meeting(self, where: str) -> Iterator[None]:
+        """Wait for other ranks inside of the block; an error names the ranks that are gone.
+
+        Args:
+            where: the name of the place, the same on all ranks that meet there.
+        """
+        before, self._at = self._at, where
+        try:
+            yield
+        except RuntimeError as error:
+            named = self.named(error)
+            if named is error:
+                raise
+            raise named from error
+        finally:
+            self._at = before
 
     def silent(self, patience: float | None = None) -> list[int]:
         """Return the ranks that some rank has found gone, or whose counter stands still for ``patience`` seconds.
@@ -153,7 +189,10 @@ class Heartbeat:
             if self._gone:
                 return self._gone
             silent = {rank for rank in silent if now[rank] == first[rank] != DONE.encode()}
-        return sorted(silent)
+        if not silent:  # then it is one that has come to its end, and waits for nobody
+            silent = {rank for rank, beat in enumerate(self._read(self._store)) if beat == DONE.encode()}
+            self._reasons |= dict.fromkeys(silent, "its fit")
+        return sorted(silent - {self._rank})
 
     def _tell(self, store: dist.TCPStore, lost: list[int]) -> None:
         """Publish who is gone. Rank 0, whose store ends with it, waits until their threads have read it."""
@@ -229,7 +268,8 @@ def _ranks(text: bytes, n: int) -> list[int]:
 
 
 def _count(text: bytes) -> int:
-    return int(text) if text.isdigit() else 0
+    count = text.split(b" ")[0]
+    return int(count) if count.isdigit() else 0
 
 
 def listening_store(host: str, timeout: timedelta) -> dist.TCPStore:
@@ -253,6 +293,11 @@ def listening_store(host: str, timeout: timedelta) -> dist.TCPStore:
             host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
         )
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+
+
+def meeting(heartbeat: Heartbeat | None, where: str) -> AbstractContextManager[None]:
+    """Wait for other ranks inside of the block, with a heartbeat if there is one; see :meth:`Heartbeat.meeting`."""
+    return nullcontext() if heartbeat is None else heartbeat.meeting(where)
 
 
 def watch(grid: Grid, environment: ClusterEnvironment) -> Heartbeat | None:

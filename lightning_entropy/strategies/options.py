@@ -1,15 +1,19 @@
 """What both strategies take, written once: arguments, their checks, the grid of replicas, seeds, registered names."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
-from lightning_entropy.methods.relaxation import Relaxation
+from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.strategies.compression import FORMATS, Format
+
+REPLICA = "REPLICA_GROUP_ID"  # in the environment of a job that is one replica
 
 SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
 
@@ -26,6 +30,7 @@ class Grid(NamedTuple):
     rank: int
     world_size: int
     replicas: int
+    first: int = 0  # the number of the first of these replicas, where others are jobs of their own
 
     @property
     def data_parallel(self) -> int:
@@ -34,8 +39,8 @@ class Grid(NamedTuple):
 
     @property
     def replica(self) -> int:
-        """The replica of this rank, in [0, R)."""
-        return self.rank // self.data_parallel
+        """The replica of this rank, in [0, R) where all replicas are of this job."""
+        return self.first + self.rank // self.data_parallel
 
     @property
     def position(self) -> int:
@@ -81,10 +86,11 @@ class ReplicaOptions:
     seed: int | None
     communication_dtype: Format
     overlap: bool
+    membership: Literal["static", "torchft"] = "static"
+    min_replicas: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.relaxation, Relaxation):
-            raise TypeError(f"relaxation must be a Relaxation, got {type(self.relaxation).__name__}")
+        check_relaxation(self.relaxation)
         if not self.relaxation.has_anchor:
             raise ValueError(
                 "relaxation must have perturb=False for replicas, got True: it has no anchors to pull together"
@@ -98,10 +104,52 @@ class ReplicaOptions:
             raise ValueError(f"communication_dtype must be one of {FORMATS}, got {self.communication_dtype!r}")
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.membership not in ("static", "torchft"):
+            raise ValueError(f"membership must be 'static' or 'torchft', got {self.membership!r}")
+        if isinstance(self.min_replicas, bool) or not isinstance(self.min_replicas, int) or self.min_replicas < 1:
+            raise ValueError(f"min_replicas must be an int >= 1, got {self.min_replicas!r}")
+        if self.membership == "static" and self.min_replicas != 1:
+            raise ValueError(f"min_replicas has no meaning with membership='static', got {self.min_replicas}")
+        if self.elastic:
+            self._check_elastic()
+
+    def _check_elastic(self) -> None:
+        """Refuse what needs to know how many replicas there are, or what all of them have sent before."""
+        only = {"replicas": "auto", "data": "all", "independent_init": False, "communication_dtype": "float32"}
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value!r} with membership='torchft', got {getattr(self, name)!r}")
+
+    @property
+    def elastic(self) -> bool:
+        """Whether replicas are jobs of their own, which come and go."""
+        return self.membership == "torchft"
 
     def grid(self, rank: int, world_size: int) -> Grid:
-        """Return where a rank stands; ``"auto"`` makes every process a replica."""
+        """Return where a rank stands; ``"auto"`` makes every process a replica, or every job where they come and go."""
+        if self.elastic:
+            return Grid(rank, world_size, 1, replica_number())
         return Grid(rank, world_size, world_size if self.replicas == "auto" else self.replicas)
+
+    def describe(self, grid: Grid) -> str:
+        """Say in a sentence how replicas train and what they see.
+
+        Example:
+            >>> options = ReplicaOptions(presets.parle(), "auto", "all", False, None, None, "float32", True)
+            >>> options.describe(Grid(0, 2, 2))
+            "2 replicas x 1 process; each sees all data, so an epoch is 2 passes over it (data='shard' makes it one)"
+        """
+        if self.elastic:
+            return (
+                f"replica {grid.replica}, a job of its own; it sees all data, and meets the others where there are any"
+            )
+        processes = f"{grid.data_parallel} process{'es' if grid.data_parallel > 1 else ''}"
+        if grid.replicas == 1:
+            return f"1 replica x {processes}, and nothing to tie it to: ask for more devices or fewer processes each"
+        who = f"{grid.replicas} replicas x {processes}"
+        if self.data == "shard":
+            return f"{who}; each sees a different one of {grid.replicas} parts of every epoch"
+        return f"{who}; each sees all data, so an epoch is {grid.replicas} passes over it (data='shard' makes it one)"
 
     def common_seed(self, broadcast: Callable[[int], int]) -> int:
         """Return the seed that all ranks have in common. A collective.
@@ -112,8 +160,33 @@ class ReplicaOptions:
         return int(broadcast(torch.initial_seed() if self.seed is None else self.seed))
 
 
+# Under which names a strategy is registered; a hyphen is what many write first.
+NAMES: dict[str, Callable[[], Relaxation]] = {
+    "elastic_entropy": presets.parle,
+    "elastic-entropy": presets.parle,
+    "parle": presets.parle,
+    "elastic_sgd": presets.elastic_sgd,
+    "elastic-sgd": presets.elastic_sgd,
+}
+
+
+def replica_number() -> int:
+    """Return the number of this job's replica.
+
+    Raises:
+        MisconfigurationException: the environment does not have it.
+    """
+    text = os.environ.get(REPLICA, "")
+    if not text.isdecimal():
+        raise MisconfigurationException(
+            f"membership='torchft' needs {REPLICA}, the number of this job's replica from 0 on, in the environment, "
+            f"got {text!r}: python -m lightning_entropy.launch sets it"
+        )
+    return int(text)
+
+
 def register(strategy: type, registry: Any) -> None:
-    """Register a strategy as ``elastic_entropy`` and ``elastic_sgd``, with ``_spawn``, ``_fork`` and ``_notebook``.
+    """Register a strategy under its names, with ``_spawn``, ``_fork`` and ``_notebook`` too.
 
     A name that is there is replaced, so that a module may be imported twice.
 
@@ -121,13 +194,13 @@ def register(strategy: type, registry: Any) -> None:
         strategy: the class.
         registry: Lightning's, of the Trainer's strategies or of Fabric's.
     """
-    for name, relaxation in (("elastic_entropy", presets.parle()), ("elastic_sgd", presets.elastic_sgd())):
+    for name, preset in NAMES.items():
         for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
             registry.register(
                 name + suffix,
                 strategy,
                 description=f"Replicas without shared gradients ({name}), start_method={start_method!r}",
                 override=True,
-                relaxation=relaxation,
+                relaxation=preset(),
                 start_method=start_method,
             )

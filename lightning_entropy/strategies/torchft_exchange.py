@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.strategies.exchange import DIVERGED, flatten, unflatten
-from lightning_entropy.strategies.torchft_meeting import Meeting
+from lightning_entropy.strategies.torchft_assembly import Assembly
 
 
 class ElasticCoupling:
@@ -19,7 +19,7 @@ class ElasticCoupling:
     next exchange is of those that are left.
 
     Args:
-        meeting: where the replicas meet.
+        assembly: where the replicas meet.
         stream: the number of this stream of exchanges, the same on all replicas.
         overlap: False waits for every exchange at once, with the same result.
         keep: the last means are kept, of tensors that the engine does not ask for again.
@@ -30,6 +30,8 @@ class ElasticCoupling:
 
     Attributes:
         round: the last exchange; None before the first.
+        passes: the next exchange is left out: this replica has joined in the middle of a loop, at the mean that it
+            would bring.
         version: how many common steps have been taken; -1 without any.
         last: the last means that have arrived, if they are kept; empty before.
         last_extras: those of the further tensors; nan where no replica's was finite.
@@ -40,7 +42,7 @@ class ElasticCoupling:
 
     def __init__(
         self,
-        meeting: Meeting,
+        assembly: Assembly,
         stream: int,
         *,
         overlap: bool = True,
@@ -49,9 +51,10 @@ class ElasticCoupling:
         common: Callable[[], dict[str, Any]] | None = None,
         catch_up: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.meeting, self.stream, self.overlap, self.keep = meeting, stream, overlap, keep
+        self.assembly, self.stream, self.overlap, self.keep = assembly, stream, overlap, keep
         self.extras, self.common, self.catch_up = extras, common, catch_up
         self.version = -1 if common is None else 0
+        self.passes = False
         self.round: ElasticRound | None = None
         self.last: list[Tensor] = []
         self.last_extras: list[Tensor] = []
@@ -70,6 +73,9 @@ class ElasticCoupling:
             A function that waits for the means and returns them, in float64 if any tensor is, else in float32; None if
             a peer was lost, and there is no mean.
         """
+        if self.passes:
+            self.passes = False
+            return lambda: None
         self.round = ElasticRound(self, list(tensors))
         if not self.overlap:
             self.round.wait()
@@ -97,7 +103,8 @@ class ElasticRound:
 
     def __init__(self, coupling: ElasticCoupling, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        self._coupling, self._means, self._waited = coupling, None, False
+        self._coupling, self._waited = coupling, False
+        self._means: list[Tensor] | None = None
         self._extras = [extra.detach() for extra in coupling.extras()]
         flat = flatten([*tensors, *self._extras])
         self._sizes = [sum(t.numel() for t in tensors), *(extra.numel() for extra in self._extras)]
@@ -112,7 +119,7 @@ class ElasticRound:
             distance[0] = coupling.distance
         payload = torch.cat([flat, counts, distance]).cpu()
         self._payload_bytes = payload.numel() * payload.element_size()
-        self._encounter = coupling.meeting.exchange(
+        self._encounter = coupling.assembly.exchange(
             payload, stream=coupling.stream, version=coupling.version, common=coupling.common
         )
 

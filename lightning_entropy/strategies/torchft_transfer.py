@@ -33,6 +33,7 @@ class StateServer:
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
         self._serial, self._state = -1, b""
+        self._serving: list[threading.Thread] = []
         threading.Thread(target=self._listen, name="state server", daemon=True).start()
 
     def offer(self, serial: int, state: dict[str, Any]) -> None:
@@ -53,7 +54,9 @@ class StateServer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return  # closed
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            self._serving = [thread for thread in self._serving if thread.is_alive()]
+            self._serving.append(threading.Thread(target=self._serve, args=(connection,), daemon=True))
+            self._serving[-1].start()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
@@ -81,7 +84,10 @@ class StateServer:
         return state
 
     def close(self) -> None:
-        """Stop listening; a transfer that has begun goes on."""
+        """Stop listening, when the transfers of what is offered are done."""
+        if self._state:
+            for thread in self._serving:
+                thread.join(self._timeout)
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # or accept() would wait for ever
         self._listener.close()

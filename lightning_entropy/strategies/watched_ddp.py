@@ -1,13 +1,12 @@
 """A DDP strategy for the Trainer whose errors name the rank that died, and that does not wait for it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_entropy.strategies.lightning_internals import backend, replace_message, timeout
-from lightning_entropy.strategies.liveness import Heartbeat, watch
+from lightning_entropy.strategies.liveness import Heartbeat, meeting, watch
 from lightning_entropy.strategies.options import Grid
 from lightning_entropy.strategies.rendezvous import join_after_restart
 
@@ -73,33 +72,27 @@ class WatchedDDPStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
         if not self._leaving:
-            with self._naming():
+            with self._meeting("a barrier"):
                 super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Return rank ``src``'s object."""
         if self._leaving:
             return obj
-        with self._naming():
+        with self._meeting("a broadcast"):
             return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce over all ranks."""
         if self._leaving:
             return tensor
-        with self._naming():
+        with self._meeting("a reduction"):
             return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Agree on a decision."""
         return decision if self._leaving else super().reduce_boolean_decision(decision, all)
 
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            named = self._named(error)
-            if named is error:
-                raise
-            raise named from error
+    def _meeting(self, where: str) -> AbstractContextManager[None]:
+        """Wait for other ranks inside of the block; an error names the ranks that are gone."""
+        return meeting(self._heartbeat, where)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn import Module
@@ -92,6 +93,8 @@ class RefreshBatchNorm(Callback):
         frozen = self._frozen or ()
         layers = [m for name, m in pl_module.named_modules() if _keeps_statistics(m) and name not in frozen]
         if not layers:
+            if not frozen:
+                rank_zero_warn("RefreshBatchNorm has nothing to do: no layer of this module keeps BatchNorm statistics")
             return
         with isolate_rng(), _collecting(pl_module, layers):
             count = 0

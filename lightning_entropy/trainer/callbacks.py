@@ -1,11 +1,9 @@
 """Smoothing for a Trainer that works: one callback, any LightningModule, any torch optimizer."""
 
-from typing import Literal
-
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.presets import ENTROPY_SCOPING
-from lightning_entropy.methods.relaxation import Gamma, Number
+from lightning_entropy.methods.relaxation import Gamma, Number, Scale
 from lightning_entropy.trainer.inner_outer import InnerOuterCallback
 
 
@@ -17,13 +15,16 @@ class EntropySGD(InnerOuterCallback):
     :class:`InnerOuterCallback` for who sees which weights.
 
     Args:
-        inner_steps: L, int >= 1.
-        gamma: stiffness, >= 0; ``"auto"`` measures its start; 1/gamma in *Deep Relaxation* and *Parle*.
-        noise: thermal noise, >= 0.
-        average: weight of the newest y, in (0, 1].
+        inner_steps: L, training steps per jump, int >= 1. First try: 20.
+        gamma: how hard the weights of a loop are held to where it began, >= 0; ``"auto"`` measures its start; 1/gamma
+            in *Deep Relaxation* and *Parle*. What it does depends on the learning rate: with the paper's values 3 % of
+            a loop's path. ``Pull(0.5)`` is the spring that takes back half of it at any rate: try that first.
+        noise: random kicks per step, >= 0, as sqrt(lr) noise. The paper's 1e-4 is hardly felt.
+        average: the jump is to a running mean, in which the newest weights count this much, in (0, 1]; 1: to the end
+            of the loop.
         coupled: the spring inside the optimizer's momentum, as the paper writes it.
         reset_momentum: zero the optimizer's momentum at outer steps, as the released code does.
-        outer_lr: step size of the outer step, > 0.
+        outer_lr: how far the jump goes, > 0: 1 all the way, 0.3 about a third of it, which averages over loops.
         outer_momentum: Nesterov momentum of the outer step, in [0, 1).
         outer: another outer optimizer (``torch.optim.Adam`` makes Entropy-Adam); replaces both.
         seed: of the noise, >= 0.
@@ -68,11 +69,12 @@ class HamiltonJacobi(InnerOuterCallback):
     See :func:`lightning_entropy.hamilton_jacobi`.
 
     Args:
-        inner_steps: L, int >= 1.
-        gamma: stiffness, 1/t, >= 0; ``"auto"`` measures its start.
+        inner_steps: L, training steps per proximal step, int >= 1. First try: 20.
+        gamma: how hard the weights of a loop are held to where it began, 1/t, >= 0; ``"auto"`` measures its start.
+            ``Pull(0.5)`` takes back half of a loop's path at any learning rate: try that first.
         coupled: the spring inside the optimizer's momentum.
         reset_momentum: zero the optimizer's momentum at outer steps.
-        outer_lr: step size of the outer step, > 0.
+        outer_lr: how far toward the end of the loop x goes, > 0; 1 all the way.
         outer_momentum: Nesterov momentum of the outer step, in [0, 1).
         outer: another outer optimizer; replaces both.
         compile: an inner step in one compiled pass over memory.
@@ -113,10 +115,17 @@ class HeatSmoothing(InnerOuterCallback):
     before the next forward pass of a submodule after each step. What is written into perturbed weights would be lost
     and is a ``RuntimeError``.
 
+    What to try first: ``HeatSmoothing(width=0.1, scale="relative")``, noise of a tenth of each filter's norm. At 0.02
+    one sees nothing; 0.2 and more are for wrong labels. Search the weight decay first, which has some of the same
+    effects. ``width=Warmup(0.1, 500)`` lets the noise grow over 500 steps, and ``width=Starting(0.1, at=0.88)`` has it
+    in the last part of the training alone.
+
     Args:
         inner_steps: gradients averaged per update, int >= 1.
-        gamma: 1 / variance of the perturbation, > 0; relative to the squared filter norm with ``scale="filter"``.
-        scale: ``"absolute"`` (the heat equation) or ``"filter"`` (LPF-SGD).
+        gamma: 1 / variance of the perturbation, > 0, in the unit of ``scale``; None: 1e4, or what ``width`` says.
+        width: size of the perturbation, gamma^(-1/2), >= 0, in the place of gamma.
+        scale: its unit: ``"absolute"`` (a weight; the heat equation), ``"filter"`` (a filter's norm, for each of its
+            weights; LPF-SGD) or ``"relative"`` (the norm of the noise over the norm of the filter, whatever its size).
         seed: of the perturbation, >= 0.
         compile: the perturbation in one compiled pass over memory.
 
@@ -128,10 +137,11 @@ class HeatSmoothing(InnerOuterCallback):
     def __init__(
         self,
         inner_steps: int = 1,
-        gamma: Number = 1e4,
+        gamma: Number | None = None,
         *,
-        scale: Literal["absolute", "filter"] = "absolute",
+        width: Number | None = None,
+        scale: Scale = "absolute",
         seed: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(presets.heat(inner_steps, gamma, scale=scale), seed=seed, compile=compile)
+        super().__init__(presets.heat(inner_steps, gamma, width=width, scale=scale), seed=seed, compile=compile)

@@ -1,10 +1,39 @@
-"""Where a Trainer stands: whether a batch was the last, and at which step it logs."""
+"""Where a Trainer stands: how long it trains, whether a batch was the last, and at which step it logs."""
 
+import math
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.trainer import lightning_internals
+
+
+def of_this_training(relaxation: Relaxation, trainer: Trainer) -> Relaxation:
+    """Return the method with its shares of the training as outer steps.
+
+    Args:
+        relaxation: the method.
+        trainer: in ``on_train_start``.
+
+    Raises:
+        MisconfigurationException: it has some, and how many steps each optimizer takes is not known.
+    """
+    if not relaxation.has_shares:
+        return relaxation
+    if not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            "at must be an outer step in manual optimization, where the number of each optimizer's steps is not known, "
+            f"got a share of the training in {relaxation}"
+        )
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise MisconfigurationException(
+            "at must be an outer step without max_steps or max_epochs, as the training has no end, got a share of it "
+            f"in {relaxation}"
+        )
+    return relaxation.over(steps)
 
 
 def training_is_complete(trainer: Trainer, batch_idx: int) -> bool:

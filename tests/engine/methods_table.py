@@ -51,8 +51,12 @@ TABLE: dict[str, dict[str, le.Relaxation]] = {
             inner_steps=2, gamma=0.5, width=le.Scoping(1e-2, 0.1), scale="filter", outer_lr=0.5, outer_momentum=0.5
         ),
         "smoothed_two_timescale": le.Relaxation(gamma=0.5, width=1e-2, reset=False, outer_lr=0.1),
+        "smoothed_late": le.Relaxation(
+            inner_steps=2, gamma=le.Pull(le.Warmup(0.5, 2)), width=le.Starting(0.1, at=1), scale="relative"
+        ),
     },
     "lookahead": {"lookahead": le.lookahead(3)},
+    "smoothed_lookahead": {"smoothed_lookahead": le.smoothed_lookahead(3)},
     "entropy_sgd": {
         "entropy_sgd": le.entropy_sgd(3, 0.5, 1e-2),
         "entropy_sgd_coupled": le.entropy_sgd(3, 0.5, 1e-2, coupled=True, reset_momentum=True),
@@ -66,11 +70,15 @@ TABLE: dict[str, dict[str, le.Relaxation]] = {
         "heat": le.heat(1, 1e4),
         "heat_averaged": le.heat(3, 1e4),
         "heat_filter": le.heat(3, 1e4, scale="filter"),
+        "heat_relative": le.heat(2, width=0.1, scale="relative"),
     },
     "two_timescale": {"two_timescale": le.two_timescale(0.5)},
     "elastic_sgd": {"elastic_sgd": le.elastic_sgd(3, 0.5)},
     "local_sgd": {"local_sgd": le.local_sgd(3)},
     "diloco": {"diloco": le.diloco(3)},
+    "snoo": {"snoo": le.snoo(3)},
+    "palsgd": {"palsgd": le.palsgd(3, le.Pull(0.5))},
+    "gpa": {"gpa": le.gpa(0.9)},
     "parle": {"parle": le.parle(3)},
 }
 METHODS: dict[str, le.Relaxation] = {name: relaxation for rows in TABLE.values() for name, relaxation in rows.items()}

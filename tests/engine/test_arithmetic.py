@@ -148,6 +148,14 @@ def test_half_parameters_move_in_the_anchors_precision(half: torch.dtype, noise:
     torch.testing.assert_close(z, mean)
 
 
+def test_noise_of_the_filters_rms_has_the_filters_norm() -> None:
+    w = torch.randn(3, 40, 5, 5, dtype=torch.float64) * torch.tensor([1.0, 0.1, 10.0]).view(3, 1, 1, 1)
+    noise = torch.randn(200, *w.shape, dtype=torch.float64) * F.filter_rms(w)
+    ratios = noise.flatten(2).square().sum(2).mean(0).sqrt() / w.flatten(1).norm(dim=1)
+    assert ratios.tolist() == pytest.approx([1.0] * 3, rel=1e-2)
+    assert F.filter_rms(torch.zeros(2, 2)).tolist() == [[0.0], [0.0]]
+
+
 def test_filter_norms() -> None:
     w = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     norms = F.filter_norms(w)

@@ -24,7 +24,7 @@ from tests.engine.training import (
     through_a_file,
     values,
 )
-from tests.reference import filter_norms
+from tests.reference import filter_norms, relative_scales
 
 
 def test_every_exported_preset_is_in_the_table() -> None:
@@ -92,7 +92,7 @@ def test_every_optimizer_takes_the_written_out_loop(name: str, method: str) -> N
         t, k = divmod(i, r.inner_steps)
         now = r.at(t)
         lr = float(inner.param_groups[0]["lr"])
-        stiffness = lr * now.gamma
+        stiffness = now.stiffness or lr * now.gamma
         if r.explicit:
             closure_of(plain, inner, i)()
             for v, w in zip(y, x, strict=True):
@@ -121,10 +121,11 @@ def test_every_optimizer_takes_the_written_out_loop(name: str, method: str) -> N
 def at_perturbed_weights(
     net: Net, closure: Callable[[], Tensor], relaxation: le.Relaxation, width: float, number: int
 ) -> Tensor:
-    """The loss and the gradients at y + width N(0, I), or its filter norms times that, with y in the parameters."""
+    """The loss and the gradients at y + width N(0, I) in the relaxation's scale, with y in the parameters."""
     params = list(net.parameters())
     y = values(params)
-    scales = filter_norms(y) if relaxation.scale == "filter" else [torch.ones_like(v) for v in y]
+    of = {"filter": filter_norms, "relative": relative_scales, "absolute": lambda y: [torch.ones_like(v) for v in y]}
+    scales = of[relaxation.scale](y)
     for p, s, n in zip(params, scales, perturbations(params, number), strict=True):
         p.data += width * s * n
     loss = closure()

@@ -288,7 +288,9 @@ def test_a_pull_whose_mean_cannot_be_had_is_left_out_once(target: Any) -> None:
         mean = None if next(lost) else [t / 2 for t in tensors]
         return lambda: mean
 
-    le.relax(optimizer, le.Relaxation(inner_steps=2, average=1.0, rho=1.0, elastic_target=target), replica_mean=replica_mean)
+    le.relax(
+        optimizer, le.Relaxation(inner_steps=2, average=1.0, rho=1.0, elastic_target=target), replica_mean=replica_mean
+    )
     assert descend(w, optimizer, 2) == [7, 6]  # as if it were alone
     # 6 -> 5 -> 4 - (6 - 3) for the anchors, whose mean is 3; 4 - (6 - 2) for the averages, whose mean is 2
     assert descend(w, optimizer, 2) == [5, 1 if target == "anchor" else 0]

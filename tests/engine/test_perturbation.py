@@ -34,6 +34,7 @@ METHODS_THAT_PERTURB = {
     "heat_averaged": le.heat(3, 100.0),
     "chain": le.Relaxation(inner_steps=3, gamma=0.5, noise=1e-2, average=0.5, width=0.1),
     "filter": le.Relaxation(inner_steps=3, gamma=0.5, width=0.1, scale="filter"),
+    "relative": le.Relaxation(inner_steps=3, gamma=0.5, width=0.1, scale="relative"),
     "two_timescale": le.Relaxation(gamma=0.5, reset=False, outer_lr=0.1, width=0.1),
 }
 each = pytest.mark.parametrize("relaxation", METHODS_THAT_PERTURB.values(), ids=METHODS_THAT_PERTURB)
@@ -355,3 +356,74 @@ def test_a_heat_schedule_that_turns_bad_leaves_x(bad: float) -> None:
         with pytest.raises(ValueError, match=rf"^gamma\(t=1\) must be a finite number > 0 .*, got {bad}$"):
             optimizer.step()
     assert torch.equal(w, torch.tensor([0.5, 1.5]))
+
+
+@pytest.mark.parametrize("last", ["a", "b", "both"])
+def test_a_parameter_without_a_gradient_in_the_last_step_moves_by_the_mean_of_those_it_had(last: str) -> None:
+    """By eye: a linear loss has the same gradient at all weights, so that the noise does not matter."""
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([a, b], lr=1.0)
+    loop = le.relax(optimizer, le.heat(2, 100.0), seed=0)
+    for loss in (lambda: 4 * a + 6 * b, lambda: 2 * a if last == "a" else 2 * b if last == "b" else 2 * a + 2 * b):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert [x.item() for x in loop.anchor] == {"a": [-3, -3], "b": [-2, -4], "both": [-3, -4]}[last]
+
+
+@pytest.mark.parametrize("width", [0.1, 0.4])
+@pytest.mark.parametrize("perturb", [True, False])
+def test_a_relative_width_is_the_norm_of_the_noise_over_the_norm_of_the_filter(width: float, perturb: bool) -> None:
+    """Of filters of any size and fan-in; vectors are left alone, and a filter of zeros."""
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1e-3, 1.0, 50.0, 0.0])
+    small = torch.nn.Parameter(torch.randn(4, 2000, generator=g) * sizes.view(4, 1))
+    large = torch.nn.Parameter(torch.randn(4, 100, 10, 10, generator=g) * sizes.view(4, 1, 1, 1))
+    vector, scalar = torch.nn.Parameter(torch.ones(50)), torch.nn.Parameter(torch.tensor(2.0))
+    params = [vector, small, scalar, large]
+    before = values(params)
+    relaxation = le.Relaxation(width=width, scale="relative", perturb=perturb)
+    loop = le.relax(torch.optim.SGD(params, lr=0.1), relaxation, seed=0)
+    loop.prepare()
+    assert_equal([vector, scalar], [before[0], before[2]])
+    for p, x in ((small, before[1]), (large, before[3])):
+        noise = (p.detach() - x).flatten(1).norm(dim=1)
+        assert noise[:3].tolist() == pytest.approx((width * x.flatten(1).norm(dim=1)[:3]).tolist(), rel=0.05)
+        assert noise[3] == 0
+    loop.unperturb()
+    assert_equal(params, before)
+
+
+def test_the_noise_of_a_filter_does_not_depend_on_whether_vectors_get_any() -> None:
+    ends = []
+    for scale in ("filter", "relative"):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).double()
+        before = values(net.parameters())
+        width = 0.1 if scale == "relative" else 0.1 / 2  # of four weights
+        le.relax(torch.optim.SGD(net.parameters(), lr=0.1), le.heat(width=width, scale=scale), seed=0).prepare()
+        ends.append([p.detach() - x for p, x in zip(net.parameters(), before, strict=True)])
+    torch.testing.assert_close(ends[0][0], ends[1][0])
+    assert ends[0][1].abs().min() > 0
+    assert ends[1][1].abs().max() == 0
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_a_late_width_is_the_plain_method_and_then_that_with_noise(inner_steps: int) -> None:
+    """Two outer steps without noise, whose gradients are at x; then those of a loop that has always had it."""
+    late = le.heat(inner_steps, width=le.Starting(0.1, at=2))
+    net, optimizer, loop = start(OPTIMIZERS["sgd_momentum"], late)
+    for i in range(2 * inner_steps):
+        x = values(net.parameters())
+        assert_equal(loop.anchor, x)
+        step(net, optimizer, i)
+    assert loop.outer_step == 2
+    assert all(not torch.equal(p, x) for p, x in zip(net.parameters(), loop.anchor, strict=True))
+    other, other_optimizer, other_loop = start(OPTIMIZERS["sgd_momentum"], le.heat(inner_steps, width=0.1))
+    state = through_a_file({"loop": loop.state_dict(), "optimizer": optimizer.state_dict()})
+    other_optimizer.load_state_dict(state["optimizer"])
+    other_loop.load_state_dict(state["loop"])
+    for i in range(3):
+        step(net, optimizer, i)
+        step(other, other_optimizer, i)
+    assert_equal(net.parameters(), other.parameters())

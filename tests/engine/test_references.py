@@ -242,23 +242,41 @@ def test_two_timescale(noise: float) -> None:
     assert_same(ours, theirs.anchors)
 
 
-def test_snoo_is_diloco_on_one_replica() -> None:
+@pytest.mark.parametrize(
+    ("relaxation", "numbers"), [(le.diloco(20), (0.7, 0.9)), (le.snoo(20), (0.7, 0.6)), (le.snoo(20, 0.5), (0.5, 0.6))]
+)
+def test_snoo_is_diloco_on_one_replica(relaxation: le.Relaxation, numbers: tuple[float, float]) -> None:
     data = batches(STEPS)
-    ours, _ = train(le.diloco(20), functools.partial(torch.optim.AdamW, lr=1e-2), data)
+    ours, _ = train(relaxation, functools.partial(torch.optim.AdamW, lr=1e-2), data)
     theirs = reference.diloco(
-        start(), grad, batches=[data], outer_steps=10, inner_steps=20, optimizer=reference.AdamW(1e-2)
-    )
+        start(), grad, batches=[data], outer_steps=10, inner_steps=20, optimizer=reference.AdamW(1e-2),
+        outer_lr=numbers[0], outer_momentum=numbers[1],
+    )  # fmt: skip
     assert_same(ours, theirs[0].anchors)
 
 
+@pytest.mark.parametrize("m", [0.0, 0.9, 0.9967])
+def test_primal_averaging_is_diloco_at_every_step(m: float) -> None:
+    """Ours with the user's lr, and in general: diloco(1, eta, m) is GPA with the step eta lr / (1 - m)."""
+    data = batches(STEPS)
+    for relaxation, lr in ((le.gpa(m), 1e-2), (le.diloco(1, 0.3, m), 0.3 * 1e-2 / (1 - m))):
+        ours, _ = train(relaxation, functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1), data)
+        theirs = reference.gpa_adamw(
+            start(), grad, batches=data, steps=STEPS, lr=lr, train_averaging=m, averaging=m, weight_decay=0.1
+        )
+        assert_same(ours, theirs.anchors)
+
+
 @pytest.mark.parametrize("closure", [True, False])
-@pytest.mark.parametrize("scale", ["absolute", "filter"])
+@pytest.mark.parametrize("scale", ["absolute", "filter", "relative"])
 def test_heat(scale: Any, closure: bool) -> None:
     data = batches(STEPS)
-    ours, _ = train(le.heat(4, 1e3, scale=scale), functools.partial(nesterov, weight_decay=1e-3), data, closure=closure)
+    relaxation = le.heat(4, width=0.1, scale="relative") if scale == "relative" else le.heat(4, 1e3, scale=scale)
+    ours, _ = train(relaxation, functools.partial(nesterov, weight_decay=1e-3), data, closure=closure)
     theirs = reference.heat(
-        start(), grad, batches=data, outer_steps=50, inner_steps=4, gamma=1e3, gaussian=draws(4),
-        optimizer=reference.SGD(0.1, 0.9, True, 1e-3), filter_normalized=scale == "filter",
+        start(), grad, batches=data, outer_steps=50, inner_steps=4, gamma=100.0 if scale == "relative" else 1e3,
+        gaussian=draws(4), optimizer=reference.SGD(0.1, 0.9, True, 1e-3), filter_normalized=scale == "filter",
+        relative=scale == "relative",
     )  # fmt: skip
     assert len(ours) == 50
     assert_same(ours, theirs.anchors)
@@ -355,6 +373,17 @@ def test_replicas_along_the_mean_pseudo_gradient(method: str) -> None:
         assert_same(ours[0], other, tolerance=0)
 
 
+def test_diloco_with_a_spring_to_the_last_global_x() -> None:
+    data = [batches(STEPS, seed=10 + a) for a in range(3)]
+    make = functools.partial(torch.optim.AdamW, lr=1e-2)
+    ours = Replicas(3).train(le.palsgd(20, 2.0), make, data, False)
+    theirs = reference.diloco(
+        start(), grad, batches=data, outer_steps=10, inner_steps=20, optimizer=reference.AdamW(1e-2), stiffness=0.02
+    )
+    for left, right in zip(ours, theirs, strict=True):
+        assert_same(left, right.anchors)
+
+
 # A chain on the smoothed loss: every gradient at perturbed weights, inside spring, noise, average and outer step
 
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
@@ -368,6 +397,8 @@ SMOOTHED: dict[str, Case] = {
     "langevin": ({"gamma": 0.5, "noise": 1e-2}, *SGD),
     "langevin_adamw": ({"gamma": 0.5, "noise": 1e-2, "scale": "filter"}, *ADAMW),
     "average": ({"gamma": 0.5, "average": 0.25}, *SGD),
+    "relative": ({"gamma": 0.5, "scale": "relative"}, *SGD),
+    "lookahead": ({"outer_lr": 0.3, "scale": "relative"}, *ADAMW),
     "outer_lr": ({"gamma": 0.5, "outer_lr": 0.3}, *ADAMW),
     "outer_momentum": ({"gamma": 0.5, "outer_lr": 0.3, "outer_momentum": 0.9}, *SGD),
     "all": (
@@ -385,7 +416,8 @@ def smoothed(
 ) -> Any:
     """The reference, with what the relaxation calls otherwise called as there."""
     arguments = dict(options)
-    arguments["filter_normalized"] = arguments.pop("scale", "absolute") == "filter"
+    scale = arguments.pop("scale", "absolute")
+    arguments |= {"filter_normalized": scale == "filter", "relative": scale == "relative"}
     if "elastic_target" in arguments:
         arguments["target"] = arguments.pop("elastic_target")
     return reference.smoothed_chain(
@@ -410,6 +442,11 @@ def test_a_chain_on_the_smoothed_loss(case: str, closure: bool) -> None:
     relaxation = le.Relaxation(inner_steps=20, width=WIDTH, **options)
     ours, _ = train(relaxation, make, batches(STEPS), closure=closure)
     assert_same(ours, smoothed_chain(case))
+
+
+def test_a_lookahead_through_the_smoothed_loss() -> None:
+    ours, _ = train(le.smoothed_lookahead(width=WIDTH), adamw, batches(STEPS))
+    assert_same(ours, smoothed_chain("lookahead"))
 
 
 SMOOTHED_REPLICAS: dict[str, dict[str, Any]] = {

@@ -95,8 +95,9 @@ def test_weights_changed_while_x_is_shown_are_the_new_x(method: str, steps: int)
         net.load_state_dict(other.state_dict())
     assert_equal(loop.anchor, other.parameters())
     if perturbs(relaxation):
-        assert not torch.equal(net.a, other.a)
-        assert (net.a - other.a).abs().max() < 0.1
+        moved = (net.a - other.a).abs().max()
+        assert moved < 0.5
+        assert moved > 0 or method == "smoothed_late"  # which perturbs from the second loop on
     else:
         assert_equal(net.parameters(), other.parameters())
         assert_equal(loop.average, other.parameters())

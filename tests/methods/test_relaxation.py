@@ -16,7 +16,9 @@ NAN, INF = float("nan"), float("inf")
 def test_the_default_value_is_the_users_optimizer() -> None:
     settings = le.Relaxation().at(0)
     assert le.Relaxation().inner_steps == 1
-    assert dataclasses.asdict(settings) == {"gamma": 0, "noise": 0, "average": 1, "rho": 0, "outer_lr": 1, "width": 0}
+    assert dataclasses.asdict(settings) == {
+        "gamma": 0, "noise": 0, "average": 1, "rho": 0, "outer_lr": 1, "width": 0, "stiffness": 0,
+    }  # fmt: skip
 
 
 def test_a_number_may_be_a_callable_of_t() -> None:
@@ -32,6 +34,7 @@ def test_a_number_may_be_a_callable_of_t() -> None:
         "rho": 9,
         "outer_lr": 4,
         "width": 0,
+        "stiffness": 0,
     }
 
 
@@ -111,8 +114,15 @@ def test_a_choice_is_one_of_its_words(name: str) -> None:
             for option in (
                 {"noise": 0.1}, {"average": 0.5}, {"rho": 0.1}, {"reset": False}, {"reset_momentum": True},
                 {"coupled": True}, {"explicit": True}, {"elastic_target": "average"}, {"outer_lr": 0.5},
-                {"outer_momentum": 0.5}, {"width": 0.1},
+                {"outer_momentum": 0.5},
             )
+        ),
+        ({"perturb": True, "gamma": 1.0, "width": 0.1}, "gamma and width exclude each other with perturb=True"),
+        ({"perturb": True, "gamma": le.Pull(0.5)}, "gamma must be a finite number > 0 with perturb=True"),
+        ({"scale": "relative"}, "scale='relative' needs perturb=True or a width"),
+        *(
+            ({"gamma": le.Pull(0.5), option: value}, "gamma must be a number with coupled, explicit or reset=False")
+            for option, value in (("coupled", True), ("explicit", True), ("reset", False))
         ),
     ],
 )  # fmt: skip
@@ -126,11 +136,30 @@ def test_only_gamma_can_be_measured() -> None:
         le.Relaxation(rho=le.Scoping("auto", 0.1))
 
 
+def test_a_pull_is_a_stiffness_and_no_gamma() -> None:
+    now = le.Relaxation(inner_steps=20, gamma=le.Pull(lambda t: 0.5 * t)).at(1)
+    assert (now.gamma, now.stiffness) == (0.0, le.Pull(0.5).stiffness(0, inner_steps=20))
+    assert le.Relaxation(gamma=0.5).at(0).stiffness == 0.0
+
+
+def test_shares_of_the_training_are_turned_into_outer_steps() -> None:
+    late = le.Relaxation(inner_steps=5, width=le.Starting(0.1, at=0.9), gamma=le.Pull(le.Starting(0.5, at=0.5)))
+    assert late.has_shares
+    at_steps = late.over(1000)  # 200 outer steps
+    assert at_steps.width == le.Starting(0.1, at=180)
+    assert at_steps.gamma == le.Pull(le.Starting(0.5, at=100))
+    assert not at_steps.has_shares
+    assert at_steps.over(7) is at_steps
+    with pytest.raises(ValueError, match=r"at=0.9 is a share of a training whose length is not known"):
+        late.at(1)
+
+
 def test_the_width_of_either_perturbation() -> None:
     """Of a chain it is the argument, and its own number of t; of the heat equation it is gamma^(-1/2)."""
     assert le.Relaxation(width=lambda t: 1 + t).at(3).width == 4
     assert le.Relaxation(width=0.5, gamma=16.0).at(0).width == 0.5
     assert le.heat(gamma=16.0).at(0).width == 0.25
+    assert le.heat(width=le.Warmup(0.5, 2)).at(1).width == 0.25
     assert le.Relaxation(width=0.5, scale="filter").has_anchor
     assert not le.heat().has_anchor
 

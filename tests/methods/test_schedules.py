@@ -44,7 +44,24 @@ def test_widening_goes_from_width_to_width_along_half_a_cosine() -> None:
     assert widths == sorted(widths)
 
 
-@pytest.mark.parametrize("schedule", [le.Scoping(0.5, 0.1, limit=2.0), le.Scoping("auto", 0.1), le.Widening(4, 2, 10)])
+def test_a_warmup_is_a_straight_line_and_then_level() -> None:
+    assert [le.Warmup(1.0, 4)(t) for t in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [le.Warmup(0.0, 2, start=1.0)(t) for t in range(4)] == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_a_late_start_counts_its_schedule_from_there() -> None:
+    late = le.Starting(le.Warmup(1.0, 2), at=3, before=0.5)
+    assert [late(t) for t in range(7)] == [0.5, 0.5, 0.5, 0.0, 0.5, 1.0, 1.0]
+    assert [le.Starting(0.5, at=0)(t) for t in range(2)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        le.Scoping(0.5, 0.1, limit=2.0), le.Scoping("auto", 0.1), le.Widening(4, 2, 10), le.Warmup(0.1, 5, start=1),
+        le.Starting(le.Warmup(0.1, 5), at=0.5), le.Pull(0.5), le.Pull(le.Warmup(0.5, 3)),
+    ],
+)  # fmt: skip
 def test_schedules_pickle_print_and_compare(schedule: Any) -> None:
     assert pickle.loads(pickle.dumps(schedule)) == schedule
     assert eval(repr(schedule), vars(le)) == schedule
@@ -59,6 +76,12 @@ def test_schedules_pickle_print_and_compare(schedule: Any) -> None:
         *((lambda v=v: le.Widening(v, 2.0, 10), "gamma") for v in (0, -1, NAN, INF, None, "auto", True)),
         *((lambda v=v: le.Widening(1.0, v, 10), "factor") for v in (0, -1, NAN, INF, None, True)),
         *((lambda v=v: le.Widening(1.0, 2.0, v), "steps") for v in (0, -1, NAN, 1.5, None, True)),
+        *((lambda v=v: le.Warmup(v, 2), "value") for v in (-1, NAN, INF, None, "auto", True)),
+        *((lambda v=v: le.Warmup(1.0, v), "steps") for v in (0, -1, NAN, 1.5, None, True)),
+        *((lambda v=v: le.Warmup(1.0, 2, start=v), "start") for v in (-1, NAN, INF, None, True)),
+        *((lambda v=v: le.Starting(v, at=2), "value") for v in (-1, NAN, INF, None, "auto", True)),
+        *((lambda v=v: le.Starting(1.0, at=v), "at") for v in (-1, 0.0, 1.0, 1.5, NAN, None, True)),
+        *((lambda v=v: le.Starting(1.0, at=2, before=v), "before") for v in (-1, NAN, INF, None, True)),
     ],
 )
 def test_schedules_refuse_nonsense(make: Callable[[], Any], name: str) -> None:

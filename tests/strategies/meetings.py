@@ -19,26 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Met = Callable[[str], tuple[Any, str]]  # results of a scenario by its name, and what was written to stderr
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
 def lighthouse(min_replicas: int = 1) -> Iterator[str]:
-    from torchft.coordination import LighthouseServer
+    from lightning_entropy.strategies.torchft_internals import open_lighthouse
 
-    server = LighthouseServer(
-        bind="127.0.0.1:0", min_replicas=min_replicas, join_timeout_ms=20_000, heartbeat_timeout_ms=1000
-    )
+    server, address = open_lighthouse(min_replicas, heartbeat_timeout=1.0, join_timeout=20.0)
     try:
-        yield f"http://127.0.0.1:{server.address().rsplit(':', 1)[1]}"
+        yield address
     finally:
         server.shutdown()
 
 
 def meeting(replica: int, address: str, min_replicas: int = 1) -> Any:
-    from lightning_entropy.strategies.torchft_meeting import Meeting
+    from lightning_entropy.strategies.torchft_assembly import Assembly
 
-    return Meeting(replica, address, min_replicas=min_replicas, timeout=timedelta(seconds=20))
+    return Assembly(replica, address, min_replicas=min_replicas, timeout=timedelta(seconds=20))
 
 
 def side_by_side(functions: list[Callable[[], Any]]) -> list[Any]:
@@ -77,7 +76,7 @@ def gather(couplings: list[Any]) -> None:
     """Let the replicas meet until all are there at once: who comes first meets alone."""
 
     def come(coupling: Any) -> None:
-        while len(coupling.meeting.present) < len(couplings):
+        while len(coupling.assembly.present) < len(couplings):
             mean(coupling, torch.zeros(3))
 
     side_by_side([lambda c=c: come(c) for c in couplings])
@@ -96,7 +95,7 @@ def exact() -> Any:
         nan = side_by_side([lambda r=r: mean(three[r], x[r]) for r in range(3)])
         spread = [c.spread for c in three]
         for c in three:
-            c.meeting.close()
+            c.assembly.close()
         return {"whole": whole, "extras": extras, "nan": nan, "spread": spread}
 
 
@@ -117,7 +116,7 @@ def behind() -> Any:
         two[0].version, two[1].version = 7, 5
         means = side_by_side([lambda r=r: mean(two[r], torch.full((2,), float(r))) for r in range(2)])
         for c in two:
-            c.meeting.close()
+            c.assembly.close()
         return {"taken": taken, "means": means, "versions": [c.version for c in two]}
 
 
@@ -134,7 +133,7 @@ def another_model() -> Any:
 
         results = side_by_side([lambda r=r: tried(r) for r in range(3)])
         for c in three:
-            c.meeting.close()
+            c.assembly.close()
         return results
 
 
@@ -148,13 +147,13 @@ def join() -> Any:
         time.sleep(1.0)  # the lighthouse has heard of it
         together = mean(first, torch.tensor([5.0]))
         met = encounter.wait()
-        wanted = first.meeting.wants_state
+        wanted = first.assembly.wants_state
         got = side_by_side(
-            [lambda: second.take_state(met), lambda: first.meeting.give_state({"x": torch.tensor([5.0]), "t": 3})]
+            [lambda: second.take_state(met), lambda: first.assembly.give_state({"x": torch.tensor([5.0]), "t": 3})]
         )[0]
         second.close()
         later = mean(first, torch.tensor([6.0]))
-        first.meeting.close()
+        first.assembly.close()
         return {
             "alone": alone,
             "together": together,
@@ -191,6 +190,9 @@ def closed() -> Any:
 
 
 def no_lighthouse() -> Any:
+    from lightning_entropy.strategies import torchft_assembly
+
+    torchft_assembly.CONNECT = timedelta(seconds=1)
     with lighthouse() as address:
         pass
     try:
@@ -207,11 +209,11 @@ def member(replica: int, address: str, dies_after: int, meetings: int) -> None:
     while done < meetings:
         got = mean(c, torch.full((50_000,), float(replica + 1)))
         value = None if got is None else got[0][0]
-        print(json.dumps({"mean": value, "present": c.meeting.present}), flush=True)
-        done += len(c.meeting.present) == 3 or done > 0
+        print(json.dumps({"mean": value, "present": c.assembly.present}), flush=True)
+        done += len(c.assembly.present) == 3 or done > 0
         if done == dies_after:  # when the others wait for what it sends
-            c.meeting._sum = lambda payload: os.kill(os.getpid(), 9)
-    c.meeting.close()
+            c.assembly._sum = lambda payload: os.kill(os.getpid(), 9)
+    c.assembly.close()
 
 
 def killed() -> Any:
@@ -228,14 +230,17 @@ def killed() -> Any:
         return {"codes": [job.returncode for job in jobs], "got": out}
 
 
-def run(scenario: str) -> tuple[Any, str]:
-    """Run a scenario in a fresh process; return its result and what it wrote to stderr."""
+SCENARIOS = ("exact", "behind", "another_model", "join", "too_few", "closed", "killed", "no_lighthouse")
+
+
+def run(*scenarios: str) -> tuple[Any, str]:
+    """Run scenarios in a fresh process; return their results by name, and what they wrote to stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.strategies.meetings", scenario],
+        [sys.executable, "-m", "tests.strategies.meetings", *scenarios],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=150,
+        timeout=200,
         env={**os.environ, "RUST_LOG": "error"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -246,4 +251,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "member":
         member(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
-        print(json.dumps(globals()[sys.argv[1]]()), flush=True)
+        print(json.dumps({name: globals()[name]() for name in sys.argv[1:]}), flush=True)

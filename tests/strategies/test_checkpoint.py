@@ -36,6 +36,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "bfloat16": (PARLE, {"communication_dtype": "bfloat16"}, Streaming),
     "int8 blocking": (PARLE, {"communication_dtype": "int8", "overlap": False}, Streaming),
     "int8": (PARLE, {"communication_dtype": "int8"}, Streaming),
+    "int4": (PARLE, {"communication_dtype": "int4"}, Streaming),
+    "int4 diloco": (le.diloco(3), {"communication_dtype": "int4"}, Streaming),
     "int8 average": (le.parle(3, 0.1, 0.3, elastic_target="average"), {"communication_dtype": "int8"}, Streaming),
     "apart": (PARLE, {"independent_init": True}, Streaming),
     "dropout": (PARLE, {}, partial(Loading, dropout=0.3)),

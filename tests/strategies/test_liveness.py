@@ -265,3 +265,48 @@ def test_the_store_listens_at_the_address_of_its_host_alone() -> None:
         elsewhere.connect(("127.0.0.2", store.port))
     with socket.socket() as here:
         here.connect(("127.0.0.1", store.port))
+
+
+class StopsAlone(Net):
+    """Stop on one rank, behind the back of every callback."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_rank == 1 and self.trainer.global_step == 5:
+            self.trainer.should_stop = True
+
+
+class SavesAlone(Net):
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_rank == 1 and self.trainer.global_step == 5:
+            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir, "alone.ckpt"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("module", [StopsAlone, SavesAlone])
+@pytest.mark.parametrize("relaxation", [PARLE, le.diloco(3)])
+def test_ranks_that_wait_for_each_other_at_different_places_end_and_say_where(
+    tmp_path: Path, module: Any, relaxation: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, strategy(relaxation, start_method="popen"), 2).fit(module(samples=800))
+
+    said = external(2, work, timeout=40)
+    assert "hung" not in said
+    assert "exit 1" in said
+    assert "different places: rank 0 (replica 0) at an outer step, rank 1 (replica 1) at " in capfd.readouterr().err
+
+
+@pytest.mark.processes
+def test_a_rank_that_has_ended_before_the_others_is_named(tmp_path: Path) -> None:
+    """Its last meeting was another one for the others."""
+
+    def work(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, strategy(PARLE, start_method="popen"), 2).fit(StopsAlone())
+
+    said = external(2, work, timeout=40)
+    assert said[1] == ""
+    assert said[0].startswith("ReplicaLost: rank 1 (replica 1) ended with its fit, and rank 0 cannot go on")

@@ -1,11 +1,8 @@
 """The private name of torchft."""
 
-import sys
-
 import pytest
 
-if sys.platform != "linux":
-    pytest.skip("torchft is for Linux", allow_module_level=True)
+pytest.importorskip("torchft")
 
 import inspect
 

@@ -244,12 +244,13 @@ def test_a_forward_of_ones_own() -> None:
     assert same(buffers(module), expected(module, [x * 2 for x, _ in loader()][:3]))
 
 
-def test_a_net_without_batchnorm_draws_no_batch() -> None:
+def test_a_net_without_batchnorm_draws_no_batch_and_says_so() -> None:
     class Never:
         def __iter__(self) -> Iterator[Any]:
             raise AssertionError("drawn")
 
-    trainer(callbacks=[le.RefreshBatchNorm(dataloader=Never())]).test(Automatic(), loader(8), verbose=False)
+    with pytest.warns(UserWarning, match="RefreshBatchNorm has nothing to do: no layer of this module"):
+        trainer(callbacks=[le.RefreshBatchNorm(dataloader=Never())]).test(Automatic(), loader(8), verbose=False)
 
 
 def test_after_weight_averaging_it_refreshes_the_average() -> None:

@@ -428,6 +428,26 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any]] = {
         },
         lambda: le.HeatSmoothing(1, le.Widening(1e4, 2.0, 5)),
     ),
+    "late": (
+        {
+            "class_path": "lightning_entropy.HeatSmoothing",
+            "init_args": {
+                "width": {
+                    "class_path": "lightning_entropy.Starting",
+                    "init_args": {
+                        "value": {"class_path": "lightning_entropy.Warmup", "init_args": {"value": 0.1, "steps": 5}},
+                        "at": 0.88,
+                    },
+                },
+                "scale": "relative",
+            },
+        },
+        lambda: le.HeatSmoothing(width=le.Starting(le.Warmup(0.1, 5), at=0.88), scale="relative"),
+    ),
+    "pull": (
+        entropy(inner_steps=5, gamma={"class_path": "lightning_entropy.Pull", "init_args": {"share": 0.5}}),
+        lambda: le.EntropySGD(5, le.Pull(0.5)),
+    ),
     "relaxation": (
         {
             "class_path": "lightning_entropy.InnerOuterCallback",

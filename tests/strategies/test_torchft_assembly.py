@@ -1,20 +1,18 @@
 """Who meets, who is lost, who joins, and for whom one waits."""
 
-import sys
-
 import pytest
 
-if sys.platform != "linux":
-    pytest.skip("torchft is for Linux", allow_module_level=True)
+from tests.strategies.meetings import Met
 
-from lightning_entropy.strategies.torchft_meeting import address_toward
-from tests.strategies.meetings import run
+pytest.importorskip("torchft")
+
+from lightning_entropy.strategies.torchft_assembly import address_toward
 
 pytestmark = pytest.mark.processes
 
 
-def test_one_of_three_is_killed_in_a_meeting_and_the_next_is_of_two() -> None:
-    result, said = run("killed")
+def test_one_of_three_is_killed_in_a_meeting_and_the_next_is_of_two(met: Met) -> None:
+    result, said = met("killed")
     assert result["codes"] == [0, 0, -9]
     for replica in (0, 1):
         got = result["got"][replica]
@@ -25,31 +23,31 @@ def test_one_of_three_is_killed_in_a_meeting_and_the_next_is_of_two() -> None:
         assert f"replica {replica} has lost a peer in a meeting and goes on without its result" in said
 
 
-def test_a_replica_that_joins_gets_the_state_and_is_counted_in_no_mean_before() -> None:
-    result, _ = run("join")
+def test_a_replica_that_joins_gets_the_state_and_is_counted_in_no_mean_before(met: Met) -> None:
+    result, _ = met("join")
     assert result["together"] == [[5.0]] and result["present"] == [0, 1]
     assert result["wanted"] and result["got"] == [[5.0], 3]
     assert result["later"] == [[6.0]]
 
 
-def test_fewer_than_min_replicas_wait_and_say_so() -> None:
-    result, said = run("too_few")
+def test_fewer_than_min_replicas_wait_and_say_so(met: Met) -> None:
+    result, said = met("too_few")
     assert result == {"waits": True, "totals": [[2.0], [2.0]]}
     assert "2 replicas are needed (min_replicas), 1 is here" in said
 
 
-def test_one_that_trains_another_model_is_told_and_the_others_go_on() -> None:
-    result, _ = run("another_model")
+def test_one_that_trains_another_model_is_told_and_the_others_go_on(met: Met) -> None:
+    result, _ = met("another_model")
     assert result[0].startswith("replicas must train the same model, got 5 numbers of 4 bytes in replica 0 and 4")
     assert result[1:] == [[[1.5, 1.5]], [[1.5, 1.5]]]
 
 
-def test_a_meeting_to_which_nobody_comes_can_be_left() -> None:
-    assert run("closed")[0] == {"over": True, "error": "Closed"}
+def test_a_meeting_to_which_nobody_comes_can_be_left(met: Met) -> None:
+    assert met("closed")[0] == {"over": True, "error": "Closed"}
 
 
-def test_without_a_lighthouse_the_error_says_what_to_start() -> None:
-    assert "start one with torchft_lighthouse" in run("no_lighthouse")[0]
+def test_without_a_lighthouse_the_error_says_what_to_start(met: Met) -> None:
+    assert "start one with torchft_lighthouse" in met("no_lighthouse")[0]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://localhost", "https://localhost:1"])

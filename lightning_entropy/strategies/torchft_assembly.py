@@ -20,17 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
-from torchft import ProcessGroupGloo
-from torchft.coordination import ManagerClient, ManagerServer
 
-from lightning_entropy.strategies.torchft_internals import Quorum
+from lightning_entropy.strategies.torchft_internals import Quorum, open_group, start_server
 from lightning_entropy.strategies.torchft_transfer import StateServer
 
 CONNECT = timedelta(seconds=15)  # for a server or a peer that is there to answer
 PAUSE = 0.5  # seconds between two questions whether enough replicas have come
 PATIENCE = 10.0  # seconds after which a replica that waits says for what
 BYTES = 512  # of a record
-RETRIES = 1_000_000  # of a request to the lighthouse, which may be started again
 
 
 class Record(NamedTuple):
@@ -81,9 +78,14 @@ class Met:
     common: dict[str, Any] | None = None
 
     @property
-    def source(self) -> int | None:
-        """The rank that gives its state to those that join; None if none has a state."""
-        return next((rank for rank, record in enumerate(self.records) if not record.joins), None)
+    def source(self) -> int:
+        """The rank that gives its state to those that join: the first that has one, or else the first."""
+        return next((rank for rank, record in enumerate(self.records) if not record.joins), 0)
+
+    @property
+    def begins(self) -> bool:
+        """Whether this replica joins, and has to begin with its own state: none has one, and it is the first."""
+        return self.rank == self.source and self.records[self.rank].joins
 
     @property
     def present(self) -> list[int]:
@@ -95,20 +97,20 @@ class Encounter:
     """A meeting that has been asked for.
 
     Args:
-        meeting: the place.
+        assembly: the place.
         record: of this replica.
         payload: what it sends, flat; it is overwritten. None: it joins.
         common: returns what all replicas have in common, for those that have missed some of it.
     """
 
     def __init__(
-        self, meeting: "Meeting", record: Record, payload: Tensor | None, common: Callable[[], dict[str, Any]] | None
+        self, assembly: "Assembly", record: Record, payload: Tensor | None, common: Callable[[], dict[str, Any]] | None
     ) -> None:
         self.record, self.payload, self.common = record, payload, common
         self.met: Met | None = None
         self.error: Exception | None = None
         self.over = threading.Event()
-        self._meeting = meeting
+        self._assembly = assembly
 
     def wait(self) -> Met | None:
         """Wait until it is over and return what it has brought; None: a peer was lost in the middle.
@@ -118,7 +120,7 @@ class Encounter:
         """
         patience = PATIENCE
         while not self.over.wait(patience):
-            self._meeting.explain()
+            self._assembly.explain()
             patience = min(2 * patience, 600.0)
         if self.error is not None:
             raise self.error
@@ -126,14 +128,14 @@ class Encounter:
 
 
 class Closed(Exception):
-    """The meeting was closed while a replica waited in it."""
+    """The assembly was closed while a replica waited in it."""
 
 
 class NoLighthouse(Exception):
     """The lighthouse cannot be reached; the message says what to do."""
 
 
-class Meeting:
+class Assembly:
     """Meets the other replicas, in a thread of its own, one encounter after the other.
 
     A meeting is: a quorum of the lighthouse, which waits for those that met the last time and are alive; a process
@@ -159,10 +161,10 @@ class Meeting:
         # Servers that cannot be reached are an error here and now.
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._states = StateServer(host, timeout.total_seconds())
-        self._server: ManagerServer | None = None
-        self._client: ManagerClient | None = None
+        self._server: Any = None
+        self._client: Any = None
         self._host = host
-        self._group = ProcessGroupGloo(timeout=CONNECT)
+        self._group = open_group(CONNECT)
         self._group_id, self._rank, self._size = -1, 0, 1
         self._failures = self._serial = 0
         self._asked_for: int | None = None
@@ -223,7 +225,6 @@ class Meeting:
         Raises:
             OSError: it is gone.
         """
-        assert met.source is not None
         record = met.records[met.source]
         return self._states.fetch((record.host, record.port), record.serial)
 
@@ -250,27 +251,31 @@ class Meeting:
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
-            try:
-                task.met = self._meet(task)
-                self._failures = 0
-                self.present = task.met.present
-            except (RuntimeError, OSError) as error:
-                if self._closing:
-                    task.error = Closed("the meeting was closed")
-                else:
-                    self._failures += 1
-                    self._say(f"has lost a peer in a meeting and goes on without its result ({_short(error)})")
-            except Exception as error:
-                task.error = error
-            finally:
-                task.payload = None
-                task.over.set()
+            self._play(task)
+            task.payload = None
+            task.over.set()
+
+    def _play(self, task: Encounter) -> None:
+        try:
+            met = self._meet(task)
+        except (RuntimeError, OSError) as error:
+            if self._closing:
+                task.error = Closed("the assembly was closed")
+                return
+            self._failures += 1
+            self._say(f"has lost a peer in a meeting and goes on without its result ({_short(error)})")
+        except Exception as error:
+            task.error = error
+        else:
+            self._failures, self.present, task.met = 0, met.present, met
 
     def _meet(self, task: Encounter) -> Met:
         self._states.withdraw()
         self._gather()
         met = Met(self._records(task.record), self._rank)
         living = [record for record in met.records if not record.joins]
+        if met.source == self._rank and len(living) < len(met.records) and len(met.records) > 1:
+            self._asked_for = task.record.serial
         if not living:
             return met
         subject = Counter(record.subject for record in living).most_common(1)[0][0]
@@ -292,15 +297,13 @@ class Meeting:
                 f"replicas must train the same model, got {own.size} numbers of {4 + 4 * own.wide} bytes in replica "
                 f"{self.replica} and {size} of {4 + 4 * wide} in most others"
             )
-        if met.source == self._rank and len(living) < len(met.records):
-            self._asked_for = own.serial
         return met
 
     def _gather(self) -> None:
         """Wait until enough replicas have come, and form a process group of them."""
         while True:
             if self._closing:
-                raise Closed("the meeting was closed")
+                raise Closed("the assembly was closed")
             quorum = Quorum(self._client or self._start(), self._failures)
             if quorum.size >= self._min_replicas:
                 break
@@ -317,29 +320,20 @@ class Meeting:
             self._group_id = quorum.id
         self._rank, self._size = quorum.rank, quorum.size
 
-    def _start(self) -> ManagerClient:
+    def _start(self) -> Any:
         """Let the lighthouse know this replica.
 
         Not before its first meeting: the others wait for every replica that the lighthouse hears of.
         """
+        name = f"{self.replica}:{self._store.port}-{time.time_ns():x}"
+        store = f"{_bracketed(self._host)}:{self._store.port}"
         try:
-            self._server = ManagerServer(
-                replica_id=f"{self.replica}:{self._store.port}-{time.time_ns():x}",
-                lighthouse_addr=self._lighthouse,
-                hostname=self._host,
-                bind="[::]:0",
-                store_addr=f"{_bracketed(self._host)}:{self._store.port}",
-                world_size=1,
-                heartbeat_interval=timedelta(milliseconds=100),
-                connect_timeout=CONNECT,
-                quorum_retries=RETRIES,
-            )
+            self._server, self._client = start_server(name, self._lighthouse, self._host, store, CONNECT)
         except (RuntimeError, OSError) as error:
             raise NoLighthouse(
                 f"no lighthouse answers at {self._lighthouse} ({_short(error)}): start one with torchft_lighthouse, or "
                 "everything with python -m lightning_entropy.launch, and set TORCHFT_LIGHTHOUSE to its address"
             ) from error
-        self._client = ManagerClient(self._server.address(), connect_timeout=CONNECT)
         return self._client
 
     def _records(self, own: Record) -> list[Record]:
@@ -378,11 +372,11 @@ class Meeting:
         return common
 
     def _finish(self, work: Any) -> None:
-        """Wait for a collective, but not for longer than the meeting is open."""
+        """Wait for a collective, but not for longer than the assembly is open."""
         nap = 0.0005
         while not work.is_completed():
             if self._closing:
-                raise RuntimeError("the meeting was closed")
+                raise RuntimeError("the assembly was closed")
             time.sleep(nap)
             nap = min(1.5 * nap, 0.02)
         work.wait()

@@ -1,0 +1,240 @@
+r"""What a late replica or a slow link costs: Lightning's ddp against replicas, two ranks whose steps take a set time.
+
+A training step sleeps, so that nothing but the waiting for each other is measured, whatever else the machine does.
+One rank, or a random tenth of each rank's batches, is slower; or every packet between the ranks is late. The
+strategies take turns in every round. "tied" is elastic_entropy with Lightning's broadcast before every batch left in
+place. The link is made of two network namespaces and a program that passes their packets on after a while: Linux and
+root, for that part.
+
+    python -m benchmarks.stragglers --rounds 3
+"""
+
+import argparse
+import heapq
+import json
+import os
+import random
+import select
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from benchmarks.communication import call
+
+ROOT = Path(__file__).parents[1]
+INNER_STEPS = 25
+STEP = 0.02  # seconds of an undisturbed step
+WARM_UP = INNER_STEPS
+STRATEGIES = ["ddp", "tied", "elastic_entropy", "diloco"]
+# Scenario: share of slow batches, how much longer they take, how much longer all of rank 1's take, the link's delay in
+# milliseconds.
+SCENARIOS: dict[str, tuple[float, float, float, float]] = {
+    "undisturbed": (0.0, 1.0, 1.0, 0.0),
+    "a tenth of the batches x 5": (0.1, 5.0, 1.0, 0.0),
+    "one replica x 1.5": (0.0, 1.0, 1.5, 0.0),
+    "link, 0 ms": (0.0, 1.0, 1.0, 0.01),
+    "link, 20 ms": (0.0, 1.0, 1.0, 20.0),
+    "link, 100 ms": (0.0, 1.0, 1.0, 100.0),
+}
+
+
+def delays(scenario: str, rank: int, steps: int) -> list[float]:
+    """Return the seconds that each of a rank's steps takes."""
+    share, slower, constant, _ = SCENARIOS[scenario]
+    draw = random.Random(rank)
+    own = STEP * (constant if rank == 1 else 1.0)
+    return [own * (slower if draw.random() < share else 1.0) for _ in range(steps)]
+
+
+def work(name: str, scenario: str, steps: int, answer: Path) -> None:
+    """Train on this rank, and write the seconds that the counted steps took."""
+    import warnings
+
+    import lightning as L
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    import lightning_entropy as le
+    from lightning_entropy.strategies import stopping
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if name == "tied":
+        stopping.free_batches = lambda trainer: lambda: None
+    seconds = delays(scenario, int(os.environ["NODE_RANK"]), WARM_UP + steps)
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(32, 32)
+
+        def training_step(self, batch: Any, i: int) -> torch.Tensor:
+            if i == WARM_UP:
+                self.start = time.perf_counter()
+            time.sleep(seconds[i])
+            return self.layer(batch[0]).square().mean()
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, i: int) -> None:
+            if i == WARM_UP + steps - 1:
+                answer.write_text(json.dumps(time.perf_counter() - self.start))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    relaxation = le.diloco(INNER_STEPS) if name == "diloco" else le.parle(INNER_STEPS)
+    strategy: Any = "ddp" if name == "ddp" else le.ElasticEntropyStrategy(relaxation)
+    data = TensorDataset(torch.randn(WARM_UP + steps, 32))
+    L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        num_nodes=2,
+        strategy=strategy,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    ).fit(Module(), DataLoader(data, 1))
+
+
+def pass_on(files: list[int], delay: float, stop: threading.Event) -> None:
+    """Write what arrives at each of two tunnels to the other, after some seconds."""
+    waiting: list[tuple[float, int, int, bytes]] = []
+    count = 0
+    while not stop.is_set():
+        now = time.monotonic()
+        while waiting and waiting[0][0] <= now:
+            _, _, to, packet = heapq.heappop(waiting)
+            os.write(to, packet)
+        wait = min(0.05, waiting[0][0] - now) if waiting else 0.05
+        for ready in select.select(files, [], [], max(wait, 0.0))[0]:
+            count += 1
+            other = files[1 - files.index(ready)]
+            heapq.heappush(waiting, (time.monotonic() + delay, count, other, os.read(ready, 65536)))
+
+
+@contextmanager
+def link(milliseconds: float) -> Iterator[list[tuple[str, str]]]:
+    """Create two hosts whose packets to each other are late; return their names and interfaces."""
+    import fcntl
+
+    tag = f"le{os.getpid() % 10000}"
+    pairs = [(f"{tag}{side}", f"t{tag}{side}") for side in "ab"]
+    files: list[int] = []
+    stop = threading.Event()
+    relay = threading.Thread(target=pass_on, args=(files, milliseconds / 1000, stop), daemon=True)
+    try:
+        for i, (namespace, interface) in enumerate(pairs):
+            files.append(os.open("/dev/net/tun", os.O_RDWR))
+            # TUNSETIFF: packets without a header, IFF_TUN | IFF_NO_PI
+            fcntl.ioctl(files[-1], 0x400454CA, struct.pack("16sH", interface.encode(), 0x1001))
+            call("ip", "netns", "add", namespace)
+            call("ip", "link", "set", interface, "netns", namespace)
+            inside = ("ip", "netns", "exec", namespace)
+            call(*inside, "ip", "address", "add", f"10.78.0.{i + 1}/24", "dev", interface)
+            call(*inside, "ip", "link", "set", interface, "up")
+            call(*inside, "ip", "link", "set", "lo", "up")
+        relay.start()
+        yield pairs
+    finally:
+        stop.set()
+        if relay.is_alive():
+            relay.join()
+        for file in files:
+            os.close(file)
+        for namespace, _ in pairs:
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
+
+
+def measure(name: str, scenario: str, steps: int, port: int) -> float:
+    """Train on both ranks; return the seconds a step took, of the slower one."""
+    late = SCENARIOS[scenario][3]
+    with link(late) if late else nullcontext() as pairs, tempfile.TemporaryDirectory() as folder:
+        answers = [Path(folder, str(i)) for i in range(2)]
+        processes = []
+        for i in range(2):
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NODE_RANK": str(i)}
+            environment |= {"LOCAL_RANK": "0", "MASTER_PORT": str(port)}
+            environment["MASTER_ADDR"] = "10.78.0.1" if pairs else "127.0.0.1"
+            prefix: list[str] = []
+            if pairs:
+                environment["GLOO_SOCKET_IFNAME"] = pairs[i][1]
+                prefix = ["ip", "netns", "exec", pairs[i][0]]
+            command = [*prefix, sys.executable, "-m", "benchmarks.stragglers", "--work"]
+            command += [name, scenario, str(steps), str(answers[i])]
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+            )
+        try:
+            said = [process.communicate(timeout=300)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if not all(answer.exists() for answer in answers):
+            raise RuntimeError(f"{name}, {scenario}: {said[0][-2000:]}\n{said[1][-2000:]}")
+        return max(json.loads(answer.read_text()) for answer in answers) / steps
+
+
+def table(results: dict[tuple[str, str], list[float]], steps: int) -> None:
+    """Print the throughput over the undisturbed run's, and over that of a rank that waits for nobody."""
+    head = ("scenario", "strategy", "ms a step", "of undisturbed", "range", "of a rank alone")
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for (scenario, name), seconds in results.items():
+        free = results.get(("undisturbed", name), seconds)
+        kept = [a / b for a, b in zip(free, seconds, strict=True)]
+        own = max(sum(delays(scenario, rank, WARM_UP + steps)[WARM_UP:]) for rank in range(2)) / steps
+        alone = [own + a - STEP for a in free]  # its own delays, and what a step costs beside them
+        of_alone = statistics.median(a / b for a, b in zip(alone, seconds, strict=True))
+        cells = (
+            scenario,
+            name,
+            f"{1000 * statistics.median(seconds):.1f}",
+            f"{statistics.median(kept):.1%}",
+            f"{min(kept):.1%} to {max(kept):.1%}",
+            f"{of_alone:.1%}",
+        )
+        print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Measure, or train on one rank for it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=250, help="that are counted, after a warm-up of 25")
+    parser.add_argument("--scenarios", nargs="*", default=list(SCENARIOS), choices=SCENARIOS)
+    parser.add_argument("--strategies", nargs="*", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        name, scenario, steps, answer = arguments.work
+        work(name, scenario, int(steps), Path(answer))
+        return
+    results: dict[tuple[str, str], list[float]] = defaultdict(list)
+    port = 20000 + os.getpid() % 20000
+    for i in range(arguments.rounds):
+        for scenario in arguments.scenarios:
+            for name in arguments.strategies:
+                port += 1
+                try:
+                    results[(scenario, name)].append(measure(name, scenario, arguments.steps, port))
+                except (subprocess.CalledProcessError, OSError) as error:
+                    print(f"skipped: {scenario}: {getattr(error, 'stderr', '') or error}", file=sys.stderr)
+                    break
+                print(f"round {i}: {scenario}, {name}: {results[(scenario, name)][-1]:.4f} s", file=sys.stderr)
+    table({key: values for key, values in results.items() if values}, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

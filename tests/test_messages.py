@@ -1,0 +1,58 @@
+"""The likeliest mistakes of a first contact: each message says what is wrong and what to write instead."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+import lightning_entropy as le
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*isinstance.treespec, LeafSpec.*:",
+    "ignore:.*does not have many workers.*",
+)
+
+
+def fit(**kwargs: Any) -> None:
+    L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    ).fit(BoringModel())
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], 0.1)
+
+
+MISTAKES: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: le.EntropySGD(gamma="Auto"),
+        "gamma must be a number >= 0, a schedule such as Scoping, or 'auto', got 'Auto'",
+    ),  # type: ignore[arg-type]
+    (lambda: fit(callbacks=[le.entropy_sgd()]), r"a Relaxation is a method and no callback: .*InnerOuterCallback"),
+    (lambda: le.relax(optimizer(), le.EntropySGD()), "got EntropySGD: EntropySGD has one, at its attribute relaxation"),  # type: ignore[arg-type]
+    (lambda: le.relax(optimizer(), le.entropy_sgd), r"got entropy_sgd: call the preset, as in entropy_sgd\(\)"),  # type: ignore[arg-type]
+    (lambda: le.ElasticEntropyStrategy(le.parle), r"got parle: call the preset, as in parle\(\)"),  # type: ignore[arg-type]
+    (lambda: le.InnerOuterCallback(le.HeatSmoothing()), "got HeatSmoothing: HeatSmoothing has one"),  # type: ignore[arg-type]
+    (lambda: le.relax(optimizer(), 3), "relaxation must be a Relaxation such as entropy_sgd\\(\\), got int$"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("mistake", "message"), MISTAKES)
+def test_a_mistake_is_told_with_what_to_write_instead(mistake: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError, AttributeError), match=message):
+        mistake()
+
+
+def test_a_relaxation_has_no_attributes_beyond_its_own() -> None:
+    with pytest.raises(AttributeError, match="'Relaxation' object has no attribute 'gama'"):
+        le.entropy_sgd().gama  # type: ignore[attr-defined] # noqa: B018
