@@ -359,6 +359,14 @@ class InnerOuter:
         """Drop the mean over replicas that is under way, once it has arrived."""
         self._outer.forget_mean()
 
+    def common_state(self) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
+        return self._outer.common_state()
+
+    def load_common_state(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`common_state` of another replica; y and z stay."""
+        self._outer.load_common_state(state)
+
     @property
     def _measures_gamma(self) -> bool:
         return self.relaxation.auto_gamma and self.gamma_start is None

@@ -15,8 +15,10 @@ from lightning_entropy.methods.targets import OuterTarget
 
 OuterFactory = Callable[[list[Tensor]], Optimizer]
 
-# Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
-ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
+# Starts the mean over replicas; a callable result waits for it, a list is the mean itself. None: it could not be had,
+# and the outer step does without a pull, or is put off where it needs the mean.
+Mean = list[Tensor] | None
+ReplicaMean = Callable[[list[Tensor]], Mean | Callable[[], Mean]]
 
 
 class OuterRule:
@@ -74,23 +76,31 @@ class OuterRule:
             self._due = weights, settings
         for w in weights:
             w.moved = w.moved and apart
-        if self._reset or self._replicas or at_once:
-            self.finish()
-        if self._reset:
+        taken = self.finish() if self._reset or self._replicas or at_once else True
+        if self._reset and taken:
             self._weights.rest()
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Take the step that is due, if one is."""
+    def finish(self) -> bool:
+        """Take the step that is due, if one is.
+
+        Returns:
+            Whether none is due any more. Where the replicas' common step could not be had it is put off: y and z go on
+            from where they are, and the step that ends the next loop is along what they have come since x in both.
+        """
         if self._due is None:
-            return
+            return True
         (weights, settings), self._due = self._due, None
-        means, pulls = self._replicas.agree(weights, settings.rho, reset=self._reset)
+        agreed = self._replicas.agree(weights, settings.rho, reset=self._reset)
+        if agreed is None:
+            return False
+        means, pulls = agreed
         self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
         for w in weights:
             w.moved = False
             if self._reset:
                 w.param.copy_(w.anchor)
+        return True
 
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""
@@ -99,6 +109,18 @@ class OuterRule:
     def state_dict(self) -> Mapping[str, Any] | None:
         """Return the outer optimizer's options and, by name, its state; None before its first step."""
         return self._step.state_dict(self._weights.named())
+
+    def common_state(self) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
+        return {"anchors": {name: w.anchor for name, w in self._weights.named()}, "outer": self.state_dict()}
+
+    @torch.no_grad()
+    def load_common_state(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`common_state` of another replica; y and z stay."""
+        for name, w in self._weights.named():
+            if name in state["anchors"]:
+                w.anchor.copy_(state["anchors"][name])
+        self._step.load_state_dict(state["outer"])
 
     def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
         """Refuse a state as :meth:`OuterStep.check_state` does."""
@@ -249,7 +271,7 @@ class Replicas:
     def __init__(self, mean: ReplicaMean | None, target: OuterTarget) -> None:
         self._mean = mean
         self._target = target
-        self._under_way: list[Tensor] | Callable[[], list[Tensor]] | None = None
+        self._under_way: Mean | Callable[[], Mean] = None
 
     def __bool__(self) -> bool:
         return self._mean is not None
@@ -269,30 +291,35 @@ class Replicas:
 
     def agree(
         self, weights: Sequence[Weight], rho: float, *, reset: bool = False
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull."""
+    ) -> tuple[list[Tensor], list[Tensor | None]] | None:
+        """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull.
+
+        None: all replicas take the same step, and the mean along which they do could not be had.
+        """
         # z starts at x, where a weight that has not moved in a loop from x still is.
         means = [w.anchor if reset and w.average is None and not w.moved else w.mean for w in weights]
         if self._target.common:
             if self._mean is None:
                 return means, [None] * len(weights)
             steps = self._mean_of(weights, means)
+            if steps is None:
+                return None
             return [w.anchor - step for w, step in zip(weights, steps, strict=True)], [None] * len(weights)
         targets: Sequence[Tensor | None] = []
         if self._under_way is not None:
             arrived, self._under_way = _wait(self._under_way), None
             # An x that a user has replaced since is not pulled to the mean of the old ones.
-            targets = [None if w.replaced else target for w, target in zip(weights, arrived, strict=False)]
+            targets = [None if w.replaced else target for w, target in zip(weights, arrived or [], strict=False)]
         elif not self._target.early and rho:
-            targets = means if self._mean is None else self._mean_of(weights, means)
+            targets = means if self._mean is None else self._mean_of(weights, means) or []
         # A parameter that was unfrozen since the mean was started has no target yet.
         pairs = zip_longest(weights, targets if rho else [])
         return means, [None if target is None else (w.anchor - target).mul_(rho) for w, target in pairs]
 
-    def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> Mean:
         assert self._mean is not None
         return _wait(self._mean([self._target.of(w.anchor, z) for w, z in zip(weights, means, strict=True)]))
 
 
-def _wait(mean: list[Tensor] | Callable[[], list[Tensor]]) -> list[Tensor]:
+def _wait(mean: Mean | Callable[[], Mean]) -> Mean:
     return mean() if callable(mean) else mean
