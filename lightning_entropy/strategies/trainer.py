@@ -25,8 +25,8 @@ from lightning_entropy.strategies.consensus_callback import AfterCallbacks, Show
 from lightning_entropy.strategies.lightning_internals import (
     asks_every_batch,
     confine_sync_batchnorm,
-    put_first,
     number_process,
+    put_first,
     put_last,
     restore_from,
     set_device_mesh,
@@ -47,7 +47,6 @@ from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
 from lightning_entropy.trainer.resume import check_method
-
 
 SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
 
