@@ -372,3 +372,18 @@ def test_a_checkpoint_is_removed_whole(tmp_path: Path) -> None:
             "last.ckpt.replicas",
         ]
     )
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("detached", [False, True])
+def test_after_the_fit_the_process_that_started_the_others_can_load(tmp_path: Path, detached: bool) -> None:
+    """As with Lightning's own ddp_fork and ddp_spawn; also where the module was let go of."""
+    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=4)
+    run = trainer(tmp_path, strategy(PARLE), 2, callbacks=[keep], max_epochs=1)
+    module = Net()
+    run.fit(module)
+    if detached:
+        module.trainer = None
+    loaded = run.strategy.load_checkpoint(tmp_path / "at.ckpt", weights_only=True)
+    assert loaded["global_step"] == 8
+    assert set(loaded["state_dict"]) == set(module.state_dict())
