@@ -1,114 +1,15 @@
 """The loss over some examples as a function of one flat vector of weights, with the module left as it was."""
 
-import copy
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_entropy.diagnostics.data import Batch, batch_size, map_batch, take_batches
-from lightning_entropy.diagnostics.lightning_internals import trainers
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross entropy of ``module(x)`` against ``y`` for a batch ``(x, y)`` of inputs and class indices.
-
-    The default loss of the diagnostics: no weight decay, no label smoothing, no auxiliary terms.
-
-    Args:
-        module: Maps x to logits, shape (batch, classes, ...).
-        batch: A pair (x, y), y of integers.
-
-    Returns:
-        A scalar, in nats.
-
-    Raises:
-        ValueError: If the batch or the output is of another kind.
-
-    Example:
-        >>> round(cross_entropy(nn.Identity(), (torch.zeros(3, 10), torch.tensor([1, 2, 3]))).item(), 4)  # log 10
-        2.3026
-    """
-    if not (isinstance(batch, list | tuple) and len(batch) == 2):
-        raise ValueError(
-            f"a batch must be a pair (x, y) for the default loss, got {type(batch).__name__}: "
-            "pass loss=, a callable (module, batch) -> scalar"
-        )
-    x, y = batch
-    logits = module(x)
-    if not (isinstance(y, Tensor) and isinstance(logits, Tensor)) or y.is_floating_point() or logits.ndim < 2:
-        raise ValueError(
-            "y must hold class indices and module(x) logits of shape (batch, classes) for the default loss, got "
-            f"{_kind(y)} and {_kind(logits)}: pass loss=, a callable (module, batch) -> scalar"
-        )
-    return nn.functional.cross_entropy(logits, y)
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-@contextmanager
-def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[None]:
-    """Put a module in a mode and seed every global generator, and put everything back on leaving.
-
-    Covers the training flag of every submodule, the random states of torch (CPU and CUDA), numpy and Python, and
-    the grad, inference and autocast modes. Restores after an exception too.
-
-    Args:
-        module: Measured within the context.
-        mode: "eval" or "train".
-        seed: Of the global generators within the context.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: If ``mode`` is neither.
-
-    Example:
-        >>> net, before = nn.Dropout(), torch.get_rng_state()
-        >>> with untouched(net):
-        ...     _ = torch.rand(3), net.training
-        >>> net.training, bool((torch.get_rng_state() == before).all())
-        (True, True)
-    """
-    if mode not in ("eval", "train"):
-        raise ValueError(f'mode must be "eval" or "train", got {mode!r}')
-    flags = [(m, m.training) for m in module.modules()]
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    kinds = {"cpu"} | {p.device.type for p in module.parameters()} & {"cuda", "mps", "xpu"}
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in module.modules()):
-            # Compiled graphs cannot be differentiated twice.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            module.train(mode == "train")
-            yield
-        finally:
-            for m, flag in flags:
-                m.training = flag
-            torch.set_rng_state(states[0])
-            np.random.set_state(states[1])
-            random.setstate(states[2])
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
+from lightning_entropy.diagnostics.batches import Batch, batch_size, map_batch, take_batches
+from lightning_entropy.diagnostics.loss import Loss, cross_entropy, kind_of
+from lightning_entropy.diagnostics.module_copy import ModuleCopy
 
 
 class LossSurface:
@@ -175,7 +76,7 @@ class LossSurface:
             return self._cast(state.get(name, tensor).detach().clone().to(self.device))
 
         self._loss = loss or cross_entropy
-        self._module = _Weightless(module)
+        self._module = ModuleCopy(module)
         self.names = list(trainable)
         self._shapes = [torch.view_as_real(p).shape if p.is_complex() else p.shape for p in trainable.values()]
         self._numels = [shape.numel() for shape in self._shapes]
@@ -225,7 +126,7 @@ class LossSurface:
             for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
                 value = self.batch_loss(weights, batch, i)
                 if check and not (isinstance(value, Tensor) and value.ndim == 0):
-                    raise ValueError(f"loss must be a scalar tensor, got {_kind(value)}")
+                    raise ValueError(f"loss must be a scalar tensor, got {kind_of(value)}")
                 if check and not value.isfinite():
                     raise ValueError(f"loss must be finite, got {value.item()} on batch {i}")
                 total += share * value
@@ -287,47 +188,3 @@ class LossSurface:
         if not loss.requires_grad:
             raise ValueError("loss must depend on the trainable weights, got a constant")
         return loss
-
-
-class _Weightless:
-    """A copy of a module whose parameters and buffers are plain tensors that can be set.
-
-    Args:
-        module: copied without its weights, and without the Trainer it may belong to.
-
-    Attributes:
-        module: the copy.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        shared = [*module.parameters(), *module.buffers(), *trainers(module)]
-        self.module = copy.deepcopy(module, {id(value): value for value in shared})
-        self._places: dict[str, list[tuple[nn.Module, str]]] = {}  # by the name of its first place, as torch names it
-        self._limits: dict[str, tuple[float, float]] = {}  # max_norm and norm_type of an embedding's weight
-        names: dict[int, str] = {}
-        for prefix, part in self.module.named_modules():
-            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-                part.sparse = False
-            for attribute, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-                name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
-                self._places.setdefault(name, []).append((part, attribute))
-                if getattr(part, "max_norm", None) is not None and attribute == "weight":
-                    self._limits[name] = part.max_norm, part.norm_type  # type: ignore[assignment]
-            if getattr(part, "max_norm", None) is not None:
-                part.max_norm = None  # type: ignore[assignment]
-        for places in self._places.values():
-            for part, attribute in places:
-                delattr(part, attribute)
-
-    def within(self, name: str, value: Tensor) -> Tensor:
-        """Return the weight of an embedding with ``max_norm`` as its forward pass makes it; any other as it is."""
-        if name not in self._limits:
-            return value
-        limit, kind = self._limits[name]
-        return value.renorm(kind, 0, limit)
-
-    def set(self, values: Mapping[str, Tensor]) -> None:
-        """Set the tensors of every name, in all the places that share it."""
-        for name, value in values.items():
-            for part, attribute in self._places[name]:
-                setattr(part, attribute, value)

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lightning_entropy.diagnostics as D
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.module_state import untouched
+from lightning_entropy.diagnostics.surface import LossSurface
 
 
 class Net(nn.Module):
@@ -152,7 +153,7 @@ def test_every_batch_that_lightning_moves(kind: str) -> None:
 
 
 def test_a_batch_is_cut_in_the_dimension_that_counts_its_examples() -> None:
-    from lightning_entropy.diagnostics.data import batch_size, slice_batch
+    from lightning_entropy.diagnostics.batches import batch_size, slice_batch
 
     series, y = torch.randn(20, 6, 4), torch.arange(6)
     assert batch_size((series, y)) == 6
