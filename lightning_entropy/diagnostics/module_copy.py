@@ -5,21 +5,19 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.lightning_internals import trainers
-
 
 class ModuleCopy:
     """A copy of a module whose parameters and buffers are plain tensors that can be set.
 
     Args:
-        module: copied without its weights, and without the Trainer it may belong to.
+        module: copied without its weights; the copy of a LightningModule belongs to no Trainer.
 
     Attributes:
         module: the copy.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        shared = [*module.parameters(), *module.buffers(), *trainers(module)]
+        shared = [*module.parameters(), *module.buffers()]
         self.module = copy.deepcopy(module, {id(value): value for value in shared})
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}  # by the name of its first place, as torch names it
         self._limits: dict[str, tuple[float, float]] = {}  # max_norm and norm_type of an embedding's weight

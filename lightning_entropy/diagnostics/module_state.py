@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_entropy.diagnostics.torch_internals import compiled
+
 
 @contextmanager
 def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[None]:
@@ -45,7 +47,7 @@ def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in module.modules()):
+        if compiled(module):
             # Compiled graphs cannot be differentiated twice.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:

@@ -1,8 +1,7 @@
 """Report on checkpoints from a command line: ``python -m lightning_entropy.diagnostics report CHECKPOINT ...``."""
 
-import argparse
-import ast
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +10,24 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import Path_fr
 
-from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings, measure
+from lightning_entropy.diagnostics.report.findings import ESTIMATORS, SECTIONS, VALLEY, Findings, measure
 from lightning_entropy.diagnostics.report.page import page, verdict
 
-_EPILOG = """
---data.NAME=VALUE and --module.NAME=VALUE are passed to the classes; VALUE is a Python literal or else a string. The
-module's other hyper-parameters come from the checkpoint (save_hyperparameters), or else, like the data's, from the
-config.yaml that LightningCLI left one or two folders above it, or from --config. Estimators take
---hessian.NAME=VALUE, --local_entropy.NAME=VALUE and --gradient_noise.NAME=VALUE in the same way.
+_DESCRIPTION = """How flat is the minimum, how loud and how round is the noise, did SGD walk in circles.
 
-  python -m lightning_entropy.diagnostics report best.ckpt --module recipes.classifier.Classifier \\
+The module's hyper-parameters come from the checkpoint (save_hyperparameters), or else, like the data's, from the
+config.yaml that LightningCLI left one or two folders above it, or from --config; --module.NAME=VALUE and
+--data.NAME=VALUE add to them. Estimators take --hessian.NAME=VALUE, --local_entropy.NAME=VALUE and
+--gradient_noise.NAME=VALUE.
+
+  python -m lightning_entropy.diagnostics report best.ckpt --module recipes.classifier.Classifier
       --data recipes.data.ImageData --data.source=cifar10 --data.root=data
 """
+# What the report itself says, or says once for all estimators.
+_COMMON = {"module", "data", "loss", "examples", "mode", "seed", "state", "transfer", "progress"}
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -36,24 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Where the page was written.
     """
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    extra = _settings(parser, rest)
+    parsed = parse(arguments, parser)
+    command: str = parsed.command
+    options: Namespace = parsed[command]
     data_class = _instance(parser, "--data", options.data, pl.LightningDataModule)
     module_class = _instance(parser, "--module", options.module, pl.LightningModule)
     loss = None if options.loss is None else _instance(parser, "--loss", options.loss, object)
-    paths = [options.checkpoint] if options.command == "report" else [options.first, options.second]
-    for path in paths:
-        if not path.is_file():
-            parser.error(f"{path} must be a checkpoint file, and there is none")
-    datamodule = _configured(data_class, "data", _config(paths[0], options.config), extra.pop("data"))
+    paths = [options.checkpoint] if command == "report" else [options.first, options.second]
+    paths = [Path(str(path)) for path in paths]
+    given_config = None if options.config is None else Path(str(options.config))
+    datamodule = _configured(data_class, "data", _config(paths[0], given_config), options.data_settings or {})
     datamodule.prepare_data()
     datamodule.setup("fit")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    module_settings = extra.pop("module")
+    module_settings = options.module_settings or {}
     findings: list[Findings] = []
     for path, title in zip(paths, _titles(paths), strict=True):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config = _config(path, options.config)
+        config = _config(path, given_config)
         saved = checkpoint.get("hyper_parameters", {})
         if "_instantiator" in saved:  # a LightningCLI's: it would import what the file names
             values = {name: value for name, value in saved.items() if not name.startswith("_")}
@@ -75,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             seed=options.seed,
             skip=options.skip,
             checkpoint=checkpoint,
-            settings=extra,
+            settings={name: dict(options[name].as_dict()) for name in ESTIMATORS},
         )
         findings.append(found)
         for section, rows in found.rows().items():
@@ -83,58 +87,67 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 print(f"{title}  {section:15} {row.name:32} {row}")
     if len(findings) == 2:
         print(verdict(*findings))
-    options.output.write_text(page(findings), encoding="utf-8")
-    print(f"wrote {options.output}")
-    return options.output
+    output = Path(options.output)
+    output.write_text(page(findings), encoding="utf-8")
+    print(f"wrote {output}")
+    return output
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_entropy.diagnostics",
-        description="How flat is the minimum, how loud and how round is the noise, did SGD walk in circles.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="one checkpoint", allow_abbrev=False)
-    report.add_argument("checkpoint", type=Path)
-    compare = commands.add_parser("compare", help="two checkpoints side by side", allow_abbrev=False)
-    compare.add_argument("first", type=Path)
-    compare.add_argument("second", type=Path)
+def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None = None) -> Namespace:
+    """Read the command line, and import nothing that it names.
+
+    ``--module`` is a class, and ``--module.NAME`` sets an item of the dictionary ``--module_settings``.
+
+    Args:
+        arguments: In place of the process's own.
+        parser: In place of a new one.
+
+    Returns:
+        ``command``, and the options under its name.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    words = [re.sub(r"^--(module|data)\.", r"--\1_settings.", word) for word in words]
+    return (parser or _parser()).parse_args(words)
+
+
+def _parser() -> ArgumentParser:
+    report, compare = ArgumentParser(), ArgumentParser()
+    report.add_argument("checkpoint", type=Path_fr, help="the checkpoint file")
+    compare.add_argument("first", type=Path_fr, help="a checkpoint file")
+    compare.add_argument("second", type=Path_fr, help="another checkpoint file, of the same module and data")
     for command in (report, compare):
-        command.add_argument("--module", required=True, help="class path of the LightningModule")
-        command.add_argument("--data", required=True, help="class path of the LightningDataModule")
-        command.add_argument("--config", type=Path, help="a LightningCLI's config.yaml")
-        command.add_argument("--loss", help="path of a callable (module, batch) -> scalar; default: cross entropy")
-        command.add_argument("--split", choices=("train", "val"), default="train")
-        command.add_argument("--examples", type=int, default=512, help="examples to measure on (default 512)")
-        command.add_argument("--mode", choices=("eval", "train"), default="eval")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--device", help="default: cuda if there is one")
+        command.add_argument("--module", type=str, required=True, help="import path of the LightningModule")
+        command.add_argument("--data", type=str, required=True, help="import path of the LightningDataModule")
+        for name in ("module", "data"):
+            command.add_argument(
+                f"--{name}_settings",
+                type=dict[str, Any] | None,
+                help=f"arguments of the {name}'s class, each as --{name}.NAME=VALUE",
+            )
+        command.add_argument("--config", type=Path_fr | None, help="a LightningCLI's config.yaml")
+        command.add_argument(
+            "--loss", type=str | None, help="import path of a callable (module, batch) -> scalar; null: cross entropy"
+        )
+        command.add_argument("--split", choices=("train", "val"), default="train", help="the loader to measure on")
+        command.add_argument("--examples", type=int, default=512, help="examples to measure on")
+        command.add_argument(
+            "--mode", choices=("eval", "train"), default="eval", help="of BatchNorm and dropout while measuring"
+        )
+        command.add_argument("--seed", type=int, default=0, help="of everything drawn")
+        command.add_argument("--device", type=str | None, help="where to measure; null: cuda if there is one, else cpu")
         command.add_argument("--skip", nargs="*", default=[], choices=list(SECTIONS), help="sections to leave out")
-        command.add_argument("--output", type=Path, default=Path("diagnostics.html"))
+        command.add_argument("--output", type=str, default="diagnostics.html", help="the page to write")
+        for name, estimator in ESTIMATORS.items():
+            command.add_function_arguments(estimator, name, skip=set(_COMMON))
+        command.set_defaults({f"local_entropy.{name}": value for name, value in VALLEY.items()})
+    parser = ArgumentParser(prog="python -m lightning_entropy.diagnostics", description=_DESCRIPTION)
+    commands = parser.add_subcommands(dest="command", required=True)
+    commands.add_subcommand("report", report, help="one checkpoint")
+    commands.add_subcommand("compare", compare, help="two checkpoints side by side")
     return parser
 
 
-def _settings(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str, dict[str, Any]]:
-    """Read ``--group.name=value`` and ``--group.name value``."""
-    found: dict[str, dict[str, Any]] = {group: {} for group in ("module", "data", *SECTIONS)}
-    words = iter(rest)
-    for word in words:
-        key, equals, value = word.partition("=")
-        group, dot, name = key.removeprefix("--").partition(".")
-        if not (key.startswith("--") and dot and name.isidentifier() and group in found):
-            parser.error(f"unrecognized argument {word}")
-        value = value if equals else next(words, "")
-        try:
-            found[group][name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[group][name] = value
-    return found
-
-
-def _instance(parser: argparse.ArgumentParser, option: str, path: str, kind: type) -> Any:
+def _instance(parser: ArgumentParser, option: str, path: str, kind: type) -> Any:
     """Import ``package.module.name`` and check what it is."""
     where, _, name = path.rpartition(".")
     sys.path.insert(0, "")

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -23,6 +22,18 @@ SECTIONS = {
     "local_entropy": "How wide is the valley: local entropy and flatness profile",
     "gradient_noise": "How loud and how round is the noise: the diffusion matrix",
     "trajectory": "Does SGD walk in circles: the recorded path",
+}
+ESTIMATORS: dict[str, Callable[..., Result]] = {
+    "hessian": hessian_spectrum,
+    "local_entropy": local_entropy,
+    "gradient_noise": gradient_noise,
+}
+# What a report takes of local_entropy's settings unless told otherwise: a profile, at the price of shorter chains.
+VALLEY: dict[str, Any] = {
+    "sigmas": [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1],
+    "samples": 20,
+    "warmup": 10,
+    "draws": 8,
 }
 
 
@@ -92,19 +103,12 @@ def measure(
         "transfer": transfer_of(module, datamodule),
         "progress": True,
     }
-    valley: dict[str, Any] = {"sigmas": np.geomspace(1e-3, 1e-1, 7), "samples": 20, "warmup": 10, "draws": 8}
-    estimators: dict[str, Callable[[], Result]] = {
-        "hessian": lambda: hessian_spectrum(module, data, mode=mode, **given, **settings.get("hessian", {})),
-        "local_entropy": lambda: local_entropy(
-            module,
-            data,
-            mode=mode,
-            **given,
-            **(valley | settings.get("local_entropy", {})),
-        ),
-        "gradient_noise": lambda: gradient_noise(module, data, **given, **settings.get("gradient_noise", {})),
-    }
-    findings = Findings(title, {name: run() for name, run in estimators.items() if name not in skip})
+    own: dict[str, dict[str, Any]] = {"hessian": {"mode": mode}, "local_entropy": {"mode": mode, **VALLEY}}
+    findings = Findings(title)
+    for name, estimator in ESTIMATORS.items():
+        if name not in skip:
+            more = own.get(name, {}) | settings.get(name, {})
+            findings.results[name] = estimator(module, data, **given, **more)
     if "trajectory" not in skip and (recorded := _recording(checkpoint or {}, seed)) is not None:
         findings.results["trajectory"] = recorded
     return findings

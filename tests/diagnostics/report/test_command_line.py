@@ -71,10 +71,12 @@ def test_a_checkpoint_is_as_flat_as_itself(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "none.ckpt", *CLASSES], "none.ckpt must be a checkpoint file"),
-        (["report", "none.ckpt", "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
-        (["report", "none.ckpt", "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
-        (["report", "none.ckpt", *CLASSES, "--datum.x=1"], "unrecognized argument --datum.x=1"),
+        (["report", "none.ckpt", *CLASSES], "File does not exist"),
+        (["report", __file__, "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
+        (["report", __file__, "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
+        (["report", __file__, *CLASSES, "--datum.x=1"], "--datum.x=1"),
+        (["report", __file__, *CLASSES, "--hessian.top=many"], "hessian.top"),
+        (["report", __file__, *CLASSES[:2]], "data"),
     ],
 )
 def test_bad_input(arguments, message, capsys):
@@ -83,10 +85,27 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_every_option_says_what_it_is(name):
+    commands = next(a for a in command._parser()._actions if a.dest == "command")
+    for action in commands.choices[name]._actions:
+        assert action.help, action.dest
+
+
+def test_settings_of_a_class_and_of_an_estimator_are_told_from_its_name(checkpoints):
+    words = ["report", checkpoints[0], *CLASSES, "--module.width=5", "--module.lr", "1e-3", "--hessian.top=2"]
+    options = command.parse(words).report
+    assert options.module == CLASSES[1]
+    assert options.module_settings == {"width": 5, "lr": 1e-3}
+    assert options.data_settings is None
+    assert options.hessian.top == 2
+    assert options.local_entropy.samples == 20
+
+
 def test_it_is_a_command(monkeypatch, capsys):
     """What ``python -m`` does, without the seconds of a new process."""
     monkeypatch.setattr(sys, "argv", ["diagnostics", "--help"])
-    monkeypatch.delitem(sys.modules, "lightning_entropy.diagnostics.__main__")
+    monkeypatch.delitem(sys.modules, "lightning_entropy.diagnostics.__main__", raising=False)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("lightning_entropy.diagnostics", run_name="__main__")
     assert "compare" in capsys.readouterr().out
