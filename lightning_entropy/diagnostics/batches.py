@@ -1,12 +1,10 @@
 """Batches to measure on: a fixed choice of examples from a loader that training may be using at this moment."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
-from lightning_utilities import apply_to_collection
-from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -16,12 +14,15 @@ from torch.utils.data import (
     Subset,
 )
 
-Batch = Any
+from lightning_entropy.diagnostics.examples import Batch, Layout
+
 # Samplers that only order or shard the dataset; any other one chooses, and its choice is respected.
 _ORDERINGS = (SequentialSampler, RandomSampler, DistributedSampler)
 
 
-def take_batches(data: Iterable[Batch], examples: int | None = None, *, seed: int = 0) -> list[Batch]:
+def take_batches(
+    data: Iterable[Batch], examples: int | None = None, *, layout: Layout | None = None, seed: int = 0
+) -> list[Batch]:
     """Take ``examples`` examples from a loader or any iterable of batches, as a list of batches.
 
     A ``DataLoader`` over a map-style dataset is not iterated: its dataset is read directly, in this process, with
@@ -33,13 +34,14 @@ def take_batches(data: Iterable[Batch], examples: int | None = None, *, seed: in
     Args:
         data: A ``DataLoader``, a list of batches, or another iterable of batches.
         examples: How many, >= 1. None: all. All of them are kept in memory.
+        layout: How examples are counted and cut. None: along the dimension that all tensors share.
         seed: Of the choice.
 
     Returns:
         Batches; the last may be smaller. Together at most ``examples`` examples.
 
     Raises:
-        ValueError: If ``examples`` is not positive or ``data`` holds no example.
+        ValueError: If ``examples`` is not positive, ``data`` holds no example, or a batch does not say how many it has.
 
     Example:
         >>> [b.tolist() for b in take_batches([torch.tensor([1, 2]), torch.tensor([3, 4])], 3)]
@@ -49,11 +51,12 @@ def take_batches(data: Iterable[Batch], examples: int | None = None, *, seed: in
         raise ValueError(f"examples must be None or at least 1, got {examples}")
     if isinstance(data, DataLoader):
         data = _quiet_loader(data, examples, seed)
+    layout = layout or Layout()
     batches, left = [], examples
     for batch in data:
-        size = batch_size(batch)
+        size = layout.size(batch)
         if left is not None and size >= left:
-            batches.append(batch if size == left else slice_batch(batch, 0, left))
+            batches.append(batch if size == left else layout.cut(batch, 0, left))
             break
         if size:
             batches.append(batch)
@@ -93,68 +96,3 @@ def _indices(sampler: Any) -> list[Any]:
     finally:
         for generator, state in states:
             generator.set_state(state)
-
-
-def batch_size(batch: Batch) -> int:
-    """Count the examples of a batch: the one size that all its tensors share, whichever dimension it is of.
-
-    A time-first sequence beside its targets has as many examples as targets. Tensors without a dimension do not count.
-
-    Raises:
-        ValueError: If the batch holds no tensor with a dimension, or its tensors share no size.
-
-    Example:
-        >>> batch_size({"image": torch.zeros(5, 3), "label": torch.zeros(5)})
-        5
-        >>> batch_size((torch.zeros(20, 6, 4), torch.zeros(6)))
-        6
-    """
-    shapes = [leaf.shape for leaf in _leaves(batch) if leaf.ndim]
-    if not shapes:
-        raise ValueError(f"a batch must hold a tensor with a batch dimension, got {type(batch).__name__}")
-    first = {shape[0] for shape in shapes}
-    if len(first) == 1:
-        return first.pop()
-    shared = set.intersection(*(set(shape) for shape in shapes))
-    if len(shared) != 1:
-        sizes = [tuple(shape) for shape in shapes]
-        raise ValueError(f"the tensors of a batch must share one size, the number of examples, got shapes {sizes}")
-    return shared.pop()
-
-
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Take examples ``start`` to ``stop`` of a batch: every tensor is cut in the dimension that counts them.
-
-    Example:
-        >>> slice_batch((torch.arange(4), "name"), 1, 3)
-        (tensor([1, 2]), 'name')
-        >>> [t.shape for t in slice_batch((torch.zeros(20, 6, 4), torch.zeros(6)), 0, 2)]
-        [torch.Size([20, 2, 4]), torch.Size([2])]
-    """
-    size = batch_size(batch)
-
-    def cut(t: Tensor) -> Tensor:
-        return t.narrow(list(t.shape).index(size), start, stop - start) if size in t.shape else t
-
-    return map_batch(batch, cut)
-
-
-def map_batch(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Apply a function to every tensor of a batch, in every collection that Lightning moves, and keep the rest.
-
-    Example:
-        >>> map_batch({"x": [torch.tensor(1)]}, lambda t: t + 1)
-        {'x': [tensor(2)]}
-    """
-    return apply_to_collection(batch, Tensor, function)
-
-
-def _leaves(batch: Batch) -> list[Tensor]:
-    leaves: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        leaves.append(t)
-        return t
-
-    map_batch(batch, keep)
-    return leaves

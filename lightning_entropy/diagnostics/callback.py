@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_entropy.diagnostics.batches import Batch
+from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, Layout, checked_examples
 from lightning_entropy.diagnostics.figures import Result, draw, log_figure
 from lightning_entropy.diagnostics.lightning_internals import logger_step
 from lightning_entropy.diagnostics.loss import Loss
@@ -38,7 +38,10 @@ class Diagnostic(pl.Callback, ABC):
         data: "train" or "val" for the trainer's (first) loader of that name, or a loader of your own. A training
             set that augments is read through its augmentation, drawn once.
         loss: ``(module, batch) -> scalar``. None: cross entropy of ``module(x)`` and ``y``.
-        examples: How many examples of the data, >= 1. None: all. The same ones each time.
+        examples: How many examples of the data, >= 1, the same ones each time; or a callable from a batch to its number
+            of them, and all are taken. None: all, counted by the tensors' sizes.
+        batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
+            one size that they share.
         mode: "eval" or "train": the mode of BatchNorm and dropout while measuring.
         seed: Of everything that is drawn.
         figures: Draw.
@@ -57,7 +60,8 @@ class Diagnostic(pl.Callback, ABC):
         at_end: bool = True,
         data: str | Iterable[Batch] = "train",
         loss: Loss | None = None,
-        examples: int | None = 1024,
+        examples: Examples = 1024,
+        batch_dim: BatchDim = None,
         mode: str = "eval",
         seed: int = 0,
         figures: bool = True,
@@ -68,12 +72,12 @@ class Diagnostic(pl.Callback, ABC):
             raise ValueError(f"every_n_epochs must be None or at least 1, got {every_n_epochs}")
         if isinstance(data, str) and data not in ("train", "val"):
             raise ValueError(f'data must be "train", "val" or a loader, got {data!r}')
-        if examples is not None and examples < 1:
-            raise ValueError(f"examples must be None or at least 1, got {examples}")
+        checked_examples(examples)
+        Layout(batch_dim)
         if mode not in ("eval", "train"):
             raise ValueError(f'mode must be "eval" or "train", got {mode!r}')
         self.every_n_epochs, self.at_end, self.data = every_n_epochs, at_end, data
-        self.loss, self.examples, self.mode, self.seed = loss, examples, mode, seed
+        self.loss, self.examples, self.batch_dim, self.mode, self.seed = loss, examples, batch_dim, mode, seed
         self.figures, self.name = figures, name or self.default_name
         self.result: Any = None
         self._measured_at: int | None = None
@@ -82,7 +86,7 @@ class Diagnostic(pl.Callback, ABC):
     def measure(self, module: nn.Module, data: Iterable[Batch], **settings: Any) -> Result | None:
         """Run the estimator; None for nothing to say.
 
-        ``settings`` are loss, examples, mode, seed, state, transfer and progress.
+        ``settings`` are loss, examples, batch_dim, mode, seed, state, transfer and progress.
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -112,6 +116,7 @@ class Diagnostic(pl.Callback, ABC):
                 self._data(trainer),
                 loss=self.loss,
                 examples=self.examples,
+                batch_dim=self.batch_dim,
                 mode=self.mode,
                 seed=self.seed,
                 state=state,

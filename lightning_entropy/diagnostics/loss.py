@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.batches import Batch
+from lightning_entropy.diagnostics.examples import Batch
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 

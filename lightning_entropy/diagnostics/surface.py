@@ -7,7 +7,8 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_entropy.diagnostics.batches import Batch, batch_size, map_batch, take_batches
+from lightning_entropy.diagnostics.batches import take_batches
+from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, Layout, checked_examples, map_batch
 from lightning_entropy.diagnostics.loss import Loss, cross_entropy, kind_of
 from lightning_entropy.diagnostics.module_copy import ModuleCopy
 
@@ -29,7 +30,10 @@ class LossSurface:
         module: Any module; with a LightningModule, ``state`` makes it the anchor's surface.
         data: A loader or an iterable of batches.
         loss: ``(module, batch) -> scalar``, a mean over the batch. None: :func:`cross_entropy`.
-        examples: How many examples of ``data``, >= 1. None: all.
+        examples: How many examples of ``data``, >= 1; or a callable from a batch to its number of them, and all are
+            taken. None: all, counted by the tensors' sizes.
+        batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
+            one size that all of them share; see :class:`~lightning_entropy.diagnostics.examples.Layout`.
         mode: "eval" or "train"; must be the mode given to :func:`untouched`.
         seed: Of the choice of examples and of dropout.
         state: Values by name, e.g. ``module.state_dict()``, in place of the module's own parameters and buffers.
@@ -57,7 +61,8 @@ class LossSurface:
         data: Iterable[Batch],
         *,
         loss: Loss | None = None,
-        examples: int | None = None,
+        examples: Examples = None,
+        batch_dim: BatchDim = None,
         mode: str = "eval",
         seed: int = 0,
         state: Mapping[str, Tensor] | None = None,
@@ -87,8 +92,11 @@ class LossSurface:
         self._frozen = {n: constant(n, p) for n, p in named.items() if not p.requires_grad}
         self._buffers = {n: constant(n, b) for n, b in module.named_buffers()}
         transfer = transfer or (lambda batch: move_data_to_device(batch, self.device))
-        self.batches = [map_batch(transfer(b), self._cast) for b in take_batches(data, examples, seed=seed)]
-        sizes = [batch_size(batch) for batch in self.batches]
+        counted = callable(checked_examples(examples))
+        self.layout = Layout(batch_dim, examples if counted else None)  # type: ignore[arg-type]
+        taken = take_batches(data, None if counted else examples, layout=self.layout, seed=seed)  # type: ignore[arg-type]
+        self.batches = [map_batch(transfer(batch), self._cast) for batch in taken]
+        sizes = [self.layout.size(batch) for batch in self.batches]
         self.examples = sum(sizes)
         self.shares = [size / self.examples for size in sizes]
         self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # (the caller's w, its leaf, the gradient)

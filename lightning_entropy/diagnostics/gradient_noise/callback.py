@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_entropy.diagnostics.batches import Batch
 from lightning_entropy.diagnostics.callback import Diagnostic
+from lightning_entropy.diagnostics.examples import Batch
 from lightning_entropy.diagnostics.gradient_noise.estimator import gradient_noise
 from lightning_entropy.diagnostics.gradient_noise.result import GradientNoiseResult
 

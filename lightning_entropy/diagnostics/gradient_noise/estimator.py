@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.batches import Batch
+from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, checked_examples
 from lightning_entropy.diagnostics.gradient_noise.example_gradients import CentredGradients
 from lightning_entropy.diagnostics.gradient_noise.result import GradientNoiseResult
 from lightning_entropy.diagnostics.loss import Loss
@@ -20,7 +20,8 @@ def gradient_noise(
     data: Iterable[Batch],
     *,
     loss: Loss | None = None,
-    examples: int | None = None,
+    examples: Examples = None,
+    batch_dim: BatchDim = None,
     lr: float | None = None,
     batch_size: int | None = None,
     chunk: int | None = None,
@@ -47,12 +48,16 @@ def gradient_noise(
         module: The network, at the weights to measure.
         data: A loader or an iterable of batches.
         loss: ``(module, batch) -> scalar``, a mean over the batch. None: cross entropy.
-        examples: How many examples of ``data``, N >= 2. None: all.
+        examples: How many examples of ``data``, N >= 2; or a callable from a batch to its number of them, and all are
+            taken. None: all, counted by the tensors' sizes.
+        batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
+            one size that they share.
         lr: Learning rate, for the temperature.
         batch_size: b, for the temperature.
         chunk: Per-example gradients computed at once, >= 1. None: as many as an eighth of ``memory`` holds, at most 64.
         memory: GiB for gradients. The weights' copies, about four vectors of P, and activations come on top.
-        vectorize: Compute a chunk by ``vmap``. False: one example at a time, for modules that cannot be vectorized.
+        vectorize: Compute a chunk by ``vmap``. False: one example at a time, for modules that cannot be vectorized. So
+            are batches of one example, and those with a list of one number or string for each.
         seed: Of the choice of examples.
         state: Weights and buffers by name, in place of the module's own.
         transfer: Moves a batch to the device. None: a plain copy.
@@ -71,12 +76,13 @@ def gradient_noise(
         >>> result.eigenvalues.round(5).tolist(), result.gradient_squared    # variance 1, mean 2
         ([1.0], 4.0)
     """
-    if examples is not None and examples < 2:
-        raise ValueError(f"examples must be at least 2, got {examples}")
+    checked_examples(examples, 2)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be None or at least 1, got {chunk}")
     with untouched(module, "eval", seed):
-        surface = LossSurface(module, data, loss=loss, examples=examples, seed=seed, state=state, transfer=transfer)
+        surface = LossSurface(
+            module, data, loss=loss, examples=examples, batch_dim=batch_dim, seed=seed, state=state, transfer=transfer
+        )
         n, size = surface.examples, len(surface)
         if n < 2:
             raise ValueError("data must hold at least 2 examples, got 1")

@@ -1,15 +1,50 @@
 """The gradient of the loss at every single example, a chunk of them at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from lightning_entropy.diagnostics.batches import Batch, batch_size, map_batch, slice_batch
 from lightning_entropy.diagnostics.estimate import Estimate
+from lightning_entropy.diagnostics.examples import Batch, Layout, cut_along, leaves, map_batch
 from lightning_entropy.diagnostics.surface import LossSurface
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some examples of a batch, which are cut in the same dimensions however few are left.
+
+    Args:
+        batch: The examples.
+        size: How many.
+        dims: The dimension that counts them in each tensor.
+        lists: Whether there is a list of one number or string for each example.
+    """
+
+    batch: Batch
+    size: int
+    dims: Sequence[int | None]
+    lists: bool
+
+    @classmethod
+    def of(cls, batch: Batch, layout: Layout) -> "Piece":
+        """Ask a layout once for a whole batch; one example need not be cut."""
+        size = layout.size(batch)
+        return (
+            cls(batch, size, (), lists=False)
+            if size == 1
+            else cls(batch, size, layout.cuts(batch), layout.lists(batch))
+        )
+
+    def cut(self, start: int, stop: int) -> "Piece":
+        """Take some of the examples."""
+        if (start, stop) == (0, self.size):
+            return self
+        batch = cut_along(self.batch, self.dims, self.size, start, stop)
+        return Piece(batch, stop - start, self.dims, self.lists)
 
 
 class CentredGradients:
@@ -18,7 +53,6 @@ class CentredGradients:
     def __init__(self, surface: LossSurface, chunk: int, vectorize: bool) -> None:
         self.surface, self.chunk, self.vectorize = surface, chunk, vectorize
         self.mean = surface.gradient(surface.weights)
-        self._one = grad(lambda w, example: surface.batch_loss(w, map_batch(example, lambda t: t.unsqueeze(0))))
         self.squares: list[Tensor] = []  # |g_k - g|^2
         self.along: list[Tensor] = []  # (g_k - g) . g
         self._sum = torch.zeros_like(self.mean, dtype=torch.float64)
@@ -40,15 +74,16 @@ class CentredGradients:
         if first:
             self._check()
 
-    def _chunks(self) -> Iterator[Batch]:
+    def _chunks(self) -> Iterator[list[Piece]]:
         """Yield the examples in chunks of equal length (but for the last), across the batches' borders."""
-        pending: list[Batch] = []
+        pending: list[Piece] = []
         length = 0
         for batch in self.surface.batches:
-            position, size = 0, batch_size(batch)
-            while position < size:
-                step = min(self.chunk - length, size - position)
-                pending.append(slice_batch(batch, position, position + step))
+            whole = Piece.of(batch, self.surface.layout)
+            position = 0
+            while position < whole.size:
+                step = min(self.chunk - length, whole.size - position)
+                pending.append(whole.cut(position, position + step))
                 position, length = position + step, length + step
                 if length == self.chunk:
                     yield pending
@@ -56,40 +91,40 @@ class CentredGradients:
         if pending:
             yield pending
 
-    def _gradients(self, pieces: list[Batch]) -> Tensor:
+    def _gradients(self, pieces: list[Piece]) -> Tensor:
         w = self.surface.weights
-        parts = [self._vectorized(w, p) if self.vectorize else self._looped(w, p) for p in pieces]
+        parts = [
+            self._vectorized(w, p) if self.vectorize and p.size > 1 and not p.lists else self._looped(w, p)
+            for p in pieces
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _vectorized(self, w: Tensor, piece: Batch) -> Tensor:
-        size = batch_size(piece)
-        leaves: list[Tensor] = []
+    def _vectorized(self, w: Tensor, piece: Piece) -> Tensor:
+        split = [(t, dim) for t, dim in zip(leaves(piece.batch), piece.dims, strict=True) if dim is not None]
 
-        def split(tensor: Tensor) -> Tensor:
-            if tensor.ndim and len(tensor) == size:
-                leaves.append(tensor)
-            return tensor
+        def loss(w: Tensor, *values: Tensor) -> Tensor:
+            supply, dims = iter(values), iter(piece.dims)
 
-        map_batch(piece, split)
+            def example(tensor: Tensor) -> Tensor:
+                dim = next(dims)
+                return tensor if dim is None else next(supply).unsqueeze(dim)
 
-        def gradient(*values: Tensor) -> Tensor:
-            supply = iter(values)
-            example = map_batch(piece, lambda t: next(supply) if t.ndim and len(t) == size else t)
-            return self._one(w, example)
+            return self.surface.batch_loss(w, map_batch(piece.batch, example))
 
         try:
-            return vmap(gradient, randomness="error")(*leaves)
+            in_dims = (None, *(dim for _, dim in split))
+            return vmap(grad(loss), in_dims=in_dims, randomness="error")(w, *(t for t, _ in split))
         except RuntimeError as error:
             raise ValueError(
                 "module and loss must work under torch.func.vmap with vectorize=True; pass vectorize=False to take "
                 f"one example at a time, got: {error}"
             ) from error
 
-    def _looped(self, w: Tensor, piece: Batch) -> Tensor:
+    def _looped(self, w: Tensor, piece: Piece) -> Tensor:
         gradients = []
-        for i in range(batch_size(piece)):
+        for i in range(piece.size):
             leaf = w.detach().requires_grad_()
-            value = self.surface.batch_loss(leaf, slice_batch(piece, i, i + 1))
+            value = self.surface.batch_loss(leaf, piece.cut(i, i + 1).batch)
             gradients.append(torch.autograd.grad(value, leaf)[0])
         return torch.stack(gradients)
 

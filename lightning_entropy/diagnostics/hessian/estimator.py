@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.batches import Batch
 from lightning_entropy.diagnostics.estimate import Estimate
+from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
 from lightning_entropy.diagnostics.hessian.density import density_of
 from lightning_entropy.diagnostics.hessian.lanczos import extreme_eigenpairs, gauss_quadrature
 from lightning_entropy.diagnostics.hessian.result import HessianResult
@@ -32,7 +32,8 @@ def hessian_spectrum(
     tolerance: float = 1e-4,
     dense_limit: int = 1000,
     memory: float = 8.0,
-    examples: int | None = None,
+    examples: Examples = None,
+    batch_dim: BatchDim = None,
     mode: str = "eval",
     seed: int = 0,
     state: Mapping[str, Tensor] | None = None,
@@ -62,7 +63,10 @@ def hessian_spectrum(
         tolerance: Error of the extreme eigenvalues relative to the largest in modulus, > 0.
         dense_limit: With no more weights than this, build the matrix and compute all eigenvalues.
         memory: GiB for Lanczos vectors. Each chain needs ``steps + 4`` vectors of P numbers.
-        examples: How many examples of ``data``. None: all.
+        examples: How many examples of ``data``; or a callable from a batch to its number of them, and all are taken.
+            None: all, counted by the tensors' sizes.
+        batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
+            one size that they share.
         mode: "eval" or "train" for BatchNorm and dropout.
         seed: Of probes, examples and dropout.
         state: Weights and buffers by name, in place of the module's own.
@@ -94,7 +98,15 @@ def hessian_spectrum(
 
     with untouched(module, mode, seed):
         surface = LossSurface(
-            module, data, loss=loss, examples=examples, mode=mode, seed=seed, state=state, transfer=transfer
+            module,
+            data,
+            loss=loss,
+            examples=examples,
+            batch_dim=batch_dim,
+            mode=mode,
+            seed=seed,
+            state=state,
+            transfer=transfer,
         )
         size = len(surface)
         if size <= dense_limit:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_entropy.diagnostics.batches import Batch
 from lightning_entropy.diagnostics.callback import Diagnostic
+from lightning_entropy.diagnostics.examples import Batch
 from lightning_entropy.diagnostics.local_entropy.estimator import local_entropy
 from lightning_entropy.diagnostics.local_entropy.result import LocalEntropyResult
 

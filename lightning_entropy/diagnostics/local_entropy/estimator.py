@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.batches import Batch
 from lightning_entropy.diagnostics.estimate import mean_and_stderr, student
+from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
 from lightning_entropy.diagnostics.local_entropy.flatness import grid_of, profile_of
 from lightning_entropy.diagnostics.local_entropy.gamma_ladder import climb
 from lightning_entropy.diagnostics.local_entropy.result import LocalEntropyResult
@@ -31,7 +31,8 @@ def local_entropy(
     rungs: int = 40,
     draws: int = 16,
     loss: Loss | None = None,
-    examples: int | None = None,
+    examples: Examples = None,
+    batch_dim: BatchDim = None,
     mode: str = "eval",
     seed: int = 0,
     state: Mapping[str, Tensor] | None = None,
@@ -69,7 +70,10 @@ def local_entropy(
         rungs: The most rungs of the ladder, >= 3.
         draws: Pairs x +- sigma xi for each sigma, and for the end of the ladder, >= 2.
         loss: ``(module, batch) -> scalar``, a mean over the batch. None: cross entropy.
-        examples: How many examples of ``data``. None: all.
+        examples: How many examples of ``data``; or a callable from a batch to its number of them, and all are taken.
+            None: all, counted by the tensors' sizes.
+        batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
+            one size that they share.
         mode: "eval" or "train" for BatchNorm and dropout.
         seed: Of everything drawn.
         state: Weights and buffers by name, in place of the module's own.
@@ -106,7 +110,15 @@ def local_entropy(
 
     with untouched(module, mode, seed):
         surface = LossSurface(
-            module, data, loss=loss, examples=examples, mode=mode, seed=seed, state=state, transfer=transfer
+            module,
+            data,
+            loss=loss,
+            examples=examples,
+            batch_dim=batch_dim,
+            mode=mode,
+            seed=seed,
+            state=state,
+            transfer=transfer,
         )
         generator = torch.Generator(surface.device).manual_seed(seed)
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.batches import Batch
 from lightning_entropy.diagnostics.estimate import mean_and_stderr, student
+from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
 from lightning_entropy.diagnostics.figures import axes_for
 from lightning_entropy.diagnostics.loss import Loss
 from lightning_entropy.diagnostics.module_state import untouched
@@ -56,7 +56,8 @@ def flatness_profile(
     *,
     draws: int = 16,
     loss: Loss | None = None,
-    examples: int | None = None,
+    examples: Examples = None,
+    batch_dim: BatchDim = None,
     mode: str = "eval",
     seed: int = 0,
     state: Mapping[str, Tensor] | None = None,
@@ -73,7 +74,10 @@ def flatness_profile(
         sigmas: Standard deviations of the noise on every weight, each > 0.
         draws: Pairs, >= 2. Each costs two passes over the data for every sigma.
         loss: ``(module, batch) -> scalar``, a mean over the batch. None: cross entropy.
-        examples: How many examples of ``data``. None: all.
+        examples: How many examples of ``data``; or a callable from a batch to its number of them, and all are taken.
+            None: all, counted by the tensors' sizes.
+        batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
+            one size that they share.
         mode: "eval" or "train" for BatchNorm and dropout.
         seed: Of noise and examples.
         state: Weights and buffers by name, in place of the module's own.
@@ -96,7 +100,15 @@ def flatness_profile(
     grid = grid_of(sigmas)
     with untouched(module, mode, seed):
         surface = LossSurface(
-            module, data, loss=loss, examples=examples, mode=mode, seed=seed, state=state, transfer=transfer
+            module,
+            data,
+            loss=loss,
+            examples=examples,
+            batch_dim=batch_dim,
+            mode=mode,
+            seed=seed,
+            state=state,
+            transfer=transfer,
         )
         return profile_of(surface, grid, draws, torch.Generator(surface.device).manual_seed(seed))
 

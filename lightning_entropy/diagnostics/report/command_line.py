@@ -27,7 +27,7 @@ config.yaml that LightningCLI left one or two folders above it, or from --config
       --data recipes.data.ImageData --data.source=cifar10 --data.root=data
 """
 # What the report itself says, or says once for all estimators.
-_COMMON = {"module", "data", "loss", "examples", "mode", "seed", "state", "transfer", "progress"}
+_COMMON = {"module", "data", "loss", "examples", "batch_dim", "mode", "seed", "state", "transfer", "progress"}
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             split=options.split,
             loss=loss,
             examples=options.examples,
+            batch_dim=options.batch_dim,
             mode=options.mode,
             seed=options.seed,
             skip=options.skip,
@@ -130,6 +131,11 @@ def _parser() -> ArgumentParser:
         )
         command.add_argument("--split", choices=("train", "val"), default="train", help="the loader to measure on")
         command.add_argument("--examples", type=int, default=512, help="examples to measure on")
+        command.add_argument(
+            "--batch_dim",
+            type=int | None,
+            help="dimension of the tensors that counts examples; null: that of the one size that they share",
+        )
         command.add_argument(
             "--mode", choices=("eval", "train"), default="eval", help="of BatchNorm and dropout while measuring"
         )

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_entropy.diagnostics.batches import Batch
+from lightning_entropy.diagnostics.examples import Batch
 from lightning_entropy.diagnostics.figures import Result
 from lightning_entropy.diagnostics.gradient_noise import gradient_noise
 from lightning_entropy.diagnostics.hessian import hessian_spectrum
@@ -62,6 +62,7 @@ def measure(
     split: str = "train",
     loss: Loss | None = None,
     examples: int = 512,
+    batch_dim: int | None = None,
     mode: str = "eval",
     seed: int = 0,
     skip: Iterable[str] = (),
@@ -77,6 +78,7 @@ def measure(
         split: "train" or "val".
         loss: ``(module, batch) -> scalar``. None: cross entropy.
         examples: How many examples.
+        batch_dim: Dimension of the tensors that counts examples. None: that of the one size that they share.
         mode: "eval" or "train" for the Hessian and local entropy.
         seed: Of everything drawn, so that two checkpoints are measured alike.
         skip: Sections to leave out.
@@ -99,6 +101,7 @@ def measure(
     given: dict[str, Any] = {
         "loss": loss,
         "examples": examples,
+        "batch_dim": batch_dim,
         "seed": seed,
         "transfer": transfer_of(module, datamodule),
         "progress": True,

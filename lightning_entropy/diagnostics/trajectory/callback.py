@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.batches import Batch
 from lightning_entropy.diagnostics.callback import Diagnostic
+from lightning_entropy.diagnostics.examples import Batch
 from lightning_entropy.diagnostics.trajectory.estimator import LEAST_SNAPSHOTS, analyse_trajectory
 from lightning_entropy.diagnostics.trajectory.result import TrajectoryResult
 

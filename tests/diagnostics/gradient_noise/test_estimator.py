@@ -125,7 +125,7 @@ def test_batchnorm_in_eval_mode_and_nested_batches():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"examples": 1}, "examples must be at least 2, got 1"),
+        ({"examples": 1}, "examples must be None or at least 2, got 1"),
         ({"chunk": 0}, "chunk must be None or at least 1, got 0"),
         ({"memory": 1e-8}, "memory must be at least"),
         (
