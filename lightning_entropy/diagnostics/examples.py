@@ -128,18 +128,19 @@ class Layout:
         """Take examples ``start`` to ``stop``: of tensors, and of lists of one number or string for each example.
 
         Raises:
-            ValueError: If the batch has no tensor or list that can be cut.
+            ValueError: If the batch has no tensor that can be cut, or the part would be read in another dimension.
         """
         size = self.size(batch)
         if (start, stop) == (0, size):
             return batch
         dims = self.cuts(batch)
         part = cut_along(batch, dims, size, start, stop)
-        if self.count is None and (self.size(part) != stop - start or self.dims(part) != dims):
+        if self.batch_dim is None and any(dims) and all(len(t) == stop - start for t in leaves(part) if t.ndim):
             raise ValueError(
-                f"examples {start} to {stop} of a batch must be cut as the batch is, got shapes "
-                f"{_listed([t.shape for t in leaves(part)])} from {_listed([t.shape for t in leaves(batch)])}: say "
-                "which dimension counts them with batch_dim="
+                f"examples {start} to {stop} of a batch must not look like another batch, got shapes "
+                f"{_listed([t.shape for t in leaves(part)])}, which read as batch first, from "
+                f"{_listed([t.shape for t in leaves(batch)])}, which do not: say which dimension counts examples with "
+                "batch_dim="
             )
         return part
 

@@ -1,16 +1,76 @@
 """The loss over some examples as a function of one flat vector of weights, with the module left as it was."""
 
-from collections.abc import Callable, Iterable, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_entropy.diagnostics.activation_checkpointing import not_reentrant
 from lightning_entropy.diagnostics.batches import take_batches
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, Layout, checked_examples, map_batch
 from lightning_entropy.diagnostics.loss import Loss, cross_entropy, kind_of
 from lightning_entropy.diagnostics.module_copy import ModuleCopy
+from lightning_entropy.diagnostics.torch_internals import compiled
+
+
+@contextmanager
+def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[None]:
+    """Put a module in a mode and seed every global generator, and put everything back on leaving.
+
+    Covers the training flag of every submodule, the random states of torch (CPU and CUDA), numpy and Python, and
+    the grad, inference and autocast modes. Restores after an exception too.
+
+    Args:
+        module: Measured within the context.
+        mode: "eval" or "train".
+        seed: Of the global generators within the context.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If ``mode`` is neither.
+
+    Example:
+        >>> net, before = nn.Dropout(), torch.get_rng_state()
+        >>> with untouched(net):
+        ...     _ = torch.rand(3), net.training
+        >>> net.training, bool((torch.get_rng_state() == before).all())
+        (True, True)
+    """
+    if mode not in ("eval", "train"):
+        raise ValueError(f'mode must be "eval" or "train", got {mode!r}')
+    flags = [(m, m.training) for m in module.modules()]
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    kinds = {"cpu"} | {p.device.type for p in module.parameters()} & {"cuda", "mps", "xpu"}
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if compiled(module):
+            # Compiled graphs cannot be differentiated twice.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            module.train(mode == "train")
+            yield
+        finally:
+            for m, flag in flags:
+                m.training = flag
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])
+            random.setstate(states[2])
+            if cuda:
+                torch.cuda.set_rng_state_all(cuda)
 
 
 class LossSurface:
@@ -40,7 +100,8 @@ class LossSurface:
         transfer: Moves a batch to the module's device. None: a plain copy.
 
     Raises:
-        ValueError: If nothing is trainable, the data is empty, or the loss is not a finite, differentiable scalar.
+        ValueError: If nothing is trainable, the data is empty, a batch does not say how many examples it has, the loss
+            is not a finite, differentiable scalar, or a part runs under reentrant activation checkpointing.
 
     Example:
         >>> class Square(nn.Module):                         # f(w) = mean of (w x)^2 / 2, at w = 3
@@ -99,6 +160,7 @@ class LossSurface:
         sizes = [self.layout.size(batch) for batch in self.batches]
         self.examples = sum(sizes)
         self.shares = [size / self.examples for size in sizes]
+        self._watched = False
         self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # (the caller's w, its leaf, the gradient)
 
         self.value = self.loss(self.weights, check=True)
@@ -150,9 +212,9 @@ class LossSurface:
         value = torch.zeros((), dtype=torch.float64, device=self.device)
         gradient = torch.zeros_like(weights)
         for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
-            loss = self._differentiable(self.batch_loss(w, batch, i))
+            loss, part = self._differentiated(w, batch, i)
             value += share * loss.detach()
-            gradient.add_(torch.autograd.grad(loss, w)[0], alpha=share)
+            gradient.add_(part, alpha=share)
         return value, gradient
 
     def hessian_products(self, weights: Tensor, vectors: Tensor) -> Tensor:
@@ -185,14 +247,19 @@ class LossSurface:
         w = weights.detach().requires_grad_()
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = self._differentiable(self.batch_loss(w, batch, index))
-            (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+            _, gradient = self._differentiated(w, batch, index, create_graph=True)
         if len(self.batches) == 1:
             self._graph = weights, w, gradient
         return w, gradient
 
-    @staticmethod
-    def _differentiable(loss: Tensor) -> Tensor:
-        if not loss.requires_grad:
-            raise ValueError("loss must depend on the trainable weights, got a constant")
-        return loss
+    def _differentiated(
+        self, w: Tensor, batch: Batch, index: int, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch and its gradient, the first time under watch for what cannot be differentiated."""
+        with nullcontext() if self._watched else not_reentrant(self._module.module):
+            loss = self.batch_loss(w, batch, index)
+            if not loss.requires_grad:
+                raise ValueError("loss must depend on the trainable weights, got a constant")
+            (gradient,) = torch.autograd.grad(loss, w, create_graph=create_graph)
+        self._watched = True
+        return loss, gradient

@@ -10,9 +10,8 @@ from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, ch
 from lightning_entropy.diagnostics.gradient_noise.example_gradients import CentredGradients
 from lightning_entropy.diagnostics.gradient_noise.result import GradientNoiseResult
 from lightning_entropy.diagnostics.loss import Loss
-from lightning_entropy.diagnostics.module_state import untouched
 from lightning_entropy.diagnostics.progress import progress_bar
-from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.surface import LossSurface, untouched
 
 
 def gradient_noise(

@@ -12,9 +12,8 @@ from lightning_entropy.diagnostics.hessian.density import density_of
 from lightning_entropy.diagnostics.hessian.lanczos import extreme_eigenpairs, gauss_quadrature
 from lightning_entropy.diagnostics.hessian.result import HessianResult
 from lightning_entropy.diagnostics.loss import Loss
-from lightning_entropy.diagnostics.module_state import untouched
 from lightning_entropy.diagnostics.progress import progress_bar
-from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.surface import LossSurface, untouched
 
 _BASIS = 200
 

@@ -12,8 +12,7 @@ from lightning_entropy.diagnostics.estimate import mean_and_stderr, student
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
 from lightning_entropy.diagnostics.figures import axes_for
 from lightning_entropy.diagnostics.loss import Loss
-from lightning_entropy.diagnostics.module_state import untouched
-from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.surface import LossSurface, untouched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

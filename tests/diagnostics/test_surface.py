@@ -1,7 +1,5 @@
-"""Modules that touch their own tensors give the numbers of the same net that does not; every batch Lightning moves."""
+"""Modules that touch their own tensors have the numbers of the same net that does not."""
 
-import collections
-import dataclasses
 from typing import Any
 
 import pytest
@@ -11,8 +9,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lightning_entropy.diagnostics as D
-from lightning_entropy.diagnostics.module_state import untouched
-from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.surface import LossSurface, untouched
 
 
 class Net(nn.Module):
@@ -118,47 +115,3 @@ def test_parametrized_and_tied_weights_are_left_alone(make: Any) -> None:
     found = D.hessian_spectrum(net, data(), mode="train", probes=0)
     assert found.largest > 0
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-
-
-@dataclasses.dataclass
-class Pair:
-    x: Tensor
-    y: Tensor
-
-
-Named = collections.namedtuple("Named", "x y")
-
-
-@pytest.mark.parametrize("kind", ["dict", "defaultdict", "UserDict", "dataclass", "namedtuple"])
-def test_every_batch_that_lightning_moves(kind: str) -> None:
-    x, y = data()[0]
-    batch: Any = {
-        "dict": {"x": x, "y": y},
-        "defaultdict": collections.defaultdict(list, x=x, y=y),
-        "UserDict": collections.UserDict(x=x, y=y),
-        "dataclass": Pair(x, y),
-        "namedtuple": Named(x, y),
-    }[kind]
-    mapping = kind in ("dict", "defaultdict", "UserDict")
-
-    def loss(module: nn.Module, b: Any) -> Tensor:
-        return nn.functional.cross_entropy(module(b["x"] if mapping else b.x), b["y"] if mapping else b.y)
-
-    torch.manual_seed(0)
-    net = nn.Linear(4, 3)
-    found = D.hessian_spectrum(net, [batch], loss=loss, examples=6, probes=0)
-    plain = D.hessian_spectrum(net, [(x, y)], examples=6, probes=0)
-    assert found.examples == 6
-    assert found.largest == pytest.approx(plain.largest)
-
-
-def test_a_batch_is_cut_in_the_dimension_that_counts_its_examples() -> None:
-    from lightning_entropy.diagnostics.batches import batch_size, slice_batch
-
-    series, y = torch.randn(20, 6, 4), torch.arange(6)
-    assert batch_size((series, y)) == 6
-    x, targets = slice_batch((series, y), 0, 4)
-    assert torch.equal(x, series[:, :4])
-    assert torch.equal(targets, y[:4])
-    with pytest.raises(ValueError, match="must share one size, the number of examples"):
-        batch_size((torch.zeros(5, 6), torch.zeros(6, 5)))
