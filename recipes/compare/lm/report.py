@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.compare.lm.methods import METHODS, Arm
+from recipes.compare.lm.methods import METHODS, Arm, ddp_like
 from recipes.compare.lm.speed import LINKS, link_seconds
 from recipes.compare.lm.study import THROTTLED, Chosen, Record, Study
 from recipes.data.cache import write
@@ -69,7 +69,7 @@ def tables(
 def picture(study: Study, final: Sequence[Record]) -> Figure:
     """Draw loss against bytes: a dot for each arm of the central number of replicas, named beside it.
 
-    A dot's size tells the inner steps; the arms of a method share a colour. The line is DDP's loss.
+    The large dot is the method at the centre, the small ones its other inner steps and formats. A line is DDP's loss.
     """
     arms = [arm for arm in study.arms() if arm.replicas == study.center[0]]
     names = list(dict.fromkeys(arm.method for arm in arms))
@@ -84,7 +84,7 @@ def picture(study: Study, final: Sequence[Record]) -> Figure:
         what = f"H = {arm.inner_steps}" if arm.format == study.center[2] else arm.format
         axes.annotate(arm.method if central else what, (sent, loss), xytext=(6, 5), textcoords="offset points",
                       fontsize=10 if central else 8, color=f"C{names.index(arm.method)}")  # fmt: skip
-        if arm.method == "ddp":
+        if arm == ddp_like(arm):
             axes.axhline(loss, color=f"C{names.index(arm.method)}", linewidth=1, linestyle="--", alpha=0.6)
     axes.set(xscale="log", xlabel="bytes sent per token of training", ylabel="validation loss (nats per byte)")
     axes.set_title(f"{study.center[0]} replicas, equal tokens", fontsize=11)
@@ -104,7 +104,7 @@ def _replicas(
     lines = []
     for arm in arms:
         loss, sent = _mean(final, arm, "val_loss"), _mean(final, arm, "bytes_per_token")
-        ddp = [_mean(final, Arm("ddp", arm.replicas), key) for key in ("val_loss", "bytes_per_token")]
+        ddp = [_mean(final, ddp_like(arm), key) for key in ("val_loss", "bytes_per_token")]
         each = sent * study.task.tokens_per_step / arm.replicas  # bytes a step of a replica
         waits = METHODS[arm.method].waits
         free = study.task.tokens_per_step / seconds[arm]
@@ -150,8 +150,9 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
     replicas, inner_steps, format = study.center
     edges = f"{min(study.lrs):g} and {max(study.lrs):g}"
     return [
-        f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation). A step's tokens are shared by "
-        "the replicas. Losses are in nats per token, bytes are of all replicas together and as a ring would send them.",
+        f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation). A step's tokens are shared by the "
+        "replicas. Of DDP's: of DDP's with the same inner optimizer. Losses are in nats per token, bytes are of all "
+        "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of two; the outer rate is 0.7.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
