@@ -25,8 +25,8 @@ from lightning_entropy.strategies.consensus_callback import AfterCallbacks, Show
 from lightning_entropy.strategies.lightning_internals import (
     asks_every_batch,
     confine_sync_batchnorm,
-    put_first,
     number_process,
+    put_first,
     put_last,
     restore_from,
     set_device_mesh,
@@ -47,7 +47,6 @@ from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
 from lightning_entropy.trainer.resume import check_method
-
 
 SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
 
@@ -243,6 +242,14 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     def is_global_zero(self) -> bool:
         """Whether this is the process that writes files, logs and prints."""
         return super().is_global_zero and not (self.options.elastic and self.grid.replica > 0)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes checkpoints: the first, or where replicas come and go the first that is there."""
+        if not self.options.elastic:
+            return self.is_global_zero
+        there = [0] if self._assembly is None else self._assembly.present
+        return self.global_rank == 0 and self.grid.replica == min(there)
 
     def _own_the_loop(self) -> None:
         """Refuse callbacks that would move or save other weights, and show the consensus before any callback looks."""
@@ -579,14 +586,14 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         state = self._left if self._loops is None else self._replica_state(self._loops)
         if state is None or self._files is None or "optimizer_states" not in checkpoint:
-            if self.is_global_zero:
+            if self._writes:
                 replica_files.save_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
             return
         if self._assembly is not None and filepath == PEER:
             self._assembly.give_state({"checkpoint": checkpoint, "position": ReplicaLoops.position(state)})
             return
         if self.options.elastic:
-            if self.is_global_zero:
+            if self._writes:
                 parts = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
                 replica_files.save_whole(self.checkpoint_io, {**checkpoint, **parts}, filepath, storage_options)
             return
@@ -622,6 +629,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove the main file and the replicas' files."""
+        if self.options.elastic:
+            if self._writes:
+                self.checkpoint_io.remove_checkpoint(filepath)
+            return
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
             replica_files.remove(filepath)
