@@ -82,6 +82,7 @@ NAMES = {
         "test_a_failure_ends_no_training",
         "test_killed_in_a_step_and_resumed",
         "test_replicas_that_diverge_are_a_result_that_no_rate_is_chosen_by",
+        "test_the_readmes_language_models_take_a_step",
         "test_the_readmes_trainings_take_a_step",
         "test_training_is_the_same_with_and_without",
         "test_trainings_end_with_the_comparison",

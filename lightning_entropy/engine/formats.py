@@ -13,8 +13,12 @@ from torch import Size, Tensor
 Rules = Mapping[str, tuple[str, Callable[[Any], bool]]]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and _is_number(value) and value >= 0
 
 
 def _is_outer(value: Any) -> bool:
@@ -30,7 +34,7 @@ _LOOP: Rules = {
     "inner_step": ("an int >= 0", _is_count),
     "outer_step": ("an int >= 0", _is_count),
     "seed": ("an int >= 0", _is_count),
-    "gamma_start": ("a number > 0 or None", lambda v: v is None or (isinstance(v, int | float) and v > 0)),
+    "gamma_start": ("a number > 0 or None", lambda v: v is None or (_is_number(v) and v > 0)),
     "measured": ("an int >= 0", _is_count),
     "slots": ("a dict of dicts", lambda v: isinstance(v, Mapping) and all(isinstance(w, Mapping) for w in v.values())),
     "outer": ("None, or a dict with options and state, of dicts", _is_outer),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lightning_entropy.engine.weights import Weight, Weights
+from lightning_entropy.engine import arithmetic as F
+from lightning_entropy.engine.weights import Weight, Weights, means_of
 from lightning_entropy.methods.relaxation import Relaxation, Settings
 from lightning_entropy.methods.targets import OuterTarget
 
@@ -96,10 +97,10 @@ class OuterRule:
             return False
         means, pulls = agreed
         self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
+        if self._reset:
+            F.copy_([w.param for w in weights], [w.anchor for w in weights])
         for w in weights:
             w.moved = False
-            if self._reset:
-                w.param.copy_(w.anchor)
         return True
 
     def forget_mean(self) -> None:
@@ -134,11 +135,11 @@ class OuterRule:
 
 def zero_first_moments(optimizer: Optimizer, weights: Iterable[Weight]) -> None:
     """Zero the momentum of SGD and its kin, and the first moment of Adam and its kin, in place."""
-    for w in weights:
-        for key in ("momentum_buffer", "exp_avg"):
-            moment = optimizer.state.get(w.param, {}).get(key)
-            if moment is not None:
-                moment.zero_()
+    states = [optimizer.state.get(w.param, {}) for w in weights]
+    moments = [state.get(key) for key in ("momentum_buffer", "exp_avg") for state in states]
+    having = [moment for moment in moments if moment is not None]
+    if having:
+        torch._foreach_zero_(having)
 
 
 class OuterStep:
@@ -187,21 +188,23 @@ class OuterStep:
             pulls: rho (x - mean over replicas of x), one per weight; None: no pull.
             lr: step size where the optimizer is not the user's.
         """
+        anchors = [w.anchor for w in weights]
+        pulled = [x for x, pull in zip(anchors, pulls, strict=True) if pull is not None]
+        forces = [pull for pull in pulls if pull is not None]
         if self._factory is None and self._momentum == 0:
-            for w, z, pull in zip(weights, means, pulls, strict=True):
-                # x - (x - z) would not be z to the last bit, nor where z is infinite.
-                w.anchor.copy_(z) if lr == 1 else w.anchor.lerp_(z, lr)
-                if pull is not None:
-                    w.anchor.add_(pull, alpha=-lr)
+            # x - (x - z) would not be z to the last bit, nor where z is infinite.
+            F.copy_(anchors, means) if lr == 1 else torch._foreach_lerp_(anchors, list(means), lr)
+            if pulled:
+                torch._foreach_add_(pulled, forces, alpha=-lr)
             return
-        optimizer = self._made([w.anchor for w in weights], names)
+        optimizer = self._made(anchors, names)
         if self._factory is None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for w, z, pull in zip(weights, means, pulls, strict=True):
-            w.anchor.grad = w.anchor - z
-            if pull is not None:
-                w.anchor.grad.add_(pull)
+        for x, gradient in zip(anchors, torch._foreach_sub(anchors, list(means)), strict=True):
+            x.grad = gradient
+        if pulled:
+            torch._foreach_add_([x.grad for x in pulled if x.grad is not None], forces)
         optimizer.step()
         for w in weights:
             w.anchor.grad = None
@@ -210,7 +213,7 @@ class OuterStep:
         """Return the optimizer, made at the first step, with anchors that came later added."""
         if self.optimizer is None:
             if self._factory is None:
-                self.optimizer = SGD(anchors, lr=1.0, momentum=self._momentum, nesterov=True)
+                self.optimizer = SGD(anchors, lr=1.0, momentum=self._momentum, nesterov=True, foreach=True)
             else:
                 self.optimizer = self._factory(anchors)
         known = {x for group in self.optimizer.param_groups for x in group["params"]}
@@ -297,14 +300,16 @@ class Replicas:
         None: all replicas take the same step, and the mean along which they do could not be had.
         """
         # z starts at x, where a weight that has not moved in a loop from x still is.
-        means = [w.anchor if reset and w.average is None and not w.moved else w.mean for w in weights]
+        moved = [w for w in weights if not (reset and w.average is None and not w.moved)]
+        known_means = dict(zip(moved, means_of(moved), strict=True))
+        means = [known_means.get(w, w.anchor) for w in weights]
         if self._target.common:
             if self._mean is None:
                 return means, [None] * len(weights)
             steps = self._mean_of(weights, means)
             if steps is None:
                 return None
-            return [w.anchor - step for w, step in zip(weights, steps, strict=True)], [None] * len(weights)
+            return list(torch._foreach_sub([w.anchor for w in weights], steps)), [None] * len(weights)
         targets: Sequence[Tensor | None] = []
         if self._under_way is not None:
             arrived, self._under_way = _wait(self._under_way), None
@@ -313,8 +318,14 @@ class Replicas:
         elif not self._target.early and rho:
             targets = means if self._mean is None else self._mean_of(weights, means) or []
         # A parameter that was unfrozen since the mean was started has no target yet.
-        pairs = zip_longest(weights, targets if rho else [])
-        return means, [None if target is None else (w.anchor - target).mul_(rho) for w, target in pairs]
+        pairs = list(zip_longest(weights, targets if rho else []))
+        known = [(w.anchor, target) for w, target in pairs if target is not None]
+        if not known:
+            return means, [None] * len(weights)
+        pulls = torch._foreach_sub([x for x, _ in known], [target for _, target in known])
+        torch._foreach_mul_(pulls, rho)
+        waiting = iter(pulls)
+        return means, [None if target is None else next(waiting) for _, target in pairs]
 
     def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> Mean:
         assert self._mean is not None

@@ -37,7 +37,7 @@ class Jobs:
         self._wake.set()
 
     def run(self) -> int:
-        """Return the exit status: 0 if the training has ended well, 128 + n after signal n, else that of a job."""
+        """Return the exit status: 0 if the training has ended well, 128 + n after signal n, else a failed job's."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
         told, ending, passed = time.monotonic(), 0.0, 0

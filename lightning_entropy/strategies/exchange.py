@@ -151,8 +151,12 @@ class Coupling:
             self.round.progress()
 
     def state_dict(self, *, repeat: bool) -> dict[str, Tensor | None]:
-        """Return the memory, or with ``repeat`` the one before the last round, which is started again after loading."""
-        return dict(vars(self._before if repeat else self.memory))
+        """Return the memory.
+
+        Args:
+            repeat: a round under way is started again after loading, so the memory is the one before it.
+        """
+        return dict(vars(self._before if repeat and self.round is not None else self.memory))
 
     def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
         """Restore the memory that :meth:`state_dict` returned."""

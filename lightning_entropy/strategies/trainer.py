@@ -203,8 +203,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     @property
     def _fitting(self) -> bool:
-        # Where processes were started for the fit, the one that started them has no module at hand.
-        return self.lightning_module is not None and self._trainer.state.fn == TrainerFn.FITTING
+        # The process that started others for the fit has no part in it, and may have let go of the module since.
+        return dist.is_initialized() and self._trainer.state.fn == TrainerFn.FITTING
 
     # Set-up
 

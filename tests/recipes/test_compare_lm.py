@@ -109,11 +109,15 @@ def test_link_seconds():
     assert link_seconds(0.1, 1e6, 1e7, waits=True) == pytest.approx(0.9)
 
 
-def test_times_of_steps_are_kept(task, tmp_path):
-    arms = [Arm("adamw"), Arm("muon_diloco" if hasattr(run_module.torch.optim, "Muon") else "diloco", 2, 3)]
+def test_times_of_steps_are_kept_and_shared_by_arms_of_the_same_inner_step(task, tmp_path):
+    arms = [Arm("adamw"), Arm("diloco", 2, 3), Arm("parle", 2, 3)]
     first = step_seconds(task, arms, tmp_path / "seconds.json", rounds=1)
     assert set(first) == set(arms) and min(first.values()) > 0
-    assert step_seconds(task, [*arms, Arm("ddp", 2)], tmp_path / "seconds.json", rounds=1).items() >= first.items()
+    known = json.loads((tmp_path / "seconds.json").read_text())
+    assert sorted(known) == ["adamw, 1 replicas", "adamw, 2 replicas", "adamw, 2 replicas, parle"]
+    later = step_seconds(task, [*arms, Arm("ddp", 2), Arm("ddp", 4)], tmp_path / "seconds.json", rounds=1)
+    assert later.items() >= first.items()
+    assert later[Arm("ddp", 2)] == first[Arm("diloco", 2, 3)]
 
 
 def test_a_run_is_what_its_text_says_and_its_name_is_its_own(task):

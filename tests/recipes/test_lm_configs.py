@@ -1,5 +1,6 @@
 """Every config of the language model takes a step, and the command line has its defaults and its budget."""
 
+import shlex
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from recipes.cli import RecipeCLI
 from recipes.lm.cli import main
-from tests.recipes.test_configs import FOLDER, leaves, load, names
+from tests.recipes.test_configs import COMMANDS, FOLDER, configs_of, leaves, load, names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -111,6 +112,22 @@ def test_a_budget_in_tokens_is_shared_by_replicas(more, steps, files, monkeypatc
     with pytest.raises(Resolved) as caught:
         main(["fit", *small(files, NETS[0]), "--tokens", "1280000", *more])
     assert caught.value.args[0] == steps
+
+
+COMMANDS_OF_LM = [line for line in COMMANDS if "python -m recipes.lm" in line]
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_LM)
+def test_the_readmes_language_models_take_a_step(command, files):
+    arguments = shlex.split(command)
+    assert arguments[:4] == ["python", "-m", "recipes.lm", "fit"]
+    configs = configs_of(arguments)
+    # Last, so that made-up data and a small net have the last word.
+    rest = [FOLDER.parents[1] / value if value.startswith("recipes/") else value for value in arguments[4:]]
+    rest = [*map(str, rest), *small(files, *configs), "--trainer.fast_dev_run", "true"]
+    if "muon" in command and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon")
+    assert main(["fit", *rest]).trainer.state.finished
 
 
 @pytest.mark.parametrize("name", METHODS)

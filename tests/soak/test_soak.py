@@ -1,6 +1,7 @@
 """The soak finds nothing in a short run, and finds what is put there."""
 
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.lightning_modules import LIGHTNING_WARNINGS
 from tests.soak.__main__ import main, soak, table
 from tests.soak.children import HANG, in_child
 from tests.soak.disturbances import OURS, Disturbance, Hurt, watched
-from tests.soak.rounds import BAD, Outcome, Verdict, difference
+from tests.soak.rounds import BAD, KINDS, Outcome, Verdict, difference
 from tests.soak.trainings import Training
 
 pytestmark = [
@@ -26,27 +27,37 @@ pytestmark = [
 
 
 def test_a_short_run_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--rounds", "25", "--seed", "2"]) == 0, capsys.readouterr().out
+    assert main(["--rounds", "12", "--seed", "2"]) == 0, capsys.readouterr().out
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[0] == "all"
-    assert sum(map(int, last[1:])) == 25
+    assert sum(map(int, last[1:])) == 12
 
 
-@pytest.mark.parametrize("lost", ["inner_step", "outer_step"])
-def test_a_resume_that_loses_something_differs(monkeypatch: pytest.MonkeyPatch, lost: str, capsys: Any) -> None:
+def first_round(kind: str) -> int:
+    """Return the number of a round of seed 2 whose training saves every step, and is exact in plain Lightning."""
+    for number in range(10000):
+        draw = random.Random(f"2:{number}")
+        training = Training.drawn(draw)
+        exact = training.loader == "stream" and training.dropout != "torch" and training.accumulate == 1
+        tried = training.save == 1 and training.inner_steps == 5 and training.method == "entropy_sgd"
+        if exact and tried and draw.choice(KINDS) == kind:
+            return number
+    raise AssertionError(kind)
+
+
+def test_a_resume_that_loses_something_differs(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     load = le.InnerOuterCallback.load_state_dict
 
     def forgetful(self: Any, state: dict[str, Any]) -> None:
-        load(self, {**state, "loops": [{**loop, lost: 0} for loop in state["loops"]]})
+        load(self, {**state, "loops": [{**loop, "outer_step": 0, "inner_step": 0} for loop in state["loops"]]})
 
+    number = first_round("exception")
+    assert [o.verdict for o in soak(2, [number])] == [Verdict.EQUAL]
     monkeypatch.setattr(le.InnerOuterCallback, "load_state_dict", forgetful)
-    outcomes = soak(2, range(25))
-    assert Verdict.DIFFERS in {o.verdict for o in outcomes}
-    number = next(o.number for o in outcomes if o.verdict is Verdict.DIFFERS)
     capsys.readouterr()
     assert main(["--seed", "2", "--round", str(number)]) == 1
     out = capsys.readouterr().out
-    assert f"round {number}, " in out
+    assert f"round {number}, exception: DIFFERS" in out
     assert f"again: python -m tests.soak --seed 2 --round {number}" in out
 
 
@@ -55,14 +66,16 @@ def test_an_error_of_ours_in_the_place_of_the_users_is_wrong(monkeypatch: pytest
         raise KeyError("out of the depth")
 
     monkeypatch.setattr(le.InnerOuterCallback, "on_exception", on_exception)
-    assert Verdict.WRONG_ERROR in {o.verdict for o in soak(2, range(12))}
+    (outcome,) = soak(2, [first_round("exception")])
+    assert outcome.verdict is Verdict.WRONG_ERROR
+    assert "out of the depth" in outcome.notes[-1]
 
 
 def test_a_child_that_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
     ended = in_child(lambda: time.sleep(1000), tmp_path / "child", limit=1.0)
     assert ended.code == HANG
     assert "sleep" in ended.said or "test_soak.py" in ended.said
-    assert HANG not in {in_child(lambda: 3, tmp_path / "other", limit=60.0).code}
+    assert in_child(lambda: 3, tmp_path / "other", limit=60.0).code == 0
 
 
 def test_a_child_says_what_it_returns_raises_and_dies_of(tmp_path: Path) -> None:

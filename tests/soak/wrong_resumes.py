@@ -154,15 +154,16 @@ def damaged(draw: random.Random, state: Any) -> tuple[Any, str]:
     elif way == "newer":
         parent[last] = 99
     else:
-        parent[last] = draw.choice([wrong for wrong in WRONG if not _alike(wrong, value)])
+        parent[last] = draw.choice([wrong for wrong in WRONG if not _allowed(last, wrong, value)])
     return state, f"{way} of {where}: {parent.get(last) if isinstance(parent, dict) else parent[last]!r}"
 
 
-def _alike(wrong: Any, value: Any) -> bool:
-    if value is None or wrong is None:  # both numbers and None are values of some keys
+def _allowed(key: Any, wrong: Any, value: Any) -> bool:
+    """Whether what is put in the place of a value is one that the key may have."""
+    if key in ("gamma_start", "outer") and wrong is None:
         return True
-    if isinstance(value, dict | list):
-        return isinstance(wrong, type(value))
+    if key == "gamma_start":
+        return isinstance(wrong, float)
     return type(wrong) is type(value) and wrong != -1
 
 

@@ -45,8 +45,9 @@ def link_seconds(compute: float, sent: float, bits_per_second: float, *, waits: 
 def step_seconds(task: Task, arms: Sequence[Arm], path: Path, *, rounds: int = 5) -> dict[Arm, float]:
     """Return the seconds of a step of one replica of each arm, alone on one core; those in ``path`` are kept.
 
-    The arms take turns, and the best of their turns counts, so that other load on the machine matters least. An arm's
-    format and number of inner steps are not measured apart.
+    Seconds are the processor's, the arms take turns, and the best of an arm's turns counts, so that other load on the
+    machine matters least. Arms whose inner step is the plain optimizer's share one measurement: an outer step every H
+    is left out.
     """
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     first: dict[str, Arm] = {}
@@ -60,33 +61,41 @@ def step_seconds(task: Task, arms: Sequence[Arm], path: Path, *, rounds: int = 5
 
 
 def stepper(task: Task, arm: Arm) -> Callable[[], float]:
-    """Return a function that takes steps of a replica, at least ten and whole loops, and returns the seconds of one.
+    """Return a function that takes steps of a replica, ten or a loop of them, and returns the seconds of one.
 
     A step is a replica's batch forward and backward, and its optimizer with its loop, in one thread.
     """
-    method = METHODS[arm.method]
     net = GPT(**task.net)
-    optimizer = task.optimizer(method.optimizer, 1e-4)(net.parameter_groups())
-    if method.relaxation:
-        settings = {name: values[0] for name, values in method.grid.items()}
-        le.relax(optimizer, method.relaxation(arm.inner_steps, settings))
+    optimizer = task.optimizer(METHODS[arm.method].optimizer, 1e-4)(net.parameter_groups())
+    if relaxation := _chain(arm):
+        le.relax(optimizer, relaxation)
     tokens = torch.randint(net.vocab_size, (task.batch_size // arm.replicas, task.net["block_size"] + 1))
-    steps = -(-10 // max(arm.inner_steps, 1)) * max(arm.inner_steps, 1)
+    steps = max(10, arm.inner_steps)
 
     def turn() -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(steps):
             optimizer.zero_grad()
             F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
             optimizer.step()
-        seconds = (time.perf_counter() - start) / steps
+        seconds = (time.process_time() - start) / steps
         torch.set_num_threads(threads)
         return seconds
 
     return turn
 
 
+def _chain(arm: Arm) -> le.Relaxation | None:
+    """Return the arm's loop if it does anything between two outer steps."""
+    make = METHODS[arm.method].relaxation
+    if make is None:
+        return None
+    relaxation = make(arm.inner_steps, {name: values[0] for name, values in METHODS[arm.method].grid.items()})
+    return relaxation if relaxation.gamma != 0 or relaxation.noise != 0 or relaxation.average != 1 else None
+
+
 def _key(arm: Arm) -> str:
-    return f"{arm.method} {arm.replicas}"
+    own = f", {arm.method}" if _chain(arm) else ""
+    return f"{METHODS[arm.method].optimizer}, {arm.replicas} replicas{own}"
