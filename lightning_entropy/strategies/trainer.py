@@ -94,6 +94,13 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     with fresh momentum; so do its buffers. A rank that dies ends the job, within the process-group timeout and with an
     error that names it, and says why where it could.
 
+    With ``membership="torchft"`` every replica is a job of its own, which may die, come back and join: see
+    ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica that
+    comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or puts off a
+    common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its own: one that
+    stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes checkpoints, without
+    the replicas' files. It logs ``entropy/replicas`` too, how many met.
+
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
     ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
     ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
@@ -118,9 +125,12 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes, ``"int8"`` a quarter and ``"int4"`` an
             eighth, with the rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
+        membership: ``"static"``: the replicas are this job's processes, from its start to its end. ``"torchft"``: every
+            job is one, of one process, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.
+        min_replicas: with torchft, how many must meet; fewer wait, and say so.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
-            not answer counts as gone), ``start_method``, ``checkpoint_io`` (writes the main checkpoint),
-            ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
+            not answer counts as gone; 60 s with torchft), ``start_method``, ``checkpoint_io`` (writes the main
+            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
             and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
