@@ -58,6 +58,11 @@ class Job:
         return self._process is not None
 
     @property
+    def reports(self) -> bool:
+        """Whether the process has reported an outer step."""
+        return bool(read(self._status))
+
+    @property
     def lost(self) -> bool:
         """Whether it is not worth another start."""
         return self._in_vain >= IN_VAIN
@@ -69,7 +74,7 @@ class Job:
         self.code = code if code >= 0 else 128 - code
         self._process = None
         if code:
-            self._in_vain = 0 if read(self._status) else self._in_vain + 1
+            self._in_vain = 0 if self.reports else self._in_vain + 1
             self._next = time.monotonic() + min(2.0**self._in_vain, LONGEST_PAUSE)
         return True
 

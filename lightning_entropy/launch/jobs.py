@@ -58,8 +58,12 @@ class Jobs:
         return self._code()
 
     @property
+    def _done(self) -> bool:
+        return any(job.code == 0 and not job.runs for job in self._jobs)
+
+    @property
     def _over(self) -> bool:
-        return bool(self._signals) or any(job.code == 0 and not job.runs for job in self._jobs)
+        return bool(self._signals) or self._done
 
     def _look_after(self, job: Job) -> None:
         if job.look() and job.code:
@@ -72,6 +76,8 @@ class Jobs:
             self._say(f"replica {job.replica} has ended with {describe(job.code)}{then}")
         if job.due and not self._over:
             job.start()
+        if self._done and job.runs and job.restarts and not job.reports:
+            job.send(signal.SIGTERM)  # it has come too late, and would begin anew alone
 
     def _pass_on(self, number: int) -> None:
         for job in self._jobs:

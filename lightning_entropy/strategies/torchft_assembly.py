@@ -156,7 +156,7 @@ class Assembly:
 
     def __init__(self, replica: int, lighthouse: str, *, min_replicas: int, timeout: timedelta) -> None:
         self.replica, self.present = replica, [replica]
-        self._lighthouse, self._min_replicas, self._timeout = lighthouse, min_replicas, timeout
+        self._lighthouse, self._min_replicas, self._limit = lighthouse, min_replicas, timeout
         host = address_toward(lighthouse)
         # Servers that cannot be reached are an error here and now.
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -347,7 +347,7 @@ class Assembly:
 
     def _sum(self, payload: Tensor) -> None:
         options = AllreduceOptions()
-        options.timeout = self._timeout
+        options.timeout = self._limit
         self._finish(self._group.allreduce([payload], options))
 
     def _catch_up(self, records: list[Record], task: Encounter, version: int) -> dict[str, Any] | None:
@@ -361,7 +361,7 @@ class Assembly:
             data = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
         length = torch.tensor([data.numel()])
         options = BroadcastOptions()
-        options.rootRank, options.timeout = source, self._timeout
+        options.rootRank, options.timeout = source, self._limit
         self._finish(self._group.broadcast([length], options))
         if self._rank != source:
             data = torch.empty(int(length), dtype=torch.uint8)

@@ -29,7 +29,7 @@ class StateServer:
 
     def __init__(self, host: str, timeout: float) -> None:
         self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self._timeout = timeout
+        self._limit = timeout
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
         self._serial, self._state = -1, b""
@@ -60,10 +60,10 @@ class StateServer:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
-            connection.settimeout(self._timeout)
+            connection.settimeout(self._limit)
             (serial,) = HEADER.unpack(receive(connection, HEADER.size))
             with self._changed:
-                self._changed.wait_for(lambda: self._serial >= serial, self._timeout)
+                self._changed.wait_for(lambda: self._serial >= serial, self._limit)
                 state = self._state if self._serial == serial else b""
             connection.sendall(HEADER.pack(len(state)))
             connection.sendall(state)
@@ -74,7 +74,7 @@ class StateServer:
         Raises:
             OSError: it is gone, or does not offer it any more.
         """
-        with socket.create_connection(address, self._timeout) as connection:
+        with socket.create_connection(address, self._limit) as connection:
             connection.sendall(HEADER.pack(serial))
             (size,) = HEADER.unpack(receive(connection, HEADER.size))
             if not size:
@@ -87,7 +87,7 @@ class StateServer:
         """Stop listening, when the transfers of what is offered are done."""
         if self._state:
             for thread in self._serving:
-                thread.join(self._timeout)
+                thread.join(self._limit)
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # or accept() would wait for ever
         self._listener.close()

@@ -94,6 +94,13 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     with fresh momentum; so do its buffers. A rank that dies ends the job, within the process-group timeout and with an
     error that names it, and says why where it could.
 
+    With ``membership="torchft"`` every replica is a job of its own, which may die, come back and join: see
+    ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica that
+    comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or puts off a
+    common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its own: one that
+    stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes checkpoints, without
+    the replicas' files. It logs ``entropy/replicas`` too, how many met.
+
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
     ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
     ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
@@ -118,9 +125,12 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes, ``"int8"`` a quarter and ``"int4"`` an
             eighth, with the rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
+        membership: ``"static"``: the replicas are this job's processes, from its start to its end. ``"torchft"``: every
+            job is one, of one process, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.
+        min_replicas: with torchft, how many must meet; fewer wait, and say so.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
-            not answer counts as gone), ``start_method``, ``checkpoint_io`` (writes the main checkpoint),
-            ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
+            not answer counts as gone; 60 s with torchft), ``start_method``, ``checkpoint_io`` (writes the main
+            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
             and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
@@ -242,6 +252,14 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     def is_global_zero(self) -> bool:
         """Whether this is the process that writes files, logs and prints."""
         return super().is_global_zero and not (self.options.elastic and self.grid.replica > 0)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes checkpoints: the first, or where replicas come and go the first that is there."""
+        if not self.options.elastic:
+            return self.is_global_zero
+        there = [0] if self._assembly is None else self._assembly.present
+        return self.global_rank == 0 and self.grid.replica == min(there)
 
     def _own_the_loop(self) -> None:
         """Refuse callbacks that would move or save other weights, and show the consensus before any callback looks."""
@@ -578,14 +596,14 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         state = self._left if self._loops is None else self._replica_state(self._loops)
         if state is None or self._files is None or "optimizer_states" not in checkpoint:
-            if self.is_global_zero:
+            if self._writes:
                 replica_files.save_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
             return
         if self._assembly is not None and filepath == PEER:
             self._assembly.give_state({"checkpoint": checkpoint, "position": ReplicaLoops.position(state)})
             return
         if self.options.elastic:
-            if self.is_global_zero:
+            if self._writes:
                 parts = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
                 replica_files.save_whole(self.checkpoint_io, {**checkpoint, **parts}, filepath, storage_options)
             return
@@ -621,6 +639,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove the main file and the replicas' files."""
+        if self.options.elastic:
+            if self._writes:
+                self.checkpoint_io.remove_checkpoint(filepath)
+            return
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
             replica_files.remove(filepath)
