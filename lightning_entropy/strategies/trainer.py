@@ -95,8 +95,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     error that names it, and says why where it could.
 
     With ``membership="torchft"`` every replica is a job of its own, which may die, come back and join: see
-    ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica that
-    comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or puts off a
+    ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica
+    that comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or puts off a
     common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its own: one that
     stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes checkpoints, without
     the replicas' files. It logs ``entropy/replicas`` too, how many met.
@@ -130,8 +130,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         min_replicas: with torchft, how many must meet; fewer wait, and say so.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
             not answer counts as gone; 60 s with torchft), ``start_method``, ``checkpoint_io`` (writes the main
-            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
-            and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
+            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo)
+            and so on; and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
