@@ -96,10 +96,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     With ``membership="torchft"`` every replica is a job of its own, which may die, come back and join: see
     ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica
-    that comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or puts off a
-    common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its own: one that
-    stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes checkpoints, without
-    the replicas' files. It logs ``entropy/replicas`` too, how many met.
+    that comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or
+    puts off a common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its
+    own: one that stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes
+    checkpoints, without the replicas' files. It logs ``entropy/replicas`` too, how many met.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
     ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
