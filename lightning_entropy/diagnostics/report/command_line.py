@@ -176,7 +176,7 @@ def _config(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
 
 
 def _configured(cls: Any, section: str, config: dict[str, Any] | None, settings: dict[str, Any]) -> Any:
-    """Make an object of a class from its section of a LightningCLI's configuration and more settings.
+    """Return an object of a class, from its section of a LightningCLI's configuration and more settings.
 
     Raises:
         ValueError: the section names another class for an argument, which would run code that nobody asked for.
