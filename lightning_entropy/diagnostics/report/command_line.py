@@ -125,7 +125,7 @@ def _parser() -> ArgumentParser:
                 type=dict[str, Any] | None,
                 help=f"arguments of the {name}'s class, each as --{name}.NAME=VALUE",
             )
-        command.add_argument("--config", type=Path_fr | None, help="a LightningCLI's config.yaml")
+        command.add_argument("--config", type=Path_fr, help="a LightningCLI's config.yaml")
         command.add_argument(
             "--loss", type=str | None, help="import path of a callable (module, batch) -> scalar; null: cross entropy"
         )
