@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "elastic_sgd": {"steps": 50},
     "elastic_entropy bfloat16": {"steps": 50},
     "elastic_entropy int8": {"steps": 50},
+    "elastic_entropy int4": {"steps": 50},
 }
 
 

@@ -39,8 +39,8 @@ STRATEGIES = ["ddp", "tied", "elastic_entropy", "diloco"]
 # milliseconds.
 SCENARIOS: dict[str, tuple[float, float, float, float]] = {
     "undisturbed": (0.0, 1.0, 1.0, 0.0),
-    "a tenth of the batches x 5": (0.1, 5.0, 1.0, 0.0),
-    "one replica x 1.5": (0.0, 1.0, 1.5, 0.0),
+    "a tenth of the batches 5 x as long": (0.1, 5.0, 1.0, 0.0),
+    "one replica 1.5 x as slow": (0.0, 1.0, 1.5, 0.0),
     "link, 0 ms": (0.0, 1.0, 1.0, 0.01),
     "link, 20 ms": (0.0, 1.0, 1.0, 20.0),
     "link, 100 ms": (0.0, 1.0, 1.0, 100.0),
@@ -208,6 +208,34 @@ def table(results: dict[tuple[str, str], list[float]], steps: int) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def draw(results: dict[tuple[str, str], list[float]], path: Path) -> None:
+    """Draw how much of its undisturbed speed each strategy keeps."""
+    import matplotlib.pyplot as plt
+
+    labels = {"ddp": "ddp", "diloco": "DiLoCo", "elastic_entropy": 'strategy="elastic_entropy"'}
+    colors = {"ddp": "#9aa0a6", "diloco": "#7fb3d5", "elastic_entropy": "#1f77b4"}
+    scenarios = [key for key in dict.fromkeys(s for s, _ in results) if key not in ("undisturbed", "link, 0 ms")]
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.8 * len(scenarios)))
+    for i, (name, label) in enumerate(labels.items()):
+        kept = []
+        for scenario in scenarios:
+            free, late = results[("undisturbed", name)], results.get((scenario, name), [])
+            kept.append(min(100 * statistics.median(free) / statistics.median(late), 100) if late else 0.0)
+        places = [j + (1 - i) * 0.27 for j in range(len(scenarios))]
+        bars = axes.barh(places, kept, 0.25, color=colors[name], label=label)
+        axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=9)
+    named = {
+        scenario: scenario.replace("link, ", "a link with ").replace(" ms", " ms of delay") for scenario in scenarios
+    }
+    axes.set_yticks(range(len(scenarios)), [named[scenario] for scenario in scenarios])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 112)
+    axes.set_xlabel("speed kept, % of the undisturbed training's (two replicas, 20 ms a step)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
 def main() -> None:
     """Measure, or train on one rank for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -215,6 +243,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="that are counted, after a warm-up of 25")
     parser.add_argument("--scenarios", nargs="*", default=list(SCENARIOS), choices=SCENARIOS)
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--plot", type=Path, help="a picture")
+    parser.add_argument("--out", type=Path, help="a JSON file of every result")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -233,7 +263,12 @@ def main() -> None:
                     print(f"skipped: {scenario}: {getattr(error, 'stderr', '') or error}", file=sys.stderr)
                     break
                 print(f"round {i}: {scenario}, {name}: {results[(scenario, name)][-1]:.4f} s", file=sys.stderr)
-    table({key: values for key, values in results.items() if values}, arguments.steps)
+    measured = {key: values for key, values in results.items() if values}
+    table(measured, arguments.steps)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({": ".join(key): values for key, values in measured.items()}, indent=1))
+    if arguments.plot:
+        draw(measured, arguments.plot)
 
 
 if __name__ == "__main__":

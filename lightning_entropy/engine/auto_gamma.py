@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_entropy.engine import arithmetic as F
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weights import Weight, add_gradients
 
 
 class GammaMeasurement:
@@ -24,8 +25,7 @@ class GammaMeasurement:
     def add(self, weights: Sequence[Weight], scale: Tensor | None) -> None:
         """Add the gradients of a step, which are ``scale`` times too large."""
         self.count += 1
-        for weight in weights:
-            weight.add_gradient(scale)
+        add_gradients(weights, scale)
 
     def take(self, weights: Sequence[Weight]) -> float | None:
         """Return the measured gamma and reset; None if no weight moved or the result is not finite."""
@@ -35,6 +35,6 @@ class GammaMeasurement:
             w.gradient = None
         if not gradients:
             return None
-        distance = F.norm([w.mean - w.anchor for w in weights])
+        distance = F.norm(torch._foreach_sub([w.mean for w in weights], [w.anchor for w in weights]))
         gamma = (F.norm(gradients) / (count * distance)).item()
         return gamma if 0 < gamma < math.inf else None

@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.arithmetic import Move
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.step import Step
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weights import Weight, running_means
 from lightning_entropy.methods.relaxation import Relaxation
 
 
@@ -60,13 +61,14 @@ class Coupled:
         Raises:
             ValueError: a sparse gradient, of which the force would make a dense one.
         """
-        for w in step.weights:
-            grad = w.param.grad
-            assert grad is not None
-            if grad.is_sparse:
-                raise ValueError("coupled must be False where gradients are sparse, got coupled=True")
-            force = (w.param - w.anchor).mul_(gamma)
-            grad.add_(force if step.grad_scale is None else force.mul_(step.grad_scale))
+        grads = [w.param.grad for w in step.weights if w.param.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise ValueError("coupled must be False where gradients are sparse, got coupled=True")
+        forces = torch._foreach_sub([w.param for w in step.weights], [w.anchor for w in step.weights])
+        torch._foreach_mul_(forces, gamma)
+        if step.grad_scale is not None:
+            torch._foreach_mul_(forces, step.grad_scale)
+        torch._foreach_add_(grads, forces)
 
     def gamma_after(self, gamma: float) -> float:
         """Return 0."""
@@ -145,21 +147,26 @@ class Chain:
         now, gamma = step.settings, self._spring.gamma_after(step.settings.gamma)
         averages = None
         if now.average != 1:
-            averages = [w.running_mean() for w in weights]
+            averages = running_means(weights)
         else:
             for w in weights:
                 w.average = None
         if not (gamma or now.stiffness or now.noise or averages is not None):
             return None
         # torch steps with a rate that a schedule has taken below 0; a spring and noise have none.
-        rates = [lr.clamp(min=0) if isinstance(lr, Tensor) else max(lr, 0.0) for lr in rates]
+        stiffness: dict[int, float | Tensor] = {}  # by rate: a group of the optimizer has one, perhaps on a GPU
+        noise: dict[int, float | Tensor] = {}
+        for lr in {id(lr): lr for lr in rates}.values():
+            positive = lr.clamp(min=0) if isinstance(lr, Tensor) else max(lr, 0.0)
+            stiffness[id(lr)] = positive * gamma if gamma else now.stiffness
+            noise[id(lr)] = positive**0.5 * now.noise if now.noise else 0.0
         params = [w.param for w in weights]
         return Move(
             params=params,
             anchors=[w.anchor for w in weights],
             averages=averages,
-            stiffness=[lr * gamma if gamma else now.stiffness for lr in rates],
-            noise=[lr**0.5 * now.noise if now.noise else 0.0 for lr in rates],
+            stiffness=[stiffness[id(lr)] for lr in rates],
+            noise=[noise[id(lr)] for lr in rates],
             average=now.average,
             seeds=step.seeds(params) if now.noise else None,
         )

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.auto_gamma import GammaMeasurement
 from lightning_entropy.engine.constraints import Constraints
-from lightning_entropy.engine.formats import check_format
+from lightning_entropy.engine.formats import check_loop
 from lightning_entropy.engine.inner_rules import inner_rules
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
@@ -358,6 +359,14 @@ class InnerOuter:
         """Drop the mean over replicas that is under way, once it has arrived."""
         self._outer.forget_mean()
 
+    def common_state(self) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
+        return self._outer.common_state()
+
+    def load_common_state(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`common_state` of another replica; y and z stay."""
+        self._outer.load_common_state(state)
+
     @property
     def _measures_gamma(self) -> bool:
         return self.relaxation.auto_gamma and self.gamma_start is None
@@ -383,6 +392,20 @@ class InnerOuter:
             "outer": self._outer.state_dict(),
         }
 
+    def check_state(self, state: Mapping[str, Any], what: str = "state_dict of a loop") -> None:
+        """Check what :meth:`load_state_dict` is to be given; nothing changes.
+
+        Args:
+            state: to be loaded.
+            what: it is, for the message.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+        """
+        shapes = {name: None if is_lazy(p) else p.shape for name, p in self.weights.by_name().items()}
+        check_loop(what, state, FORMAT, shapes)
+        self._outer.check_state(what, state["outer"])
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called; the parameters get y.
@@ -391,9 +414,13 @@ class InnerOuter:
             state: of a loop over the same parameters.
 
         Raises:
-            ValueError: a parameter that this optimizer does not have, another shape, or a newer format.
+            ValueError: a parameter that this optimizer does not have, another shape, a newer format, a key that is
+                missing or of the wrong type, or the state of another outer optimizer; nothing has changed.
         """
-        check_format("state_dict of a loop", state, FORMAT)
+        self.check_state(state)
+        settings = self.settings
+        if state["inner_step"]:  # or else they are read when the loop begins, if it does: a schedule may have ended
+            settings = self.relaxation.at(state["outer_step"], state["gamma_start"])
         self.unperturb(check=False)
         self.weights.load_state_dict(state["slots"], before=Holds.OTHER if self.perturbs else None)
         self._outer.load_state_dict(state["outer"])
@@ -401,8 +428,7 @@ class InnerOuter:
         self._seed(state["seed"])
         self.gamma_start, self._measurement.count = state["gamma_start"], state["measured"]
         self._outer.forget_mean()
-        if self.inner_step:  # or else they are read when the loop begins, if it does: a schedule may have ended
-            self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
+        self.settings = settings
         if self.perturbs:
             self.prepare()
 

@@ -251,8 +251,13 @@ class ModuleLoops:
         """Go on from the state of every loop; the module holds x.
 
         Raises:
-            ValueError: another number of optimizers, of other parameters, or a newer format.
+            ValueError: another number of optimizers, or what :meth:`InnerOuter.load_state_dict` refuses of one; no loop
+                has changed.
         """
+        if len(states) != len(self.loops):
+            raise ValueError(f"the state must be of {len(self.loops)} optimizers, got {len(states)}")
+        for i, (loop, state) in enumerate(zip(self.loops, states, strict=True)):
+            loop.check_state(state, f"the state of loop {i}")
         for loop, state in zip(self.loops, states, strict=True):
             loop.load_state_dict(state)
 

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lightning_entropy.engine.weights import Weight, Weights
+from lightning_entropy.engine import arithmetic as F
+from lightning_entropy.engine.weights import Weight, Weights, means_of
 from lightning_entropy.methods.relaxation import Relaxation, Settings
 from lightning_entropy.methods.targets import OuterTarget
 
 OuterFactory = Callable[[list[Tensor]], Optimizer]
 
-# Starts the mean over replicas; a callable result waits for it, a list is the mean itself.
-ReplicaMean = Callable[[list[Tensor]], list[Tensor] | Callable[[], list[Tensor]]]
+# Starts the mean over replicas; a callable result waits for it, a list is the mean itself. None: it could not be had,
+# and the outer step does without a pull, or is put off where it needs the mean.
+Mean = list[Tensor] | None
+ReplicaMean = Callable[[list[Tensor]], Mean | Callable[[], Mean]]
 
 
 class OuterRule:
@@ -74,23 +77,31 @@ class OuterRule:
             self._due = weights, settings
         for w in weights:
             w.moved = w.moved and apart
-        if self._reset or self._replicas or at_once:
-            self.finish()
-        if self._reset:
+        taken = self.finish() if self._reset or self._replicas or at_once else True
+        if self._reset and taken:
             self._weights.rest()
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Take the step that is due, if one is."""
+    def finish(self) -> bool:
+        """Take the step that is due, if one is.
+
+        Returns:
+            Whether none is due any more. Where the replicas' common step could not be had it is put off: y and z go on
+            from where they are, and the step that ends the next loop is along what they have come since x in both.
+        """
         if self._due is None:
-            return
+            return True
         (weights, settings), self._due = self._due, None
-        means, pulls = self._replicas.agree(weights, settings.rho, reset=self._reset)
+        agreed = self._replicas.agree(weights, settings.rho, reset=self._reset)
+        if agreed is None:
+            return False
+        means, pulls = agreed
         self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
+        if self._reset:
+            F.copy_([w.param for w in weights], [w.anchor for w in weights])
         for w in weights:
             w.moved = False
-            if self._reset:
-                w.param.copy_(w.anchor)
+        return True
 
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""
@@ -100,6 +111,22 @@ class OuterRule:
         """Return the outer optimizer's options and, by name, its state; None before its first step."""
         return self._step.state_dict(self._weights.named())
 
+    def common_state(self) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
+        return {"anchors": {name: w.anchor for name, w in self._weights.named()}, "outer": self.state_dict()}
+
+    @torch.no_grad()
+    def load_common_state(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`common_state` of another replica; y and z stay."""
+        for name, w in self._weights.named():
+            if name in state["anchors"]:
+                w.anchor.copy_(state["anchors"][name])
+        self._step.load_state_dict(state["outer"])
+
+    def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
+        """Refuse a state as :meth:`OuterStep.check_state` does."""
+        self._step.check_state(what, state)
+
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from an outer optimizer's state, or without one; a step that was due is not taken."""
         self._due = None
@@ -108,11 +135,11 @@ class OuterRule:
 
 def zero_first_moments(optimizer: Optimizer, weights: Iterable[Weight]) -> None:
     """Zero the momentum of SGD and its kin, and the first moment of Adam and its kin, in place."""
-    for w in weights:
-        for key in ("momentum_buffer", "exp_avg"):
-            moment = optimizer.state.get(w.param, {}).get(key)
-            if moment is not None:
-                moment.zero_()
+    states = [optimizer.state.get(w.param, {}) for w in weights]
+    moments = [state.get(key) for key in ("momentum_buffer", "exp_avg") for state in states]
+    having = [moment for moment in moments if moment is not None]
+    if having:
+        torch._foreach_zero_(having)
 
 
 class OuterStep:
@@ -128,6 +155,7 @@ class OuterStep:
     """
 
     def __init__(self, factory: OuterFactory | None, momentum: float) -> None:
+        self._options: list[set[str]] | None = None  # of the optimizer's groups; None where there is no optimizer
         if factory is not None:
             if not callable(factory):
                 raise TypeError(f"outer must be a callable of the list of anchors, got {factory!r}")
@@ -135,6 +163,9 @@ class OuterStep:
             if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
                 kind = type(made).__name__
                 raise TypeError(f"outer must return a torch.optim.Optimizer that steps without a closure, got {kind}")
+            self._options = [set(group) for group in made.param_groups]
+        elif momentum:
+            self._options = [set(group) for group in SGD([torch.zeros(1)], lr=1.0).param_groups]
         self._factory = factory
         self._momentum = momentum
         self._loaded: Mapping[str, Any] | None = None  # waits for the optimizer, which waits for the anchors
@@ -157,21 +188,23 @@ class OuterStep:
             pulls: rho (x - mean over replicas of x), one per weight; None: no pull.
             lr: step size where the optimizer is not the user's.
         """
+        anchors = [w.anchor for w in weights]
+        pulled = [x for x, pull in zip(anchors, pulls, strict=True) if pull is not None]
+        forces = [pull for pull in pulls if pull is not None]
         if self._factory is None and self._momentum == 0:
-            for w, z, pull in zip(weights, means, pulls, strict=True):
-                # x - (x - z) would not be z to the last bit, nor where z is infinite.
-                w.anchor.copy_(z) if lr == 1 else w.anchor.lerp_(z, lr)
-                if pull is not None:
-                    w.anchor.add_(pull, alpha=-lr)
+            # x - (x - z) would not be z to the last bit, nor where z is infinite.
+            F.copy_(anchors, means) if lr == 1 else torch._foreach_lerp_(anchors, list(means), lr)
+            if pulled:
+                torch._foreach_add_(pulled, forces, alpha=-lr)
             return
-        optimizer = self._made([w.anchor for w in weights], names)
+        optimizer = self._made(anchors, names)
         if self._factory is None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for w, z, pull in zip(weights, means, pulls, strict=True):
-            w.anchor.grad = w.anchor - z
-            if pull is not None:
-                w.anchor.grad.add_(pull)
+        for x, gradient in zip(anchors, torch._foreach_sub(anchors, list(means)), strict=True):
+            x.grad = gradient
+        if pulled:
+            torch._foreach_add_([x.grad for x in pulled if x.grad is not None], forces)
         optimizer.step()
         for w in weights:
             w.anchor.grad = None
@@ -180,7 +213,7 @@ class OuterStep:
         """Return the optimizer, made at the first step, with anchors that came later added."""
         if self.optimizer is None:
             if self._factory is None:
-                self.optimizer = SGD(anchors, lr=1.0, momentum=self._momentum, nesterov=True)
+                self.optimizer = SGD(anchors, lr=1.0, momentum=self._momentum, nesterov=True, foreach=True)
             else:
                 self.optimizer = self._factory(anchors)
         known = {x for group in self.optimizer.param_groups for x in group["params"]}
@@ -203,6 +236,28 @@ class OuterStep:
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {"options": options, "state": {name: dict(self.optimizer.state.get(w.anchor, {})) for name, w in names}}
 
+    def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
+        """Refuse the state of another optimizer than this one; what there is no optimizer for is left alone.
+
+        Args:
+            what: the state is in, for the message.
+            state: of :meth:`state_dict`.
+
+        Raises:
+            ValueError: another number of groups, or groups with other options.
+        """
+        if state is None or self._options is None:
+            return
+        then = [set(group) for group in state["options"]]
+        # Another version of torch may have options more, or less; another optimizer has both.
+        known = zip(then, (now - {"params"} for now in self._options), strict=False)
+        if len(then) != len(self._options) or not all(a <= b or b <= a for a, b in known):
+            names = [sorted(now - {"params"}) for now in self._options]
+            raise ValueError(
+                f"outer in {what} must be of an optimizer with options {names}, got {[sorted(a) for a in then]}: give "
+                "the outer optimizer that it was saved with"
+            )
+
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Keep a copy of the state until the anchors are there."""
         self.optimizer, self._loaded = None, copy.deepcopy(state)
@@ -219,7 +274,7 @@ class Replicas:
     def __init__(self, mean: ReplicaMean | None, target: OuterTarget) -> None:
         self._mean = mean
         self._target = target
-        self._under_way: list[Tensor] | Callable[[], list[Tensor]] | None = None
+        self._under_way: Mean | Callable[[], Mean] = None
 
     def __bool__(self) -> bool:
         return self._mean is not None
@@ -239,30 +294,43 @@ class Replicas:
 
     def agree(
         self, weights: Sequence[Weight], rho: float, *, reset: bool = False
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull."""
+    ) -> tuple[list[Tensor], list[Tensor | None]] | None:
+        """Return what the outer step takes of every weight: z, or the replicas' common one, and the elastic pull.
+
+        None: all replicas take the same step, and the mean along which they do could not be had.
+        """
         # z starts at x, where a weight that has not moved in a loop from x still is.
-        means = [w.anchor if reset and w.average is None and not w.moved else w.mean for w in weights]
+        moved = [w for w in weights if not (reset and w.average is None and not w.moved)]
+        known_means = dict(zip(moved, means_of(moved), strict=True))
+        means = [known_means.get(w, w.anchor) for w in weights]
         if self._target.common:
             if self._mean is None:
                 return means, [None] * len(weights)
             steps = self._mean_of(weights, means)
-            return [w.anchor - step for w, step in zip(weights, steps, strict=True)], [None] * len(weights)
+            if steps is None:
+                return None
+            return list(torch._foreach_sub([w.anchor for w in weights], steps)), [None] * len(weights)
         targets: Sequence[Tensor | None] = []
         if self._under_way is not None:
             arrived, self._under_way = _wait(self._under_way), None
             # An x that a user has replaced since is not pulled to the mean of the old ones.
-            targets = [None if w.replaced else target for w, target in zip(weights, arrived, strict=False)]
+            targets = [None if w.replaced else target for w, target in zip(weights, arrived or [], strict=False)]
         elif not self._target.early and rho:
-            targets = means if self._mean is None else self._mean_of(weights, means)
+            targets = means if self._mean is None else self._mean_of(weights, means) or []
         # A parameter that was unfrozen since the mean was started has no target yet.
-        pairs = zip_longest(weights, targets if rho else [])
-        return means, [None if target is None else (w.anchor - target).mul_(rho) for w, target in pairs]
+        pairs = list(zip_longest(weights, targets if rho else []))
+        known = [(w.anchor, target) for w, target in pairs if target is not None]
+        if not known:
+            return means, [None] * len(weights)
+        pulls = torch._foreach_sub([x for x, _ in known], [target for _, target in known])
+        torch._foreach_mul_(pulls, rho)
+        waiting = iter(pulls)
+        return means, [None if target is None else next(waiting) for _, target in pairs]
 
-    def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> Mean:
         assert self._mean is not None
         return _wait(self._mean([self._target.of(w.anchor, z) for w, z in zip(weights, means, strict=True)]))
 
 
-def _wait(mean: list[Tensor] | Callable[[], list[Tensor]]) -> list[Tensor]:
+def _wait(mean: Mean | Callable[[], Mean]) -> Mean:
     return mean() if callable(mean) else mean

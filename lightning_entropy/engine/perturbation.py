@@ -1,7 +1,7 @@
 """The inner rule of Gaussian smoothing: gradients at weights to which noise is added."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +10,12 @@ from torch.nn.parameter import is_lazy
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.arithmetic import Move
+from lightning_entropy.engine.filters import all_filter_norms, filters_of
+from lightning_entropy.engine.gaussian import Source
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.torch_internals import version
-from lightning_entropy.engine.weights import Holds, Weight, Weights
+from lightning_entropy.engine.weights import Holds, Weight, Weights, add_gradients
 from lightning_entropy.methods.relaxation import Relaxation
 
 
@@ -21,14 +23,30 @@ class Scale(NamedTuple):
     """The unit of a perturbation's width: which parameters are perturbed, and how much one unit is."""
 
     takes: Callable[[Tensor], bool]
-    of: Callable[[Tensor], Tensor] | None  # None: 1 for every weight
+    of: Callable[[Sequence[Weight]], list[Tensor]] | None  # None: 1 for every weight
+
+
+def filter_norms(weights: Sequence[Weight]) -> list[Tensor]:
+    """Return the norms of the filters of all parameters, ready to broadcast."""
+    return all_filter_norms([w.param for w in weights], [w.anchor.dtype for w in weights])
+
+
+def filter_rms(weights: Sequence[Weight]) -> list[Tensor]:
+    """Return their root mean squares: noise of this standard deviation has, in the mean of squares, the filter's norm.
+
+    Their parameters have two dimensions or more, and are not empty.
+    """
+    norms = filter_norms(weights)
+    if norms:
+        torch._foreach_div_(norms, [filters_of(w.param)[1] ** 0.5 for w in weights])
+    return norms
 
 
 # By the value of Relaxation.scale.
 SCALES: Mapping[str, Scale] = {
     "absolute": Scale(lambda p: True, None),
-    "filter": Scale(lambda p: True, F.filter_norms),
-    "relative": Scale(lambda p: p.dim() > 1 and p.numel() > 0, F.filter_rms),
+    "filter": Scale(lambda p: True, filter_norms),
+    "relative": Scale(lambda p: p.dim() > 1 and p.numel() > 0, filter_rms),
 }
 
 
@@ -62,7 +80,7 @@ class Perturbation:
         self._move_ = F.inner_move_ if native is None else native.move_
         self._unchecked = self_writing
         self._step: Step | None = None  # whose noise is in the parameters
-        self._seeds: list[list[int]] = []  # of that noise, which a parameter group that comes meanwhile does not change
+        self._seeds: list[Source] = []  # of that noise, which a parameter group that comes meanwhile does not change
         self._versions: tuple[int, ...] = ()  # of the parameters, as the perturbation left them
 
     def before_forward(self, step: Step) -> None:
@@ -120,16 +138,21 @@ class Perturbation:
         return self._weights.holds is Holds.OTHER and not self._weights.shown
 
     def _perturb(self, step: Step) -> None:
-        width, scale = step.settings.width, self._scale
+        scale = self._scale
         taken = [i for i, w in enumerate(step.weights) if scale.takes(w.param)]
         weights = [step.weights[i] for i in taken]
+        noise: list[float | Tensor] = [step.settings.width] * len(weights)
+        if scale.of is not None and weights:
+            norms = scale.of(weights)
+            torch._foreach_mul_(norms, step.settings.width)
+            noise = list(norms)
         self._move_(
             Move(
                 params=[w.param for w in weights],
                 anchors=[w.anchor for w in weights],
                 averages=None,
                 stiffness=[0.0] * len(weights),
-                noise=[width if scale.of is None else width * scale.of(_wide(w)) for w in weights],
+                noise=noise,
                 seeds=[self._seeds[i] for i in taken],
             )
         )
@@ -151,10 +174,11 @@ class MeanPerturbation(Perturbation):
         """Add the gradients up; leave the optimizer their mean at the L-th, and none before."""
         if step.inner_steps == 1:
             return
-        for w in step.weights:
-            w.add_gradient(step.grad_scale)
-        for w in self._weights if step.last else step.weights:
-            w.param.grad = _mean_gradient(w, step.inner_steps, step.grad_scale) if step.last else None
+        add_gradients(step.weights, step.grad_scale)
+        if step.last:
+            _leave_mean_gradients(list(self._weights), step.inner_steps, step.grad_scale)
+        for w in [] if step.last else step.weights:
+            w.param.grad = None
 
     def close(self, step: Step) -> None:
         """Step along the mean of the gradients there are; the optimizer's state stays as if that had not been."""
@@ -164,8 +188,7 @@ class MeanPerturbation(Perturbation):
         gradients, moments = [p.grad for p in params], {p: copy.deepcopy(state[p]) for p in params if p in state}
         for p in params:
             p.grad = None
-        for w in step.weights:
-            w.param.grad = _mean_gradient(w, step.number, step.grad_scale)
+        _leave_mean_gradients(step.weights, step.number, step.grad_scale)
         step.optimizer.step()
         for p, gradient in zip(params, gradients, strict=True):
             p.grad = gradient
@@ -173,15 +196,17 @@ class MeanPerturbation(Perturbation):
         state.update(moments)
 
 
-def _mean_gradient(w: Weight, count: int, scale: Tensor | None) -> Tensor | None:
-    if w.gradient is None:
-        return None
-    mean = w.gradient / count
-    w.gradient = None
-    if not w.param.requires_grad:  # frozen since
-        return None
-    return (mean if scale is None else mean * scale).to(w.param.dtype)
-
-
-def _wide(w: Weight) -> Tensor:
-    return w.param.detach().to(w.anchor.dtype)
+def _leave_mean_gradients(weights: Sequence[Weight], count: int, scale: Tensor | None) -> None:
+    """Put the means of the gradients that have been added up where the optimizer finds them."""
+    having = [w for w in weights if w.gradient is not None]
+    means = [w.gradient for w in having if w.gradient is not None]
+    for w in weights:
+        w.param.grad = w.gradient = None
+    if not having:
+        return
+    torch._foreach_div_(means, count)
+    if scale is not None:
+        torch._foreach_mul_(means, scale)
+    for w, mean in zip(having, F.copies(means, like=[w.param for w in having]), strict=True):
+        if w.param.requires_grad:  # and not frozen since
+            w.param.grad = mean

@@ -30,7 +30,9 @@ def relax(
         outer: makes the outer optimizer from the list of anchors; None: SGD with the relaxation's ``outer_lr``
             and Nesterov ``outer_momentum``. One given here replaces both.
         replica_mean: mean of a list of tensors over replicas: returns the list, or a callable that waits for it (the
-            tensors do not change until it is called). None: one replica.
+            tensors do not change until it is called); or None for the list, where the mean could not be had: the outer
+            step then does without the elastic pull, and a step that all replicas take together is put off to the end
+            of the next loop. None: one replica.
         seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
         compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU, and with plain
             ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes a second or two and

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_entropy.engine.gaussian import Source
 from lightning_entropy.engine.weights import Weight
 from lightning_entropy.methods.relaxation import Settings
 
-# The seeds of this step's noise, a list per parameter: of (seed, step, parameter) alone.
-Seeds = Callable[[Sequence[Tensor]], list[list[int]]]
+# Where this step's noise comes from, for each of some parameters: of (seed, step, parameter) alone.
+Seeds = Callable[[Sequence[Tensor]], list[Source]]
 
 
 @dataclass

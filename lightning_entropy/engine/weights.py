@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_entropy.engine import arithmetic as F
+
 
 class Holds(Enum):
     """What the parameters of a loop hold."""
@@ -42,30 +44,53 @@ class Weight:
         """The running mean z, which is y where there is none."""
         return self.inner.to(self.anchor.dtype) if self.average is None else self.average
 
-    def running_mean(self) -> Tensor:
-        """Return z, to be updated in place. It starts at x."""
-        if self.average is None:
-            self.average = self.anchor.clone()
-        return self.average
-
-    def add_gradient(self, scale: Tensor | None) -> None:
-        """Add the parameter's gradient, which is ``scale`` times too large, to the sum."""
-        grad = self.param.grad
-        assert grad is not None
-        grad = (grad.to_dense() if grad.is_sparse else grad).to(self.anchor.dtype, copy=self.gradient is None)
-        if scale is not None:
-            grad = grad / scale
-        self.gradient = grad if self.gradient is None else self.gradient.add_(grad)
-
     def restart(self) -> None:
         """Set y and z to x."""
         self.param.copy_(self.anchor)
         self.average = self.kept = self.stand_in = None
 
 
+def running_means(weights: Sequence[Weight]) -> list[Tensor]:
+    """Return z of some weights, to be updated in place. It starts at x."""
+    new = [w for w in weights if w.average is None]
+    for w, z in zip(new, F.copies([w.anchor for w in new]), strict=True):
+        w.average = z
+    return [w.mean for w in weights]
+
+
+def means_of(weights: Sequence[Weight]) -> list[Tensor]:
+    """Return z of some weights, in x's precision."""
+    found = [w.inner if w.average is None else w.average for w in weights]
+    narrow = [i for i, (w, z) in enumerate(zip(weights, found, strict=True)) if z.dtype != w.anchor.dtype]
+    wide = F.copies([found[i] for i in narrow], like=[weights[i].anchor for i in narrow])
+    for i, z in zip(narrow, wide, strict=True):
+        found[i] = z
+    return found
+
+
+def add_gradients(weights: Sequence[Weight], scale: Tensor | None) -> None:
+    """Add the parameters' gradients, which are ``scale`` times too large, to their sums."""
+    grads = [w.param.grad for w in weights if w.param.grad is not None]
+    grads = [g.to_dense() if g.is_sparse else g for g in grads]
+    narrow = [i for i, (w, g) in enumerate(zip(weights, grads, strict=True)) if g.dtype != w.anchor.dtype]
+    wide = F.copies([grads[i] for i in narrow], like=[weights[i].anchor for i in narrow])
+    for i, g in zip(narrow, wide, strict=True):
+        grads[i] = g
+    if scale is not None and grads:
+        grads = list(torch._foreach_div(grads, scale))
+    new = [i for i, w in enumerate(weights) if w.gradient is None]
+    for i, gradient in zip(new, F.copies([grads[i] for i in new]), strict=True):
+        weights[i].gradient = gradient
+    others = sorted(set(range(len(weights))) - set(new))
+    sums = [w.gradient for w in (weights[i] for i in others) if w.gradient is not None]
+    if sums:
+        torch._foreach_add_(sums, [grads[i] for i in others])
+
+
 def differ(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
     """Compare tensors with values of the same shape, in the tensors' precision; waits for the device once."""
-    return [bool(flag) for flag in [(tensor != value.to(tensor.dtype)).any() for tensor, value in pairs]]
+    flags = [(tensor != value.to(tensor.dtype)).any() for tensor, value in pairs]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
 
 
 class Weights:
@@ -136,20 +161,18 @@ class Weights:
             return None
         return self._weights[p].anchor
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Bring x up to date with the parameters, which may have been written since they hold it."""
         if self._before:
             self.adopt()
         elif self.at_rest:
             same = [w for w in self if w.anchor.dtype == w.param.dtype]
-            if same:
-                torch._foreach_copy_([w.anchor for w in same], [w.param.detach() for w in same])
-            for w in self:
-                if w.anchor.dtype != w.param.dtype:  # an unwritten parameter has less than x's precision
-                    value = w.param.detach().to(w.anchor.dtype)
-                    w.anchor.copy_(torch.where(w.anchor.to(w.param.dtype) == w.param, w.anchor, value))
-                if w.average is not None:
-                    w.average.copy_(w.anchor)
+            F.copy_([w.anchor for w in same], [w.param for w in same])
+            narrow = [w for w in self if w.anchor.dtype != w.param.dtype]
+            F.copy_where_written_([w.anchor for w in narrow], [w.param for w in narrow])
+            having = [(w.average, w.anchor) for w in self if w.average is not None]
+            F.copy_([z for z, _ in having], [x for _, x in having])
 
     def begin(self) -> None:
         """Begin a loop: from now on y moves and x stays."""
@@ -168,15 +191,16 @@ class Weights:
             for w in self:
                 w.kept = w.anchor
         else:
-            for w, y in zip(self, [w.param.detach().clone() for w in self], strict=True):
+            for w, y in zip(self, F.copies([w.param for w in self]), strict=True):
                 w.kept = y
         self.holds = Holds.OTHER
 
     def take_back(self) -> None:
         """Put y back after :meth:`set_aside`."""
         now = Holds.INNER if self._apart else Holds.ANCHOR
+        kept = [(w.param, w.kept) for w in self if w.kept is not None]
+        F.copy_([p for p, _ in kept], [y for _, y in kept])
         for w in self:
-            w.param.copy_(w.inner)
             w.kept = None
         self.holds = now
 
@@ -200,10 +224,9 @@ class Weights:
             return
         if held is Holds.INNER:
             # All copies before the first write: there may be no memory for them, and parameters may share theirs.
-            for w, y in zip(self, [w.param.detach().clone() for w in self], strict=True):
+            for w, y in zip(self, F.copies([w.param for w in self]), strict=True):
                 w.kept = y
-            for w in self:
-                w.param.copy_(w.anchor)
+            F.copy_([w.param for w in self], [w.anchor for w in self])
         else:
             self.settle()
         self._before.append((before, held))
@@ -274,11 +297,15 @@ class Weights:
 
     # State
 
+    def by_name(self) -> dict[str, Tensor]:
+        """Return every parameter of the optimizer by its key in the state."""
+        return {self._names.get(p, str(i)): p for i, p in enumerate(self.params)}
+
     def named(self) -> Iterator[tuple[str, Weight]]:
         """Yield every weight with its key in the state."""
-        for i, p in enumerate(self.params):
+        for name, p in self.by_name().items():
             if p in self._weights:
-                yield self._names.get(p, str(i)), self._weights[p]
+                yield name, self._weights[p]
 
     def state_dict(self, *, anchor: bool) -> dict[str, dict[str, Any]]:
         """Return what is needed to go on, by name; tensors are references.
@@ -313,20 +340,10 @@ class Weights:
         The parameters hold y afterwards, or x with y beside where they are shown.
 
         Args:
-            entries: by name, from :meth:`state_dict`.
+            entries: by name, from :meth:`state_dict`; checked.
             before: what :meth:`hide` is to return where they are shown; None: what they hold then.
-
-        Raises:
-            ValueError: a name that the optimizer does not have, or a tensor of another shape.
         """
-        by_name = {self._names.get(p, str(i)): p for i, p in enumerate(self.params)}
-        for name, entry in entries.items():
-            if name not in by_name:
-                raise ValueError(f"state_dict must be of the optimizer's parameters, got {name!r}, which is not one")
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and value.shape != by_name[name].shape:
-                    shapes = f"{tuple(value.shape)} for {name!r} of shape {tuple(by_name[name].shape)}"
-                    raise ValueError(f"{key} in state_dict must have the parameter's shape, got {shapes}")
+        by_name = self.by_name()
         if self._before:  # what is not in the state is x, and not what stands in for it
             self.adopt()
             for w in self:

@@ -1,4 +1,4 @@
-"""How a flat tensor is summed over replicas: as it is, or rounded to bfloat16 or int8 with the rounding error kept."""
+"""How a flat tensor is summed over replicas: as it is, or rounded to 16, 8 or 4 bits with the rounding error kept."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,11 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Format = Literal["float32", "bfloat16", "int8"]
-FORMATS = ("float32", "bfloat16", "int8")
+Format = Literal["float32", "bfloat16", "int8", "int4"]
+FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 BLOCK = 1024  # int8 weights that share a scale: 0.4 % on top of the bytes
 LEVELS = 127
+BLOCK_4 = 128  # int4 weights that share a scale, a divisor of BLOCK: 6 % on top of the bytes, 4.25 bits a weight
+LEVELS_4 = 7
 
 
 class Sum:
@@ -112,18 +114,55 @@ def to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
         >>> packed.shape, bool((values - torch.linspace(-1, 1, 1024)).abs().max() < 0.5 / 127 + 1e-6)
         (torch.Size([1, 1028]), True)
     """
-    blocks = values.to(torch.float32).reshape(values.shape[0], -1, BLOCK)
-    scales = blocks.abs().amax(-1, keepdim=True) / LEVELS
-    steps = torch.where(scales > 0, blocks / scales, 0.0).round_().to(torch.int8)
-    packed = torch.cat([steps.view(values.shape[0], -1).view(torch.uint8), scales.squeeze(-1).view(torch.uint8)], 1)
-    return packed, (steps * scales).view(values.shape).to(values.dtype)
+    steps, scales, rounded = _round(values, BLOCK, LEVELS)
+    return torch.cat([steps.view(torch.uint8), scales.view(torch.uint8)], 1), rounded
 
 
 def from_int8(packed: Tensor, n: int) -> Tensor:
     """Return the values, shape (rows, n), that :func:`to_int8` packed."""
-    steps = packed[:, :n].contiguous().view(torch.int8).view(packed.shape[0], -1, BLOCK)
-    scales = packed[:, n:].contiguous().view(torch.float32)
-    return (steps * scales.unsqueeze(-1)).view(packed.shape[0], n)
+    return _scaled(packed[:, :n].contiguous().view(torch.int8), packed[:, n:])
+
+
+def to_int4(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round every block of 128 values to multiples of 1/7 of its largest magnitude, two of them to a byte.
+
+    Args:
+        values: shape (rows, n), n a multiple of the block.
+
+    Returns:
+        Bytes of shape (rows, n / 2 + 4 n / block), the steps -7 to 7 in pairs and then the float32 scales; and the
+        values they stand for. A block with a value that is not finite stands for none that is.
+
+    Example:
+        >>> packed, values = to_int4(torch.linspace(-7, 7, 128).view(1, -1))
+        >>> packed.shape, values[0, ::18].tolist()
+        (torch.Size([1, 68]), [-7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0])
+    """
+    steps, scales, rounded = _round(values, BLOCK_4, LEVELS_4)
+    first, second = (steps + (LEVELS_4 + 1)).view(torch.uint8).view(len(values), -1, 2).unbind(-1)
+    return torch.cat([first | second << 4, scales.view(torch.uint8)], 1), rounded
+
+
+def from_int4(packed: Tensor, n: int) -> Tensor:
+    """Return the values, shape (rows, n), that :func:`to_int4` packed."""
+    pairs = packed[:, : n // 2]
+    steps = torch.stack([pairs & 15, pairs >> 4], -1).view(torch.int8).view(len(packed), n) - (LEVELS_4 + 1)
+    return _scaled(steps, packed[:, n // 2 :])
+
+
+def _round(values: Tensor, block: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 steps (rows, n), a float32 scale for every block (rows, n / block), and their product, rounded."""
+    blocks = values.to(torch.float32).reshape(values.shape[0], -1, block)
+    scales = blocks.abs().amax(-1, keepdim=True) / levels
+    steps = torch.where(scales > 0, blocks / scales, 0.0).round_().to(torch.int8)
+    rounded = (steps * scales).view(values.shape).to(values.dtype)
+    return steps.view(values.shape), scales.squeeze(-1), rounded
+
+
+def _scaled(steps: Tensor, scales: Tensor) -> Tensor:
+    """Return steps (rows, n) times the float32 scales, given as bytes, of the blocks they are in."""
+    factors = scales.contiguous().view(torch.float32)
+    return (steps.view(*factors.shape, -1) * factors.unsqueeze(-1)).view(steps.shape)
 
 
 def to_bfloat16(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,4 +181,5 @@ Decode = Callable[[Tensor, int], Tensor]
 CODECS: dict[str, tuple[Encode, Decode]] = {
     "bfloat16": (to_bfloat16, from_bfloat16),
     "int8": (to_int8, from_int8),
+    "int4": (to_int4, from_int4),
 }

@@ -30,7 +30,7 @@ class Consensus:
         module: Module,
         loops: ModuleLoops,
         mean: Coupling | None,
-        streams: Sequence[Coupling],
+        streams: Sequence[Any],
         *,
         early: bool,
         every: bool,
@@ -38,7 +38,7 @@ class Consensus:
     ) -> None:
         self._module, self._loops, self._mean, self._every = module, loops, mean, every
         self._streams, self._early, self._replica = streams, early, replica
-        self._good_buffers = [b.detach().clone() for b in self._buffers()]
+        self._good_buffers = [b.detach().clone() for b in self.buffers()]
 
     @torch.no_grad()
     def show(self, *, alone: bool) -> None:
@@ -90,16 +90,17 @@ class Consensus:
         for name, value in values.items():
             if name in tensors:
                 tensors[name].copy_(value)
-        self._good_buffers = [b.detach().clone() for b in self._buffers()]
+        self._good_buffers = [b.detach().clone() for b in self.buffers()]
 
     @torch.no_grad()
     def mend_buffers(self) -> None:
         """Set buffers with nan or inf to the value of the last consensus, or of the start of training."""
-        for buffer, good in zip(self._buffers(), self._good_buffers, strict=True):
+        for buffer, good in zip(self.buffers(), self._good_buffers, strict=True):
             if not buffer.isfinite().all() and good.isfinite().all():
                 buffer.copy_(good)
 
-    def _buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
+        """Return the buffers that are averaged: those of floating-point numbers."""
         return [b for b in self._module.buffers() if b.is_floating_point()]
 
     @torch.no_grad()
@@ -117,7 +118,7 @@ class Consensus:
         if self._every:
             rest = [p for p in self._module.parameters() if p not in set(params)]
             params, values = [*params, *rest], [*values, *(p.detach() for p in rest)]
-        buffers = self._buffers()
+        buffers = self.buffers()
         given = [*values, *(b.detach() for b in buffers)]
         means = self._mean(given, judged=len(values))()
         self._mean.round = None  # holds a copy of the weights

@@ -151,8 +151,12 @@ class Coupling:
             self.round.progress()
 
     def state_dict(self, *, repeat: bool) -> dict[str, Tensor | None]:
-        """Return the memory, or with ``repeat`` the one before the last round, which is started again after loading."""
-        return dict(vars(self._before if repeat else self.memory))
+        """Return the memory.
+
+        Args:
+            repeat: a round under way is started again after loading, so the memory is the one before it.
+        """
+        return dict(vars(self._before if repeat and self.round is not None else self.memory))
 
     def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
         """Restore the memory that :meth:`state_dict` returned."""
@@ -173,7 +177,7 @@ class Round:
         self._means: list[Tensor] | None = None
         # How many values are judged together: those of all weights, then those of every other tensor.
         self._sizes = [sum(t.numel() for t in self._judged), *(t.numel() for t in tensors[judged:])]
-        flat = _flatten(tensors)
+        flat = flatten(tensors)
         with coupling.meeting():
             counts, notice = self._agree_inside(flat)
         self.finite = counts[0] > 0
@@ -262,7 +266,7 @@ class Round:
             mean = self._reference + mean
         if self._compressed:
             coupling.memory = Memory(mean if coupling.differences else None, self._residual, self._sum.residual)
-        means = _unflatten(self._whole(mean), self.tensors)
+        means = unflatten(self._whole(mean), self.tensors)
         coupling.spread = None if coupling.distance is None else (squares / counts[0]) ** 0.5
         if self._judged and self.finite:
             squared = [(t.detach() - m).square().sum() for t, m in zip(self._judged, means, strict=False)]
@@ -306,13 +310,15 @@ def own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
     return mine
 
 
-def _flatten(tensors: list[Tensor]) -> Tensor:
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """Return the values of all tensors, copied into one: float64 if any tensor is, else float32."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     if not tensors:
         return torch.zeros(0, dtype=wide)
     return torch.cat([t.detach().to(wide).reshape(-1) for t in tensors])
 
 
-def _unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Return the values of a flat tensor in the shapes and on the devices of others."""
     pieces = flat.split([t.numel() for t in like])
     return [piece.view(t.shape).to(t.device) for piece, t in zip(pieces, like, strict=True)]

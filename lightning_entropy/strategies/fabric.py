@@ -46,7 +46,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         independent_init: replicas start from different weights.
         outer: makes the outer optimizer from the list of anchors.
         seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
-        communication_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        communication_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
         overlap: False waits for every exchange at once.
         **kwargs: of Fabric's ``DDPStrategy``, and of ``DistributedDataParallel`` inside a replica.
 

@@ -17,6 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch.nn import Module
 
 AnyDDPStrategy = DDPStrategy | FabricDDPStrategy
@@ -89,6 +91,23 @@ def confine_sync_batchnorm(strategy: DDPStrategy, group: dist.ProcessGroup | Non
 def set_device_mesh(module: LightningModule, mesh: dist.DeviceMesh) -> None:
     """Set what ``LightningModule.device_mesh`` returns, as Lightning's own strategies do."""
     module._device_mesh = mesh
+
+
+def restore_from(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let the Trainer restore everything from a checkpoint that is no file, as ``fit(ckpt_path=...)`` would.
+
+    The Trainer's checkpoint connector keeps what it has read in ``_loaded_checkpoint`` until all is restored, and reads
+    nothing where there is no path. To be called in ``Strategy.setup`` with ``restore_checkpoint_after_setup``.
+    """
+    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
+
+
+def number_process(number: int) -> None:
+    """Set the rank by which a process knows whether it prints and logs: ``rank_zero_only.rank``.
+
+    ``DDPStrategy.set_world_ranks`` sets both names, each of which is an attribute of a function.
+    """
+    rank_zero_only.rank = utils_rank_zero_only.rank = number  # type: ignore[attr-defined]
 
 
 def put_first(trainer: Trainer, callback: Callback) -> None:

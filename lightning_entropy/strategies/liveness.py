@@ -2,26 +2,22 @@
 
 import atexit
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
+from lightning_entropy.strategies import board
+from lightning_entropy.strategies.board import DONE, Board
 from lightning_entropy.strategies.options import Grid
 
-PERIOD = 0.5  # seconds between two beats
 PATIENCE = 5.0  # seconds without a beat after which a rank is gone, once a collective has failed
-LIMIT = 30.0  # seconds after which a rank that is stuck because of it ends itself
-
-DONE = "done"
-_kept: list[dist.TCPStore] = []
 
 
 class ReplicaLost(RuntimeError):
@@ -29,18 +25,16 @@ class ReplicaLost(RuntimeError):
 
 
 class Heartbeat:
-    """A thread of every rank increments a counter in a store; a rank whose counter has stopped is gone.
+    """Every rank counts on a board; a rank whose counter has stopped is gone, and rank 0 if the board has.
 
-    The thread keeps counting while its process waits in a collective, so a waiting rank is not taken for a dead one.
-    A rank that leaves because of an exception says why in the store. The store is on rank 0, and listens only at the
-    address by which the others reach it; if it cannot be reached, rank 0 is gone. What others may write there is read
-    as if a stranger had: what makes no sense is no answer.
+    A rank goes on counting while its process waits in a collective, so a waiting rank is not taken for a dead one. One
+    that leaves because of an exception says why.
 
     A collective with a dead rank mostly fails at once, but some ranks may be left waiting, until the process group's
-    timeout, for others that have given up (Lightning's broadcast before every batch swallows errors). So the thread
-    ends its process, with a message that names the rank, if a rank is silent and the main thread has not moved for
-    30 seconds. So it does if all ranks are alive and wait for each other, but not at the same place: one has stopped
-    training, say, and another is at its next outer step. Where a rank has waited for long is part of its beat.
+    timeout, for others that have given up. So a second thread ends its process, with a message that names the rank, if
+    a rank is silent and the main thread has not moved for 30 seconds. So it does if all ranks are alive and wait for
+    each other, but not at the same place: one has stopped training, say, and another is at its next outer step. Where a
+    rank has waited for long is part of its beat.
 
     Args:
         rank: this rank.
@@ -51,85 +45,52 @@ class Heartbeat:
 
     def __init__(self, rank: int, world_size: int, host: str, data_parallel: int = 1) -> None:
         self._rank, self._data_parallel = rank, data_parallel
-        self._keys = [f"beat/{r}" for r in range(world_size)]
-        self._reason_keys = [f"reason/{r}" for r in range(world_size)]
-        self._lost: list[int] = []  # ranks that some rank found gone, without those that end because of it
-        self._reasons: dict[int, str] = {}  # by rank: why it has left
+        self._others = [r for r in range(world_size) if r != rank]
+        self._board = Board(rank, world_size)
         self._at = ""  # where this rank waits for others; empty: nowhere
         self._main = threading.get_ident()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        if self._connect(host):
+        self._thread = threading.Thread(target=self._guard, name="heartbeat", daemon=True)
+        error = self._board.connect(host)
+        if error is None:
             atexit.register(self.stop)
             self._thread.start()
         else:
+            rank_zero_warn(f"a rank that dies will not be named: the store on {host} cannot be reached ({error})")
             self._ended.set()
 
-    def _connect(self, host: str) -> bool:
-        """Connect to the store, on all ranks or on none."""
-        wait = timedelta(seconds=LIMIT)
-        port, error = [0], None
-        try:
-            if self._rank == 0:
-                self._store = listening_store(host, wait)
-                self._store.set("lost", "")
-                port = [self._store.port]
-        except RuntimeError as caught:
-            error = f"rank 0: {caught}"
-        dist.broadcast_object_list(port, src=0)
-        try:
-            if port[0]:
-                if self._rank != 0:
-                    self._store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-                # The thread needs a connection of its own: a call that waits blocks the connection.
-                self._thread_store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-                self._thread_store.set(self._keys[self._rank], "0")
-                self._thread_store.set(self._reason_keys[self._rank], "")
-        except RuntimeError as caught:
-            error = f"rank {self._rank}: {caught}"
-        errors: list[str | None] = [None] * len(self._keys)
-        dist.all_gather_object(errors, error)
-        if any(errors):
-            first = next(e for e in errors if e)
-            rank_zero_warn(f"a rank that dies will not be named: the store on {host} cannot be reached ({first})")
-        return not any(errors)
-
-    def _run(self) -> None:
-        count, moved, spot = 0, time.monotonic(), None
-        changed = [time.monotonic()] * len(self._keys)
-        beats: list[bytes] = [b""] * len(self._keys)
-        while not self._ended.wait(PERIOD):
-            count += 1
+    def _guard(self) -> None:
+        moved, spot = time.monotonic(), None
+        while not self._ended.wait(board.PERIOD):
             now = time.monotonic()
             frame = sys._current_frames().get(self._main)
             here = None if frame is None else (id(frame), frame.f_lasti)
             if here != spot:
                 spot, moved = here, now
-            try:
-                place = self._at if now - moved > LIMIT / 2 else ""
-                self._thread_store.set(self._keys[self._rank], f"{count} {place}")
-                latest = self._read(self._thread_store)
-            except RuntimeError:
-                latest = [beats[0], *(b"?" for _ in beats[1:])]  # rank 0 has stopped; the others are unknown
-            pairs = zip(latest, beats, changed, strict=True)
-            changed = [now if new != old or new in (b"?", DONE.encode()) else at for new, old, at in pairs]
-            beats = latest
-            silent = self._gone or [rank for rank, at in enumerate(changed) if now - at > LIMIT]
-            if silent and now - moved > LIMIT:
+            self._board.place = self._at if now - moved > board.LIMIT / 2 else ""
+            if now - moved <= board.LIMIT:
+                continue
+            silent = self._gone or self._silent_for(board.LIMIT)
+            if silent:
                 print(f"{self._message(silent)}, stuck for {now - moved:.0f} s", file=sys.stderr, flush=True)
-                with suppress(RuntimeError):
-                    self._tell(self._thread_store, silent)
+                self._tell(silent)
                 os._exit(1)
-
-            if now - moved > LIMIT and (crossed := self._crossed(latest)):
+            crossed = self._crossed()
+            if crossed is not None:
                 print(f"{crossed}, for {now - moved:.0f} s", file=sys.stderr, flush=True)
-                with suppress(RuntimeError):
-                    self._thread_store.set(self._reason_keys[self._rank], crossed)
+                self._board.post(f"reason/{self._rank}", crossed, PATIENCE)
                 os._exit(1)
 
-    def _crossed(self, beats: list[bytes]) -> str | None:
+    def _silent_for(self, seconds: float) -> list[int]:
+        """Return the ranks whose counter has stood still for so long."""
+        if self._board.closed or time.monotonic() - self._board.heard > seconds:
+            return [0] if self._rank != 0 else []  # nothing is known of the others
+        still = [rank for rank in self._others if self._board.heard - self._board.changed[rank] > seconds]
+        return [rank for rank in still if self._board.beats[rank] != DONE]
+
+    def _crossed(self) -> str | None:
         """Return a message if all ranks wait for others at different places, so that nobody will come."""
-        places = [beat.decode(errors="replace").partition(" ")[2] for beat in beats]
+        places = [beat.decode(errors="replace").partition(" ")[2] for beat in self._board.beats]
         if not all(places) or len(set(places)) == 1:
             return None
         where = ", ".join(f"{self._name(rank)} at {place}" for rank, place in enumerate(places))
@@ -158,57 +119,50 @@ class Heartbeat:
 
         Returns as soon as all have counted.
         """
-        try:
-            lost = (self._read(self._store) and self._gone) or self._watch(PATIENCE if patience is None else patience)
-            if lost:
-                self._tell(self._store, lost)
-        except RuntimeError:
-            return self._gone or [0]
+        lost = self._watch(PATIENCE if patience is None else patience)
+        if lost:
+            self._tell(lost)
         return lost
 
     @property
     def _gone(self) -> list[int]:
         """The ranks that are known to be gone or to have left, without this one."""
-        return [rank for rank in (self._lost or sorted(self._reasons)) if rank != self._rank]
-
-    def _read(self, store: dist.TCPStore) -> list[bytes]:
-        """Read who is gone and why; return all counters."""
-        n = len(self._keys)
-        *values, lost = store.multi_get([*self._keys, *self._reason_keys, "lost"])
-        self._lost = _ranks(lost, n)
-        self._reasons = {rank: text.decode(errors="replace") for rank, text in enumerate(values[n:]) if text}
-        return values[:n]
+        return [rank for rank in (self._board.lost or sorted(self._board.reasons)) if rank != self._rank]
 
     def _watch(self, patience: float) -> list[int]:
-        first = self._read(self._store)
-        silent = set(range(len(self._keys))) - {self._rank}
-        end = time.monotonic() + patience
-        while silent and time.monotonic() < end:
-            time.sleep(PERIOD / 5)
-            now = self._read(self._store)
+        first, start, waited = self._board.beats, time.monotonic(), set(self._others)
+        while waited and time.monotonic() - start < patience:
             if self._gone:
                 return self._gone
-            silent = {rank for rank in silent if now[rank] == first[rank] != DONE.encode()}
-        if not silent:  # then it is one that has come to its end, and waits for nobody
-            silent = {rank for rank, beat in enumerate(self._read(self._store)) if beat == DONE.encode()}
-            self._reasons |= dict.fromkeys(silent, "its fit")
-        return sorted(silent - {self._rank})
+            if self._board.closed:
+                return [0]
+            beats = self._board.beats
+            waited = {rank for rank in waited if beats[rank] == first[rank] != DONE}
+            time.sleep(board.PERIOD / 5)
+        if self._gone:
+            return self._gone
+        if waited and self._board.heard < start:
+            return [0]
+        if not waited:  # then it is one that has come to its end, and waits for nobody
+            waited = {rank for rank in self._others if self._board.beats[rank] == DONE}
+            self._board.reasons |= dict.fromkeys(waited, "its fit")
+        return sorted(waited)
 
-    def _tell(self, store: dist.TCPStore, lost: list[int]) -> None:
-        """Publish who is gone. Rank 0, whose store ends with it, waits until their threads have read it."""
-        store.set("lost", ",".join(map(str, lost)))
-        self._wait_until_read(store, lost)
+    def _tell(self, lost: list[int]) -> None:
+        """Publish who is gone. Rank 0, whose board ends with it, waits until the others have read it."""
+        self._board.post("lost", ",".join(map(str, lost)), PATIENCE / 2)
+        self._wait_until_read(lost)
 
-    def _wait_until_read(self, store: dist.TCPStore, lost: list[int]) -> None:
+    def _wait_until_read(self, lost: list[int]) -> None:
         if self._rank != 0:
             return
-        others = set(range(len(self._keys))) - {self._rank, *lost}
-        first = store.multi_get(self._keys)
+        # After two more beats a rank has read what was written before them.
+        read = {rank: self._board.count(rank) + 2 for rank in self._others if rank not in lost}
         end = time.monotonic() + PATIENCE
-        while others and time.monotonic() < end:
-            time.sleep(PERIOD / 5)
-            now = store.multi_get(self._keys)  # after two more beats a thread has read what was written before them
-            others = {r for r in others if now[r] != DONE.encode() and _count(now[r]) < _count(first[r]) + 2}
+        while time.monotonic() < end and any(
+            self._board.beats[rank] != DONE and self._board.count(rank) < count for rank, count in read.items()
+        ):
+            time.sleep(board.PERIOD / 5)
 
     def named(self, error: RuntimeError) -> RuntimeError:
         """Return an error that names the ranks that are gone, for a collective's error; the same error if none is."""
@@ -217,10 +171,9 @@ class Heartbeat:
         return ReplicaLost(f"{self._message(silent)}: {error}") if silent else error
 
     def _message(self, silent: list[int]) -> str:
-        ended = ", ".join(
-            f"{self._name(rank)} ended with {self._reasons[rank]}" for rank in silent if rank in self._reasons
-        )
-        quiet = ", ".join(self._name(rank) for rank in silent if rank not in self._reasons)
+        reasons = self._board.reasons
+        ended = ", ".join(f"{self._name(rank)} ended with {reasons[rank]}" for rank in silent if rank in reasons)
+        quiet = ", ".join(self._name(rank) for rank in silent if rank not in reasons)
         facts = [*([ended] if ended else []), *([f"{quiet} stopped answering"] if quiet else [])]
         return f"{', '.join(facts)}, and rank {self._rank} cannot go on"
 
@@ -232,67 +185,25 @@ class Heartbeat:
         if self._ended.is_set() or isinstance(exception, ReplicaLost):
             return
         text = f"{type(exception).__name__}: {exception}" if str(exception) else type(exception).__name__
-        with suppress(RuntimeError):
-            self._store.set(self._reason_keys[self._rank], " ".join(text.split())[:300])
-            self._wait_until_read(self._store, [])
+        self._board.post(f"reason/{self._rank}", " ".join(text.split())[:300], PATIENCE / 2)
+        self._wait_until_read([])
 
     def wait_for_others(self) -> None:
         """Wait until the other ranks are done or gone, for seconds at most: they may be writing their checkpoints."""
         end = time.monotonic() + PATIENCE
-        with suppress(RuntimeError):
-            while not self._ended.is_set() and time.monotonic() < end:
-                beats = self._read(self._store)
-                if all(beat == DONE.encode() for rank, beat in enumerate(beats) if rank != self._rank):
-                    return
-                time.sleep(PERIOD / 5)
+        while not self._ended.is_set() and time.monotonic() < end:
+            if all(self._board.beats[rank] == DONE for rank in self._others):
+                return
+            time.sleep(board.PERIOD / 5)
 
     def stop(self) -> None:
-        """Stop the thread and tell the others: a rank that is done is not gone."""
+        """Stop the threads and tell the others: a rank that is done is not gone."""
         if self._ended.is_set():
             return
         atexit.unregister(self.stop)
         self._ended.set()
         self._thread.join()  # an interpreter that exits while a thread is in a C++ call aborts
-        try:
-            self._store.set(self._keys[self._rank], DONE)
-        except RuntimeError:
-            return  # rank 0 is gone
-        if self._rank == 0:
-            _kept.append(self._store)  # the others may still read it
-
-
-def _ranks(text: bytes, n: int) -> list[int]:
-    """Return the ranks below n in a list of them; what makes no sense is none."""
-    ranks = [int(r) for r in text.decode(errors="replace").split(",") if r.isascii() and r.isdecimal()]
-    return [rank for rank in ranks if rank < n]
-
-
-def _count(text: bytes) -> int:
-    count = text.split(b" ")[0]
-    return int(count) if count.isdigit() else 0
-
-
-def listening_store(host: str, timeout: timedelta) -> dist.TCPStore:
-    """Return a store that listens at the address of ``host`` alone, if that is this machine's, at a port of its own.
-
-    Args:
-        host: by which the other ranks reach this one.
-        timeout: of the store's calls.
-    """
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.bind(address)
-            listener.listen(128)
-            port = listener.getsockname()[1]
-        except OSError:  # a name that leads here by way of another machine
-            listener.close()
-            continue
-        # The store owns the socket from here on.
-        return dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
-        )
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self._board.stop(PATIENCE / 2)
 
 
 def meeting(heartbeat: Heartbeat | None, where: str) -> AbstractContextManager[None]:
@@ -311,7 +222,7 @@ def watch(grid: Grid, environment: ClusterEnvironment) -> Heartbeat | None:
         return None
     if dist.get_backend() == "gloo":
         try:
-            dist.monitored_barrier(timeout=timedelta(seconds=LIMIT), wait_all_ranks=True)
+            dist.monitored_barrier(timeout=timedelta(seconds=board.LIMIT), wait_all_ranks=True)
         except RuntimeError as error:  # which names the ranks that did not come
             raise ReplicaLost(f"a rank has not joined, and rank {grid.rank} cannot go on: {error}") from error
     return Heartbeat(grid.rank, grid.world_size, environment.main_address, grid.data_parallel)

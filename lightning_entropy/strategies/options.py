@@ -1,15 +1,19 @@
 """What both strategies take, written once: arguments, their checks, the grid of replicas, seeds, registered names."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.strategies.compression import FORMATS, Format
+
+REPLICA = "REPLICA_GROUP_ID"  # in the environment of a job that is one replica
 
 SEED_STRIDE = 1_000_003  # between the seeds of two replicas: more epochs than anyone trains
 
@@ -26,6 +30,7 @@ class Grid(NamedTuple):
     rank: int
     world_size: int
     replicas: int
+    first: int = 0  # the number of the first of these replicas, where others are jobs of their own
 
     @property
     def data_parallel(self) -> int:
@@ -34,8 +39,8 @@ class Grid(NamedTuple):
 
     @property
     def replica(self) -> int:
-        """The replica of this rank, in [0, R)."""
-        return self.rank // self.data_parallel
+        """The replica of this rank, in [0, R) where all replicas are of this job."""
+        return self.first + self.rank // self.data_parallel
 
     @property
     def position(self) -> int:
@@ -81,6 +86,8 @@ class ReplicaOptions:
     seed: int | None
     communication_dtype: Format
     overlap: bool
+    membership: Literal["static", "torchft"] = "static"
+    min_replicas: int = 1
 
     def __post_init__(self) -> None:
         check_relaxation(self.relaxation)
@@ -97,9 +104,31 @@ class ReplicaOptions:
             raise ValueError(f"communication_dtype must be one of {FORMATS}, got {self.communication_dtype!r}")
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.membership not in ("static", "torchft"):
+            raise ValueError(f"membership must be 'static' or 'torchft', got {self.membership!r}")
+        if isinstance(self.min_replicas, bool) or not isinstance(self.min_replicas, int) or self.min_replicas < 1:
+            raise ValueError(f"min_replicas must be an int >= 1, got {self.min_replicas!r}")
+        if self.membership == "static" and self.min_replicas != 1:
+            raise ValueError(f"min_replicas has no meaning with membership='static', got {self.min_replicas}")
+        if self.elastic:
+            self._check_elastic()
+
+    def _check_elastic(self) -> None:
+        """Refuse what needs to know how many replicas there are, or what all of them have sent before."""
+        only = {"replicas": "auto", "data": "all", "independent_init": False, "communication_dtype": "float32"}
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value!r} with membership='torchft', got {getattr(self, name)!r}")
+
+    @property
+    def elastic(self) -> bool:
+        """Whether replicas are jobs of their own, which come and go."""
+        return self.membership == "torchft"
 
     def grid(self, rank: int, world_size: int) -> Grid:
-        """Return where a rank stands; ``"auto"`` makes every process a replica."""
+        """Return where a rank stands; ``"auto"`` makes every process a replica, or every job where they come and go."""
+        if self.elastic:
+            return Grid(rank, world_size, 1, replica_number())
         return Grid(rank, world_size, world_size if self.replicas == "auto" else self.replicas)
 
     def describe(self, grid: Grid) -> str:
@@ -110,6 +139,10 @@ class ReplicaOptions:
             >>> options.describe(Grid(0, 2, 2))
             "2 replicas x 1 process; each sees all data, so an epoch is 2 passes over it (data='shard' makes it one)"
         """
+        if self.elastic:
+            return (
+                f"replica {grid.replica}, a job of its own; it sees all data, and meets the others where there are any"
+            )
         processes = f"{grid.data_parallel} process{'es' if grid.data_parallel > 1 else ''}"
         if grid.replicas == 1:
             return f"1 replica x {processes}, and nothing to tie it to: ask for more devices or fewer processes each"
@@ -135,6 +168,21 @@ NAMES: dict[str, Callable[[], Relaxation]] = {
     "elastic_sgd": presets.elastic_sgd,
     "elastic-sgd": presets.elastic_sgd,
 }
+
+
+def replica_number() -> int:
+    """Return the number of this job's replica.
+
+    Raises:
+        MisconfigurationException: the environment does not have it.
+    """
+    text = os.environ.get(REPLICA, "")
+    if not text.isdecimal():
+        raise MisconfigurationException(
+            f"membership='torchft' needs {REPLICA}, the number of this job's replica from 0 on, in the environment, "
+            f"got {text!r}: python -m lightning_entropy.launch sets it"
+        )
+    return int(text)
 
 
 def register(strategy: type, registry: Any) -> None:

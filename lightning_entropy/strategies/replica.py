@@ -16,6 +16,9 @@ from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
 from lightning_entropy.strategies.exchange import Coupling, Links, Meeting, Round
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
+from lightning_entropy.strategies.torchft_assembly import Assembly
+from lightning_entropy.strategies.torchft_consensus import ElasticConsensus
+from lightning_entropy.strategies.torchft_exchange import ElasticCoupling
 
 FORMAT = 1  # of ReplicaLoops.state_dict()
 
@@ -36,6 +39,7 @@ class ReplicaLoops:
         timeout: of the exchanges.
         meeting: waits for other ranks.
         bystander: whether a step passes the loops by, as in :class:`InnerOuter`.
+        assembly: where replicas meet that come and go; None: they stay.
 
     Attributes:
         loops: of the optimizers.
@@ -58,8 +62,9 @@ class ReplicaLoops:
         timeout: timedelta | None,
         meeting: Meeting,
         bystander: Callable[[], bool] = lambda: False,
+        assembly: Assembly | None = None,
     ) -> None:
-        self._relaxation, self._grid = relaxation, grid
+        self._relaxation, self._grid, self._assembly = relaxation, grid, assembly
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
         self._exchange_timeout, self._meeting = timeout, meeting
         self._format: Format = communication_dtype
@@ -69,17 +74,22 @@ class ReplicaLoops:
         self._mean: Coupling | None = None
         if grid.replicas > 1:
             self._mean = Coupling(self._open(), overlap=False, meeting=meeting, name="the consensus")
-        self.couplings = [self._coupling() for _ in optimizers if grid.replicas > 1]
+        self._several = grid.replicas > 1 or assembly is not None
+        self.couplings: list[Any] = [self._coupling(i) for i in range(len(optimizers)) if self._several]
         self.loops = ModuleLoops(
             module,
             optimizers,
             relaxation,
             outer=outer,
-            replica_mean=self.couplings if grid.replicas > 1 else None,
+            replica_mean=self.couplings if self._several else None,
             seed=grid.seed(seed),
             count_attempts=True,
             bystander=bystander,
         )
+        if assembly is not None:
+            target, replica = relaxation.outer_target, grid.replica
+            self.consensus: Consensus = ElasticConsensus(module, self.loops, self.couplings, target, replica=replica)
+            return
         self.consensus = Consensus(
             module,
             self.loops,
@@ -95,7 +105,10 @@ class ReplicaLoops:
         self._links.append(links)
         return links
 
-    def _coupling(self) -> Coupling:
+    def _coupling(self, i: int) -> Any:
+        """Return the exchanges of the i-th optimizer."""
+        if self._assembly is not None:
+            return self._elastic_coupling(i)
         return Coupling(
             self._open(),
             format=self._format,
@@ -103,6 +116,19 @@ class ReplicaLoops:
             overlap=self._overlap,
             meeting=self._meeting,
             name="an outer step",
+        )
+
+    def _elastic_coupling(self, i: int) -> ElasticCoupling:
+        assert self._assembly is not None
+        target = self._relaxation.outer_target
+        return ElasticCoupling(
+            self._assembly,
+            i,
+            overlap=self._overlap,
+            keep=not target.early and not target.common,
+            extras=lambda: [] if i else self.consensus.buffers(),
+            common=(lambda: self.loops.loops[i].common_state()) if target.common else None,
+            catch_up=lambda state: self.loops.loops[i].load_common_state(state),
         )
 
     def begin(self) -> None:
@@ -156,6 +182,8 @@ class ReplicaLoops:
             loop, target = self.loops.loops[i], self._diverged.pop(i).wait()
             if self._relaxation.outer_target.common:  # x has gone the others' way; y has not
                 target = loop.anchor
+            if target is None:  # a peer was lost in the exchange: the next one will do
+                return
             loop.restart(target)
             self.consensus.mend_buffers()
 
@@ -168,8 +196,8 @@ class ReplicaLoops:
         self.loops.resume()
         for loop in self.loops.loops:
             loop.forget_mean()
-        while self._grid.replicas > 1 and len(self.couplings) < len(optimizers):
-            self.couplings.append(self._coupling())
+        while self._several and len(self.couplings) < len(optimizers):
+            self.couplings.append(self._coupling(len(self.couplings)))
         self._diverged = {}
         self.loops.follow(optimizers)
 
@@ -201,6 +229,8 @@ class ReplicaLoops:
         for i, coupling in enumerate(self.couplings):
             if coupling.spread is not None:
                 values["entropy/spread" if len(self.couplings) == 1 else f"entropy/{i}/spread"] = coupling.spread
+        if self._assembly is not None:
+            values["entropy/replicas"] = len(self._assembly.present)
         return values
 
     def traffic(self) -> tuple[float, float]:
@@ -218,10 +248,15 @@ class ReplicaLoops:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; or only :meth:`counters`, and start from the module's weights."""
+        """Restore :meth:`state_dict`; or only :meth:`counters` or :meth:`position`, with the module's weights for x."""
         if "counters" in state:
             for loop, counters in zip(self.loops.loops, state["counters"], strict=True):
-                loop.load_state_dict({**loop.state_dict(), **counters, "inner_step": 0, "slots": {}})
+                loop.load_state_dict({**loop.state_dict(), "inner_step": 0, **counters, "slots": {}})
+            for coupling, loop, memory in zip(
+                self.couplings, self.loops.loops, state.get("couplings", []), strict=False
+            ):
+                coupling.load_state_dict(memory)
+                coupling.passes = self._relaxation.outer_target.early and loop.inner_step > 0
             return
         check_format("the state of a replica", state, FORMAT)
         self.consensus.load_own(state["module"])
@@ -233,6 +268,15 @@ class ReplicaLoops:
     def counters(state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the part of a state that does not depend on the number of replicas: t and the measured gamma."""
         return [{key: loop[key] for key in ("outer_step", "gamma_start")} for loop in state["loops"]]
+
+    @staticmethod
+    def position(state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of a state that a replica needs that joins others at their x."""
+        keys = ("inner_step", "outer_step", "gamma_start", "outer")
+        return {
+            "counters": [{key: loop[key] for key in keys} for loop in state["loops"]],
+            "couplings": state["couplings"],
+        }
 
     def detach(self, *, close: bool) -> None:
         """Leave in the parameters what they show, or x, and no hook behind.
@@ -255,6 +299,7 @@ def replica_loops(
     timeout: timedelta | None,
     meeting: Meeting,
     bystander: Callable[[], bool] = lambda: False,
+    assembly: Assembly | None = None,
 ) -> ReplicaLoops:
     """Return the loops of this rank's optimizers, as the options say; for the arguments see :class:`ReplicaLoops`."""
     return ReplicaLoops(
@@ -270,4 +315,5 @@ def replica_loops(
         timeout=timeout,
         meeting=meeting,
         bystander=bystander,
+        assembly=assembly,
     )

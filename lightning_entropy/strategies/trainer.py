@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from enum import Enum, auto
 from operator import attrgetter
 from typing import Any, Literal
@@ -24,8 +25,10 @@ from lightning_entropy.strategies.consensus_callback import AfterCallbacks, Show
 from lightning_entropy.strategies.lightning_internals import (
     asks_every_batch,
     confine_sync_batchnorm,
+    number_process,
     put_first,
     put_last,
+    restore_from,
     set_device_mesh,
     timeout,
     wrap_in_group,
@@ -36,10 +39,16 @@ from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.stopping import JointStop
+from lightning_entropy.strategies.torchft_assembly import Assembly
+from lightning_entropy.strategies.torchft_internals import check_installed
+from lightning_entropy.strategies.torchft_join import PEER, join, lighthouse_address
+from lightning_entropy.strategies.torchft_status import report
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
 from lightning_entropy.trainer.resume import check_method
+
+SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
 
 
 class Moment(Enum):
@@ -85,6 +94,13 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     with fresh momentum; so do its buffers. A rank that dies ends the job, within the process-group timeout and with an
     error that names it, and says why where it could.
 
+    With ``membership="torchft"`` every replica is a job of its own, which may die, come back and join: see
+    ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica
+    that comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or puts off a
+    common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its own: one that
+    stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes checkpoints, without
+    the replicas' files. It logs ``entropy/replicas`` too, how many met.
+
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
     ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
     ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
@@ -106,13 +122,16 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             module itself or else of every submodule), instead of starting from the same.
         outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
         seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
-        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes and ``"int8"`` a quarter, with the
-            rounding error added to the next round.
+        communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes, ``"int8"`` a quarter and ``"int4"`` an
+            eighth, with the rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
+        membership: ``"static"``: the replicas are this job's processes, from its start to its end. ``"torchft"``: every
+            job is one, of one process, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.
+        min_replicas: with torchft, how many must meet; fewer wait, and say so.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
-            not answer counts as gone), ``start_method``, ``checkpoint_io`` (writes the main checkpoint),
-            ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
-            and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
+            not answer counts as gone; 60 s with torchft), ``start_method``, ``checkpoint_io`` (writes the main
+            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo)
+            and so on; and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
@@ -137,6 +156,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         seed: int | None = None,
         communication_dtype: Format = "float32",
         overlap: bool = True,
+        membership: Literal["static", "torchft"] = "static",
+        min_replicas: int = 1,
         **kwargs: Any,
     ) -> None:
         self.options = ReplicaOptions(
@@ -148,7 +169,12 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             seed,
             communication_dtype,
             overlap,
+            membership,
+            min_replicas,
         )
+        if self.options.elastic:
+            check_installed()
+            kwargs.setdefault("timeout", SILENCE)
         super().__init__(**kwargs)
         self._loops: ReplicaLoops | None = None
         self._files: ReplicaFiles | None = None
@@ -160,6 +186,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._epoch_rng: dict[str, Any] | None = None  # of a checkpoint from an epoch's last batch, until the next one
         self._stop: JointStop | None = None  # of the fit, with several replicas
         self._moment = Moment.BETWEEN
+        self._assembly: Assembly | None = None  # of the fit, where replicas come and go
+        self._joins: dict[str, Any] | None = None  # the checkpoint of a replica that was there when this one came
 
     # Public attributes; the code itself reads the options.
     relaxation = property(attrgetter("options.relaxation"))
@@ -170,6 +198,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     seed = property(attrgetter("options.seed"))
     communication_dtype = property(attrgetter("options.communication_dtype"))
     overlap = property(attrgetter("options.overlap"))
+    membership = property(attrgetter("options.membership"))
+    min_replicas = property(attrgetter("options.min_replicas"))
 
     @property
     def grid(self) -> Grid:
@@ -183,8 +213,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     @property
     def _fitting(self) -> bool:
-        # Where processes were started for the fit, the one that started them has no module at hand.
-        return self.lightning_module is not None and self._trainer.state.fn == TrainerFn.FITTING
+        # The process that started others for the fit has no part in it, and may have let go of the module since.
+        return dist.is_initialized() and self._trainer.state.fn == TrainerFn.FITTING
 
     # Set-up
 
@@ -194,6 +224,11 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             raise MisconfigurationException(f"{type(self).__name__} needs CPU or CUDA devices, got mps")
         super().setup_environment()
         self.grid.check(MisconfigurationException)
+        if self.options.elastic and self.world_size > 1:
+            raise MisconfigurationException(
+                f"membership='torchft' needs one process a job, which is one replica, got {self.world_size}: start "
+                "more jobs"
+            )
         self._watch(self.grid)
         if not self._fitting:
             return
@@ -206,6 +241,25 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         shape = (self.grid.replicas, self.grid.data_parallel)
         mesh = dist.init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replica", "data_parallel"))
         set_device_mesh(self.lightning_module, mesh)
+
+    def set_world_ranks(self) -> None:
+        """Number the process; where every job is a replica, only the first's is the one that writes and prints."""
+        super().set_world_ranks()
+        if self.options.elastic:
+            number_process(self.grid.replica)
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that writes files, logs and prints."""
+        return super().is_global_zero and not (self.options.elastic and self.grid.replica > 0)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes checkpoints: the first, or where replicas come and go the first that is there."""
+        if not self.options.elastic:
+            return self.is_global_zero
+        there = [0] if self._assembly is None else self._assembly.present
+        return self.global_rank == 0 and self.grid.replica == min(there)
 
     def _own_the_loop(self) -> None:
         """Refuse callbacks that would move or save other weights, and show the consensus before any callback looks."""
@@ -241,6 +295,34 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         super().setup(trainer)
         if self._fitting:
             seed_apart(self.grid, self._base_seed)
+        if self._fitting and self.options.elastic:
+            self._join()
+
+    def _join(self) -> None:
+        """Meet the other replicas, and take the state of one that is training."""
+        assert self.lightning_module is not None
+        limit = timeout(self)
+        assert limit is not None
+        self._assembly = Assembly(
+            self.grid.replica, lighthouse_address(), min_replicas=self.options.min_replicas, timeout=limit
+        )
+        state = join(self._assembly, self.lightning_module)
+        self._joins = None
+        if state is not None:
+            self._joins = state["checkpoint"]
+            self._restored = state["position"]
+            restore_from(self._trainer, state["checkpoint"])
+            print(f"replica {self.grid.replica} joins at step {state['checkpoint']['global_step']}", flush=True)
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether a checkpoint is loaded when the other replicas, whose state may be newer, have been met."""
+        return self.options.elastic
+
+    def _give_state(self) -> None:
+        """Give a replica that has come what ``fit(ckpt_path=...)`` would load."""
+        if self._assembly is not None and self._assembly.wants_state and self._loops is not None:
+            self._trainer.save_checkpoint(PEER)
 
     def configure_ddp(self) -> None:
         """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
@@ -329,6 +411,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             timeout=timeout(self),
             meeting=self._meeting,
             bystander=lambda: self._tries,
+            assembly=self._assembly,
         )
         self._log = OuterStepLog(self._trainer)
         rank_zero_info(f"{type(self).__name__}: {self.options.describe(self.grid)}")
@@ -380,8 +463,11 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._loops is None or self._tries:
             return output
-        if self._loops.count(optimizer) and self._loops.loops.loops[0].measure:
-            self._log.write(self._loops)
+        if self._loops.count(optimizer):
+            if self._loops.loops.loops[0].measure:
+                self._log.write(self._loops)
+            if self._assembly is not None:
+                report(self._trainer.global_step + 1, self._loops.metrics())
         return output
 
     def training_begins(self) -> None:
@@ -411,6 +497,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     def training_batch_ended(self, batch_idx: int) -> None:
         """Close the loops if this was the last batch, before the last validation and checkpoint; or stop here."""
         self._moment = Moment.CALLBACKS
+        self._give_state()  # before anything that waits for the others, among whom the one that has come may be
         if training_is_complete(self._trainer, batch_idx):
             self._close()
         else:
@@ -472,10 +559,21 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state dict of the consensus. A collective, except after an exception."""
         state = super().lightning_module_state_dict()
-        return state if self._loops is None else self._loops.consensus.fill(state, alone=self._trainer.interrupted)
+        if self._loops is None:
+            return state
+        # Who waits for this state is one of those that would be waited for.
+        waited_for = self._assembly is not None and self._assembly.wants_state
+        return self._loops.consensus.fill(state, alone=self._trainer.interrupted or waited_for)
+
+    def on_train_end(self) -> None:
+        """Give the result to a replica that has come to the last meeting."""
+        self._give_state()
 
     def teardown(self) -> None:
         """Leave the consensus in the module and no hook behind."""
+        if self._assembly is not None:
+            self._assembly.close()
+            self._assembly = None
         if self._loops is not None:
             self._left = None if self._leaving else self._replica_state(self._loops)
             self._loops.detach(close=not self._leaving)
@@ -498,8 +596,16 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         state = self._left if self._loops is None else self._replica_state(self._loops)
         if state is None or self._files is None or "optimizer_states" not in checkpoint:
-            if self.is_global_zero:
+            if self._writes:
                 replica_files.save_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
+            return
+        if self._assembly is not None and filepath == PEER:
+            self._assembly.give_state({"checkpoint": checkpoint, "position": ReplicaLoops.position(state)})
+            return
+        if self.options.elastic:
+            if self._writes:
+                parts = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
+                replica_files.save_whole(self.checkpoint_io, {**checkpoint, **parts}, filepath, storage_options)
             return
         own = {key: value for key, value in checkpoint.items() if key not in COMMON}
         info = {"counters": ReplicaLoops.counters(state)}
@@ -509,10 +615,16 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the main file and, in fit, this replica's own."""
+        """Read the main file and, in fit, this replica's own; or take what a replica that is training has given."""
+        if self._joins is not None:
+            return self._joins
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._fitting:
             self._resumed = True
+            if self.options.elastic:
+                info = checkpoint.pop(replica_files.KEY, None)
+                self._restored = None if info is None else {"counters": info["counters"]}
+                return checkpoint
             self._restored = replica_files.load(checkpoint, checkpoint_path, self.grid, weights_only)
             checkpoint.update((self._restored or {}).pop("checkpoint", {}))
         return checkpoint
@@ -527,6 +639,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove the main file and the replicas' files."""
+        if self.options.elastic:
+            if self._writes:
+                self.checkpoint_io.remove_checkpoint(filepath)
+            return
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
             replica_files.remove(filepath)

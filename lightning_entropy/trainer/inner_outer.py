@@ -13,14 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import initial_seed
 from torch.optim import Optimizer
 
-from lightning_entropy.engine.formats import check_format
 from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import log_outer_step, of_this_training, training_is_complete
-from lightning_entropy.trainer.resume import check_loadable, check_method, check_states
+from lightning_entropy.trainer.resume import check_loadable, check_method, check_state, check_states, shapes_of
 
 FORMAT = 1  # of InnerOuterCallback.state_dict()
 
@@ -111,11 +110,21 @@ class InnerOuterCallback(Callback):
         return [c for c in callbacks if c is not self and not isinstance(c, HideAnchor)]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the optimizers' states until there are optimizers to compare them with."""
+        """Keep the optimizers' states until there are optimizers to compare them with.
+
+        Raises:
+            ValueError: a state of ours that is not whole; an empty one is not loaded, so that it is looked at here.
+        """
+        if self.state_key in checkpoint.get("callbacks", {}):
+            check_state(type(self).__name__, checkpoint["callbacks"][self.state_key], FORMAT)
         self._optimizer_states = checkpoint.get("optimizer_states", [])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse optimizer states that cannot be loaded, before Lightning tries."""
+        """Refuse states that cannot be loaded, before Lightning loads those of optimizers and loops."""
+        if self._state:
+            outer = OuterStep(self.outer, self.relaxation.outer_momentum)
+            shapes = shapes_of(pl_module, trainer.optimizers)
+            check_state(type(self).__name__, self._state, FORMAT, shapes=shapes, outer=outer)
         check_loadable(self._state, trainer.optimizers, self._optimizer_states)
         self._optimizer_states = []
 
@@ -136,7 +145,7 @@ class InnerOuterCallback(Callback):
         self._loops.show()
         if self._state:
             self._resumed, self._state = self._state, {}
-            check_method(self._resumed, self.relaxation.describe(), self.seed)
+            check_method(self._resumed, self._method(), self.seed)
             if len(self._resumed["loops"]) == len(trainer.optimizers):
                 self._loops.load_state_dict(self._resumed["loops"])
         self._logged_at = trainer.global_step
@@ -320,22 +329,30 @@ class InnerOuterCallback(Callback):
         return {
             "format": FORMAT,
             "loops": self._loops.state_dict() if self._unclosed is None else self._unclosed,
-            "method": self.relaxation.describe(),
+            "method": self._method(),
             "optimizers": _classes(loop.optimizer for loop in self._loops.loops),
+        }
+
+    def _method(self) -> dict[str, Any]:
+        """Return what a resumed run should have in common with this one, as plain values."""
+        outer = self.outer if self.outer is None or hasattr(self.outer, "__qualname__") else type(self.outer)
+        return {
+            **self.relaxation.describe(),
+            "outer": None if outer is None else f"{outer.__module__}.{outer.__qualname__}",
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizers are there; in the middle of a fit, go back to it.
 
         Raises:
-            ValueError: a newer format.
+            ValueError: a newer format, or a state that is not whole or not of these parameters; nothing has changed.
         """
-        check_format(f"the state of {type(self).__name__} in a checkpoint", state_dict, FORMAT)
+        check_state(type(self).__name__, state_dict, FORMAT)
         if self._loops is None:
             self._state = state_dict
         elif len(state_dict["loops"]) == len(self._loops.loops):
-            self._unclosed = None
             self._loops.load_state_dict(state_dict["loops"])
+            self._unclosed = None
 
 
 class HideAnchor(Callback):

@@ -6,7 +6,76 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Size
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+
+from lightning_entropy.engine.formats import Rules, check_format, check_loop, check_values
+from lightning_entropy.engine.loop import FORMAT as LOOP_FORMAT
+from lightning_entropy.engine.outer_rules import OuterStep
+
+_REQUIRED: Rules = {"loops": ("a list", lambda v: isinstance(v, list | tuple))}
+_OPTIONAL: Rules = {  # a checkpoint of version 0.1 has none
+    "method": (
+        "a dict with perturb, a bool",
+        lambda v: isinstance(v, Mapping) and isinstance(v.get("perturb"), bool),
+    ),
+    "optimizers": (
+        "a list of class names",
+        lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) for name in v),
+    ),
+}
+
+
+def check_state(
+    owner: str,
+    state: Any,
+    newest: int,
+    *,
+    shapes: Mapping[str, Size | None] | None = None,
+    outer: OuterStep | None = None,
+) -> None:
+    """Check all of a state, before any of it is used.
+
+    Args:
+        owner: whose state it is, by its class.
+        state: as it was saved.
+        newest: its newest format that is understood.
+        shapes: :func:`shapes_of` what it is for, where that is known by now.
+        outer: the outer step that it is for, likewise.
+
+    Raises:
+        ValueError: a newer format, a missing key, a value of the wrong type or range, a parameter of another name or
+            shape, or the state of another outer optimizer: what is wrong, and the way out.
+    """
+    what = f"the state of {owner} in a checkpoint"
+    try:
+        check_format(what, state, newest)
+        check_values(what, state, _REQUIRED, _OPTIONAL)
+        for i, loop in enumerate(state["loops"]):
+            where = f"loops[{i}] in {what}"
+            check_loop(where, loop, LOOP_FORMAT, shapes)
+            if outer is not None:
+                outer.check_state(where, loop["outer"])
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Resume from another checkpoint, or go on from this one's weights alone: load_from_checkpoint, "
+            "and fit without ckpt_path"
+        ) from None
+
+
+def shapes_of(module: Module, optimizers: Sequence[Optimizer]) -> dict[str, Size | None]:
+    """Return the shapes of all parameters that a state may speak of; None where there is none yet.
+
+    All of the module's: which optimizer has which may change between now and the first batch (in finetuning).
+    """
+    named = dict(module.named_parameters())
+    known = set(named.values())
+    for optimizer in optimizers:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        named |= {str(i): p for i, p in enumerate(params) if p not in known}
+    return {name: None if is_lazy(p) else p.shape for name, p in named.items()}
 
 
 def check_method(state: Mapping[str, Any], now: Mapping[str, Any], seed: int | None) -> None:

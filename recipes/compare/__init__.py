@@ -2,5 +2,6 @@
 
 The rooms: `methods` says what a method adds to SGD, `budget` how many steps it may take, `measure` how weights are
 judged, `judge` when, `run` trains once and leaves a file, `study` chooses learning rates and repeats over seeds,
-`report` writes tables and the picture.
+`trainings` runs them side by side, `report` writes tables and the picture. `lm` is the same house for the language
+model, whose methods are compared by what they send.
 """

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.compare.lm.command import main as language_model
+from recipes.compare.lm.study import Study as LanguageStudy
 from recipes.compare.methods import METHODS
 from recipes.compare.report import report
 from recipes.compare.run import Task
@@ -31,8 +33,11 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def main(args: Sequence[str] | None = None) -> Study:
+def main(args: Sequence[str] | None = None) -> Study | LanguageStudy:
     """Run a comparison from the command line, or resume one that was killed."""
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] == "lm":
+        return language_model(args[1:])
     options = _parse(args)
     task = Task(
         net=options.net,
@@ -71,7 +76,10 @@ def main(args: Sequence[str] | None = None) -> Study:
 
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m recipes.compare", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "python -m recipes.compare",
+        epilog="'python -m recipes.compare lm' compares low-communication methods on a language model; its options "
+        "are others: 'python -m recipes.compare lm --help'.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("net", choices=list(DEFAULTS))

@@ -93,6 +93,23 @@ class Run:
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", self.method)
         return f"{label}-{self.budget}-lr{self.lr:g}-seed{self.seed}-{digest}"
 
+    @property
+    def replicas(self) -> int:
+        """How many copies of the net are trained."""
+        return Method.parse(self.method).replicas
+
+    @property
+    def module(self) -> str:
+        """The module whose command line trains it."""
+        return "recipes.compare.run"
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.budget} lr {self.lr:g} seed {self.seed}"
+
+    def to_json(self) -> str:
+        """Return the text that :meth:`from_dict` reads as JSON."""
+        return json.dumps(asdict(self))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
         """Make a run from its ``dataclasses.asdict``."""

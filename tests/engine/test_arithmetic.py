@@ -1,6 +1,5 @@
 """Each function against a one-line formula, in float64."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -85,21 +84,13 @@ def test_the_running_mean_weighs_by_powers() -> None:
     assert z.item() == pytest.approx(expected, abs=1e-14)
 
 
-@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5), torch.tensor([[0.5], [2.0], [0.0], [1.0]])])
-def test_shake(scale: float | Tensor) -> None:
-    y, n, _ = three(SHAPES["matrix"])
-    expected = y + scale * n
-    F.shake_(y, n, scale)
-    assert_close(y, expected)
-
-
 @pytest.mark.parametrize(("noise", "average", "k"), [(0.0, 0.75, 0.3), (0.1, 1.0, 0.0), (0.1, 0.75, 0.3)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_move_is_pull_shake_average(shape: str, noise: float, average: float, k: float) -> None:
     y, x, z = three(SHAPES[shape])
     n = torch.zeros_like(y)
     zero = torch.zeros_like(y)
-    seeds = [[11] * F.streams(y)]
+    seeds = [[11]]
     F.inner_move_(F.Move([n], [zero], None, stiffness=[0.0], noise=[1.0], average=1.0, seeds=seeds))
     moved = (y + k * x) / (1 + k) + noise * n
     mean = z + average * (moved - z)
@@ -148,22 +139,33 @@ def test_half_parameters_move_in_the_anchors_precision(half: torch.dtype, noise:
     torch.testing.assert_close(z, mean)
 
 
-def test_noise_of_the_filters_rms_has_the_filters_norm() -> None:
-    w = torch.randn(3, 40, 5, 5, dtype=torch.float64) * torch.tensor([1.0, 0.1, 10.0]).view(3, 1, 1, 1)
-    noise = torch.randn(200, *w.shape, dtype=torch.float64) * F.filter_rms(w)
-    ratios = noise.flatten(2).square().sum(2).mean(0).sqrt() / w.flatten(1).norm(dim=1)
-    assert ratios.tolist() == pytest.approx([1.0] * 3, rel=1e-2)
-    assert F.filter_rms(torch.zeros(2, 2)).tolist() == [[0.0], [0.0]]
+def test_a_rate_on_the_device_pulls_as_a_number_does() -> None:
+    """A tensor, which a step must not read; one call for all parameters that share it."""
+    ys, xs = [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)], [torch.randn(4, 3).double() for _ in range(3)]
+    k = torch.tensor(0.5, dtype=torch.float64)
+    for pull, weight in ((F.pull_, 0.5 / 1.5), (F.attract_, 0.5)):
+        expected = [y + weight * (x - y) for y, x in zip(ys, xs, strict=True)]
+        pull(ys, xs, [k, k, 0.5])
+        for y, e in zip(ys, expected, strict=True):
+            assert_close(y, e)
 
 
-def test_filter_norms() -> None:
-    w = torch.randn(4, 3, 2, 2, dtype=torch.float64)
-    norms = F.filter_norms(w)
-    assert norms.shape == (4, 1, 1, 1)
-    assert_close(norms.flatten(), torch.stack([f.flatten().square().sum().sqrt() for f in w]))
-    assert_close(F.filter_norms(w.flatten()), w.square().sum().sqrt())
-    assert F.filter_norms(torch.tensor(-3.0)).item() == 3.0
-    assert F.filter_norms(torch.zeros(2, 2)).tolist() == [[0.0], [0.0]]
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "changed"])
+def test_x_takes_what_was_written_into_y_and_keeps_its_precision_elsewhere(half: torch.dtype, layout: str) -> None:
+    torch.manual_seed(0)
+    xs = [torch.randn(4, 3, 2, 2), torch.randn(7)]
+    if layout == "channels_last":
+        xs[0] = xs[0].to(memory_format=torch.channels_last)
+    ys = [x.to(half) for x in xs]
+    if layout == "changed":
+        ys[0] = ys[0].to(memory_format=torch.channels_last)
+    expected = [x.clone() for x in xs]
+    ys[0][1, 2, 0, 1], expected[0][1, 2, 0, 1] = 3.0, 3.0
+    ys[1][4], expected[1][4] = -2.0, -2.0
+    F.copy_where_written_(xs, ys)
+    for x, e in zip(xs, expected, strict=True):
+        assert torch.equal(x, e)
 
 
 def test_distances_and_norms() -> None:
@@ -172,23 +174,6 @@ def test_distances_and_norms() -> None:
     torch.testing.assert_close(F.rms_distance(a, b), flat.square().mean().sqrt())
     torch.testing.assert_close(F.norm(a), torch.cat([t.flatten() for t in a]).norm())
     assert F.rms_distance([torch.ones(2, dtype=torch.bfloat16)], [torch.full((2,), 1.0009765625)]).item() == 2**-10
-
-
-def test_seeds_are_scrambled_one_to_one() -> None:
-    counters = [*range(50_000), *range(2**32 - 1000, 2**32)]
-    seeds = {F.seed_of(123, c) for c in counters}
-    assert len(seeds) == len(counters)
-    assert all(0 <= s < 2**32 for s in seeds)
-    assert F.seed_of(5, 7) == F.seed_of(12, 0) == F.seed_of(12 + 2**32, 0)
-    # Half of the bits change from one counter to the next.
-    flips = [(F.seed_of(0, c) ^ F.seed_of(0, c + 1)).bit_count() for c in range(1, 1000)]
-    assert sum(flips) / len(flips) == pytest.approx(16, abs=0.5)
-
-
-def test_streams_are_a_million_weights_each() -> None:
-    sizes = {0: 1, 1: 1, 2**20: 1, 2**20 + 1: 2, 2**21: 2}
-    for size, count in sizes.items():
-        assert F.streams(torch.empty(size, device="meta")) == count == max(1, math.ceil(size / F.BLOCK))
 
 
 @pytest.mark.parametrize("noise", [False, True])

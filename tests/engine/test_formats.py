@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 import lightning_entropy as le
 from lightning_entropy.engine.formats import check_format
@@ -61,3 +62,83 @@ def test_a_loop_goes_on_from_a_state_without_a_format(method: str) -> None:
         step(net, optimizer, i)
         step(other, other_optimizer, i)
         assert_equal([*other.parameters(), *other_loop.anchor], [*net.parameters(), *loop.anchor])
+
+
+WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("inner_step",), "3", "inner_step in .* must be an int >= 0, got '3'"),
+    (("inner_step",), True, "inner_step in .* must be an int >= 0, got True"),
+    (("outer_step",), -1, "outer_step in .* must be an int >= 0, got -1"),
+    (("seed",), None, "seed in .* must be an int >= 0, got None"),
+    (("gamma_start",), 0.0, "gamma_start in .* must be a number > 0 or None, got 0.0"),
+    (("measured",), 1.5, "measured in .* must be an int >= 0, got 1.5"),
+    (("slots",), [], r"slots in .* must be a dict of dicts, got \[\]"),
+    (("slots", "0"), None, "slots in .* must be a dict of dicts"),
+    (("slots", "0", "inner"), [1.0], r"inner in slots\['0'\] in .* must be a tensor, got \[1.0\]"),
+    (("slots", "0", "average"), torch.ones(2), r"average of slots\['0'\] in .* the parameter's shape, .*, got \(2,\)"),
+    (("slots", "0", "moved"), 1, r"moved in slots\['0'\] in .* must be a bool, got 1"),
+    (("slots", "9"), {}, r"slots in .* must be of the parameters \['0', .*, got '9', which is not one"),
+    (("outer",), {"options": []}, "outer in .* must be None, or a dict with options and state"),
+    (("outer", "state"), {"0": 3}, "outer in .* must be None, or a dict with options and state"),
+    (("outer", "options"), [{"betas": 1, "eps": 2}], "outer in .* must be of an optimizer with options .*'nesterov'"),
+]
+MISSING = [("inner_step",), ("seed",), ("slots",), ("outer",), ("slots", "0", "moved")]
+
+
+def damaged(state: dict[str, Any], keys: tuple[Any, ...], *value: Any) -> dict[str, Any]:
+    """Copy a state with another value, or without the key."""
+    state = copy.deepcopy(state)
+    *above, last = keys
+    parent = state
+    for key in above:
+        parent = parent[key]
+    if value:
+        (parent[last],) = value
+    else:
+        del parent[last]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [*[(k, (v,), m) for k, v, m in WRONG], *[(k, (), f"must have {k[-1]}, .*, got the keys") for k in MISSING]],
+)
+def test_a_loop_refuses_what_no_version_has_written_and_stays_as_it_is(keys: Any, value: Any, message: str) -> None:
+    method = le.entropy_sgd(5, 0.5, 0.01, outer_momentum=0.5)
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], method)
+    for i in range(8):  # into the second loop: every key has a value
+        step(net, optimizer, i)
+    state, before = loop.state_dict(), values(net.parameters())
+    good = copy.deepcopy(state)
+    with pytest.raises(ValueError, match=message):
+        loop.load_state_dict(damaged(state, keys, *value))
+    assert_equal(net.parameters(), before)
+    assert (loop.inner_step, loop.outer_step) == (3, 1)
+    unseen, reference, other = start(OPTIMIZERS["sgd"], method)
+    for i in range(8):
+        step(unseen, reference, i)
+    other.load_state_dict(good)
+    for i in range(8, 16):
+        step(net, optimizer, i)
+        step(unseen, reference, i)
+        assert_equal(net.parameters(), unseen.parameters())
+
+
+@pytest.mark.parametrize("state", [None, [], "state", 3])
+def test_what_is_no_dict_is_refused(state: Any) -> None:
+    _, _, loop = start(OPTIMIZERS["sgd"], le.Relaxation())
+    with pytest.raises(ValueError, match=re.escape(f"state_dict of a loop must be a dict, got {state!r}")):
+        loop.load_state_dict(state)
+
+
+def test_a_schedule_that_cannot_go_on_from_a_state_leaves_the_loop_as_it_is() -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], le.entropy_sgd(5, 0.5))
+    for i in range(7):
+        step(net, optimizer, i)
+    state = copy.deepcopy(loop.state_dict())
+    other, other_optimizer, other_loop = start(OPTIMIZERS["sgd"], le.entropy_sgd(5, lambda t: 0.5 - t))
+    step(other, other_optimizer, 0)
+    before = values(other.parameters())
+    with pytest.raises(ValueError, match=r"gamma\(t=1\) must be"):
+        other_loop.load_state_dict(state)
+    assert_equal(other.parameters(), before)
+    assert (other_loop.inner_step, other_loop.outer_step) == (1, 0)

@@ -290,7 +290,7 @@ def test_state_of_other_parameters_is_refused() -> None:
         small.load_state_dict(state)
     state = loop.state_dict()
     del state["slots"]["1"]
-    with pytest.raises(ValueError, match=r"parameter's shape, got \(4, 3\) for '0' of shape \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"'0'.* the parameter's shape, \(1, 1\), got \(4, 3\)"):
         small.load_state_dict(state)
     assert torch.equal(w, torch.ones(1, 1))
 

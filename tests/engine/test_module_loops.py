@@ -96,7 +96,7 @@ def test_going_on_from_the_modules_and_the_loops_state_is_exact(method: str, ste
 
 def test_another_number_of_states_is_refused() -> None:
     _, _, loops = started(METHODS["entropy_sgd"], 1)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="must be of 2 optimizers, got 1"):
         loops.load_state_dict(loops.state_dict()[:1])
     with pytest.raises(ValueError, match="got format 99"):
         loops.load_state_dict([{**state, "format": 99} for state in loops.state_dict()])

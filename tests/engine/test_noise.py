@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import lightning_entropy as le
-from lightning_entropy.engine.arithmetic import BLOCK
-from lightning_entropy.engine.noise import NoiseStreams
+from lightning_entropy.engine.gaussian import BLOCK
+from lightning_entropy.engine.noise import NoiseStreams, seed_of
 
 
 def noise(
@@ -120,8 +120,19 @@ def test_neighbouring_seeds_and_optimizers_are_independent(other: int) -> None:
     assert_independent(a, b)
 
 
+def test_seeds_are_scrambled_one_to_one() -> None:
+    counters = [*range(50_000), *range(2**32 - 1000, 2**32)]
+    seeds = {seed_of(123, c) for c in counters}
+    assert len(seeds) == len(counters)
+    assert all(0 <= s < 2**32 for s in seeds)
+    assert seed_of(5, 7) == seed_of(12, 0) == seed_of(12 + 2**32, 0)
+    # Half of the bits change from one counter to the next.
+    flips = [(seed_of(0, c) ^ seed_of(0, c + 1)).bit_count() for c in range(1, 1000)]
+    assert sum(flips) / len(flips) == pytest.approx(16, abs=0.5)
+
+
 def test_no_stream_is_drawn_twice() -> None:
-    params = [torch.nn.Parameter(torch.empty(s, device="meta")) for s in (1, 10, BLOCK + 1, 3 * BLOCK)]
+    params = [torch.nn.Parameter(torch.empty(s)) for s in (1, 10, BLOCK + 1, 3 * BLOCK)]
     streams = NoiseStreams(0)
     seeds = [s for step in range(300 * 7) for param in streams.seeds(params, params, step) for s in param]
     assert len(set(seeds)) == len(seeds) == 300 * 7 * 7

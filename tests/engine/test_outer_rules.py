@@ -249,3 +249,48 @@ def test_a_mean_under_way_is_waited_for_when_it_is_dropped_and_a_replaced_x_take
     assert pulls[2] is None
     replicas.start(weights)
     assert not weights[0].replaced
+
+
+def descend(w: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    path = []
+    for _ in range(steps):
+        w.grad = torch.ones(1)
+        optimizer.step()
+        path.append(w.item())
+    return path
+
+
+def test_a_common_step_whose_mean_cannot_be_had_is_put_off_and_nothing_is_lost() -> None:
+    """The other replica moves three times as far: with the first mean lost, the second covers both loops."""
+    w = torch.nn.Parameter(torch.tensor([8.0]))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    given: list[float] = []
+
+    def replica_mean(steps: list[Tensor]) -> list[Tensor] | None:
+        given.append(steps[0].item())
+        return None if len(given) == 1 else [2 * s for s in steps]  # mean of s and 3 s
+
+    loop = le.relax(optimizer, le.local_sgd(2), replica_mean=replica_mean)
+    assert descend(w, optimizer, 3) == [7, 6, 5]  # y goes on
+    assert loop.anchor[0].item() == 8 and loop.outer_step == 1
+    assert descend(w, optimizer, 1) == [0]  # 8 - 2 * 4
+    assert given == [2, 4] and loop.outer_step == 2
+    assert descend(w, optimizer, 2) == [-1, -4]
+
+
+@pytest.mark.parametrize("target", ["anchor", "average"])
+def test_a_pull_whose_mean_cannot_be_had_is_left_out_once(target: Any) -> None:
+    w = torch.nn.Parameter(torch.tensor([8.0]))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    lost = iter([True, False])
+
+    def replica_mean(tensors: list[Tensor]) -> Any:
+        mean = None if next(lost) else [t / 2 for t in tensors]
+        return lambda: mean
+
+    le.relax(
+        optimizer, le.Relaxation(inner_steps=2, average=1.0, rho=1.0, elastic_target=target), replica_mean=replica_mean
+    )
+    assert descend(w, optimizer, 2) == [7, 6]  # as if it were alone
+    # 6 -> 5 -> 4 - (6 - 3) for the anchors, whose mean is 3; 4 - (6 - 2) for the averages, whose mean is 2
+    assert descend(w, optimizer, 2) == [5, 1 if target == "anchor" else 0]

@@ -358,6 +358,19 @@ def test_a_heat_schedule_that_turns_bad_leaves_x(bad: float) -> None:
     assert torch.equal(w, torch.tensor([0.5, 1.5]))
 
 
+@pytest.mark.parametrize("last", ["a", "b", "both"])
+def test_a_parameter_without_a_gradient_in_the_last_step_moves_by_the_mean_of_those_it_had(last: str) -> None:
+    """By eye: a linear loss has the same gradient at all weights, so that the noise does not matter."""
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([a, b], lr=1.0)
+    loop = le.relax(optimizer, le.heat(2, 100.0), seed=0)
+    for loss in (lambda: 4 * a + 6 * b, lambda: 2 * a if last == "a" else 2 * b if last == "b" else 2 * a + 2 * b):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert [x.item() for x in loop.anchor] == {"a": [-3, -3], "b": [-2, -4], "both": [-3, -4]}[last]
+
+
 @pytest.mark.parametrize("width", [0.1, 0.4])
 @pytest.mark.parametrize("perturb", [True, False])
 def test_a_relative_width_is_the_norm_of_the_noise_over_the_norm_of_the_filter(width: float, perturb: bool) -> None:

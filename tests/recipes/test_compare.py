@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 
-from recipes.compare import report
+from recipes.compare import report, trainings
 from recipes.compare import run as run_module
 from recipes.compare import study as study_module
 from recipes.compare.__main__ import _parse
@@ -183,8 +183,8 @@ def test_a_net_alone_that_diverges_is_the_same_result(tmp_path):
 
 def test_every_training_has_as_many_cores(monkeypatch):
     for cores, workers, shares in ((3, 2, [[0], [1]]), (8, 3, [[0, 1], [2, 3], [4, 5]]), (2, 3, [[0], [1]])):
-        monkeypatch.setattr(study_module.os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
-        assert study_module._shares(workers) == shares
+        monkeypatch.setattr(trainings.os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
+        assert trainings._shares(workers) == shares
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a child with its parent")

@@ -13,12 +13,16 @@ from lightning.pytorch.cli import LightningCLI
 
 from recipes.cli import RecipeCLI, main
 from recipes.compare.__main__ import _parse
+from recipes.compare.lm.command import parse as parse_lm
 from recipes.compare.methods import Method
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "configs"
-CONFIGS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
+# Those of the language model are in test_lm_configs.py.
+CONFIGS = sorted(
+    name for path in FOLDER.rglob("*.yaml") if not (name := path.relative_to(FOLDER).as_posix()).startswith("lm/")
+)
 # Nets shrunk to what a test can pay for; the configs' other arguments stay.
 SHRINK = {
     "recipes.allcnn.AllCNN": {"width": 2},
@@ -272,7 +276,10 @@ def configs_of(arguments):
     return [Path(file).relative_to("recipes/configs").as_posix() for file in files]
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if " fit " in line and "--ckpt_path" not in line])
+FITS = [line for line in COMMANDS if " fit " in line and "--ckpt_path" not in line and "recipes.lm" not in line]
+
+
+@pytest.mark.parametrize("command", FITS)
 def test_the_readmes_trainings_take_a_step(command, fit_alone, tmp_path, monkeypatch):
     python, _, module, *arguments = shlex.split(command)
     assert python == "python"
@@ -287,8 +294,11 @@ def test_the_readmes_trainings_take_a_step(command, fit_alone, tmp_path, monkeyp
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "recipes.compare" in line])
 def test_the_readmes_comparisons_are_understood(command):
-    options = _parse(shlex.split(command)[3:])
-    assert [Method.parse(label) for label in options.methods]
+    arguments = shlex.split(command)[3:]
+    if arguments[0] == "lm":
+        assert parse_lm(arguments[1:]).methods
+    else:
+        assert [Method.parse(label) for label in _parse(arguments).methods]
 
 
 def test_the_readmes_other_commands_name_what_exists():

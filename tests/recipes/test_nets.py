@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 import torch
 
-from recipes import compare, data
+from recipes import compare, data, lm
 from recipes.allcnn import AllCNN
 from recipes.lenet import LeNet
 from recipes.wide_resnet import WideResNet
@@ -75,7 +75,7 @@ def test_wide_resnet_refuses_a_depth_without_whole_blocks(depth):
 @pytest.mark.parametrize(
     "name",
     ["recipes.allcnn", "recipes.wide_resnet", "recipes.lenet", "recipes.classifier"]
-    + [m.name for p in (data, compare) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")],
+    + [m.name for p in (data, compare, lm) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")],
 )
 def test_examples_in_docstrings(name):
     module = importlib.import_module(name)

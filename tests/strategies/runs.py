@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def external(
     work: Callable[[int], None],
     *,
     timeout: float = 60.0,
-    until: int | None = None,
+    until: int | Sequence[int] | None = None,
 ) -> list[str]:
     """Run ``work(rank)`` in n processes that look to the Trainer like a cluster's, as torchrun's do.
 
@@ -200,7 +200,7 @@ def external(
         n: number of processes.
         work: of each.
         timeout: seconds after which those that have not ended are killed.
-        until: a rank; all are killed as soon as it has ended.
+        until: a rank, or several; all are killed as soon as they have ended.
 
     Returns:
         How each ended: "" if normally, the exception's type and message, "exit <code>", or "hung".
@@ -215,7 +215,8 @@ def external(
         process.start()
     said: dict[int, str] = {}
     end = time.monotonic() + timeout
-    waited_for = processes if until is None else [processes[until]]
+    ranks = range(n) if until is None else [until] if isinstance(until, int) else until
+    waited_for = [processes[rank] for rank in ranks]
     while any(p.is_alive() for p in waited_for) and time.monotonic() < end:
         while not answers.empty():
             said.update([answers.get()])

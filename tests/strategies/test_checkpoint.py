@@ -36,6 +36,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "bfloat16": (PARLE, {"communication_dtype": "bfloat16"}, Streaming),
     "int8 blocking": (PARLE, {"communication_dtype": "int8", "overlap": False}, Streaming),
     "int8": (PARLE, {"communication_dtype": "int8"}, Streaming),
+    "int4": (PARLE, {"communication_dtype": "int4"}, Streaming),
+    "int4 diloco": (le.diloco(3), {"communication_dtype": "int4"}, Streaming),
     "int8 average": (le.parle(3, 0.1, 0.3, elastic_target="average"), {"communication_dtype": "int8"}, Streaming),
     "apart": (PARLE, {"independent_init": True}, Streaming),
     "dropout": (PARLE, {}, partial(Loading, dropout=0.3)),
@@ -109,15 +111,18 @@ class LocalStatistics(Streaming):
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
-@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
-def test_resume_of_groups(tmp_path: Path, format: Any) -> None:
-    """Also of what the ranks of a replica do not share: what rounding left over, and BatchNorm statistics."""
+@pytest.mark.parametrize(("format", "at"), [("float32", 5), ("bfloat16", 5), ("int8", 5), ("int8", 6), ("int4", 6)])
+def test_resume_of_groups(tmp_path: Path, format: Any, at: int) -> None:
+    """Also of what the ranks of a replica do not share: what rounding left over, and BatchNorm statistics.
+
+    In the middle of a loop of three, with its exchange under way, and between two loops.
+    """
     own = {"replicas": 2, "communication_dtype": format, "broadcast_buffers": False}
-    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1)
+    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=at, save_top_k=1)
     whole = fit(tmp_path, strategy(PARLE, **own), 4, make=LocalStatistics, callbacks=[keep], **SHORT)
     assert sorted(os.listdir(tmp_path / "at.ckpt.replicas")) == ["0-1.pt", "0.pt", "1-1.pt", "1.pt"]
     kwargs: dict[str, Any] = {"make": LocalStatistics, "ckpt_path": tmp_path / "at.ckpt", **SHORT}
-    assert_goes_on(whole, fit(tmp_path / "again", strategy(PARLE, **own), 4, **kwargs), 4)
+    assert_goes_on(whole, fit(tmp_path / "again", strategy(PARLE, **own), 4, **kwargs), 9 - at)
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +372,18 @@ def test_a_checkpoint_is_removed_whole(tmp_path: Path) -> None:
             "last.ckpt.replicas",
         ]
     )
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("detached", [False, True])
+def test_after_the_fit_the_process_that_started_the_others_can_load(tmp_path: Path, detached: bool) -> None:
+    """As with Lightning's own ddp_fork and ddp_spawn; also where the module was let go of."""
+    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=4)
+    run = trainer(tmp_path, strategy(PARLE), 2, callbacks=[keep], max_epochs=1)
+    module = Net()
+    run.fit(module)
+    if detached:
+        module.trainer = None
+    loaded = run.strategy.load_checkpoint(tmp_path / "at.ckpt", weights_only=True)
+    assert loaded["global_step"] == 8
+    assert set(loaded["state_dict"]) == set(module.state_dict())

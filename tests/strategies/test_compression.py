@@ -1,4 +1,4 @@
-"""Sums rounded to bfloat16 or int8."""
+"""Sums rounded to bfloat16, int8 or int4."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,20 @@ import pytest
 import torch
 
 import lightning_entropy as le
-from lightning_entropy.strategies.compression import BLOCK, LEVELS, from_int8, to_int8
+from lightning_entropy.strategies.compression import (
+    BLOCK,
+    BLOCK_4,
+    CODECS,
+    LEVELS,
+    LEVELS_4,
+    from_int4,
+    from_int8,
+    to_int4,
+    to_int8,
+)
+from lightning_entropy.strategies.exchange import Coupling, Links
 from tests.strategies.runs import FORK_WARNINGS, fit, strategy
+from tests.strategies.test_exchange import meet
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 
@@ -23,8 +35,68 @@ def test_int8() -> None:
     assert ((x - sent).abs() <= largest / LEVELS / 2 * 1.001).all()
 
 
+def test_int4() -> None:
+    x = torch.randn(3, 8 * BLOCK_4)
+    x[1, BLOCK_4 : 2 * BLOCK_4] = 0
+    packed, sent = to_int4(x)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 4 * BLOCK_4 + 8 * 4)
+    assert torch.equal(from_int4(packed, 8 * BLOCK_4), sent)
+    largest = x.view(3, 8, BLOCK_4).abs().amax(-1, keepdim=True).expand(3, 8, BLOCK_4).reshape(3, -1)
+    assert ((x - sent).abs() <= largest / LEVELS_4 / 2 * 1.001).all()
+    assert (sent[1, BLOCK_4 : 2 * BLOCK_4] == 0).all()
+
+
+def test_int4_by_hand() -> None:
+    """Steps of 2: the largest magnitude is 14. A byte is the first of a pair plus 8, and 16 times the second's."""
+    x = torch.zeros(1, BLOCK_4)
+    x[0, :6] = torch.tensor([14.0, -14.0, 2.9, 3.1, -0.9, 1.1])
+    packed, sent = to_int4(x)
+    assert sent[0, :6].tolist() == [14, -14, 2, 4, 0, 2]
+    assert packed[0, :4].tolist() == [15 + 16 * 1, 9 + 16 * 10, 8 + 16 * 9, 8 + 16 * 8]
+    assert packed[0, BLOCK_4 // 2 :].view(torch.float32).item() == 2
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_block_with_a_value_that_is_not_finite_stands_for_none_that_is(format: str, bad: float) -> None:
+    encode, decode = CODECS[format]
+    x = torch.randn(1, 2 * BLOCK)
+    x[0, 3] = bad
+    packed, sent = encode(x)
+    assert not decode(packed, 2 * BLOCK)[0, :BLOCK_4].isfinite().any()
+    assert not sent[0, :BLOCK_4].isfinite().any()
+    assert decode(packed, 2 * BLOCK)[0, BLOCK:].isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_what_is_representable_is_kept(format: str) -> None:
+    encode, decode = CODECS[format]
+    x = torch.randint(-7, 8, (2, BLOCK)).float() * 0.25
+    x[:, ::BLOCK_4] = 7 * 0.25 if format != "int8" else 127 * 0.25
+    packed, sent = encode(x)
+    assert torch.equal(sent, x) and torch.equal(decode(packed, BLOCK), x)
+    assert encode(x.double())[1].dtype == torch.float64
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize(("format", "most"), [("bfloat16", 2e-3), ("int8", 2e-3)])
+@pytest.mark.parametrize("length", [1, 1023, 2049, 3 * BLOCK])
+def test_the_sum_of_representable_values_of_any_length_is_exact(tmp_path: Path, length: int) -> None:
+    def work(rank: int) -> list[torch.Tensor]:
+        coupling = Coupling(Links(2, 1), format="int4", differences=False)
+        values = torch.arange(length).remainder(8).float().sub(0 if length == 1 else 1)
+        values[::BLOCK_4] = 7.0
+        return [coupling([values])()[0], values, torch.tensor(coupling.sent)]
+
+    ranks = meet(2, work, tmp_path)
+    for mean, values, sent in ranks:
+        assert torch.equal(mean, values)
+        # The header, and the values of both halves, padded to a whole block of each rank.
+        padded = -(-length // (2 * BLOCK)) * 2 * BLOCK
+        assert sent == 8 + padded * (0.5 + 4 / BLOCK_4)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("format", "most"), [("bfloat16", 2e-3), ("int8", 2e-3), ("int4", 2e-2)])
 @pytest.mark.parametrize("n", [2, 3])
 def test_compression_stays_near_the_exact_run(tmp_path: Path, format: Any, most: float, n: int) -> None:
     relaxation = le.elastic_sgd(2, 0.5)

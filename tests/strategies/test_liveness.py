@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_entropy as le
+from lightning_entropy.strategies import board
 from lightning_entropy.strategies import liveness as heartbeat
 from tests.kill_and_resume import MAIN, RENAME, UPDATE, WRITE, kill_and_resume
 from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
@@ -28,7 +29,7 @@ PARLE = le.parle(3, 0.1, 0.3, 0.25)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pulse and a patience for tests."""
-    monkeypatch.setattr(heartbeat, "PERIOD", 0.2)
+    monkeypatch.setattr(board, "PERIOD", 0.2)
     monkeypatch.setattr(heartbeat, "PATIENCE", 2.0)
 
 
@@ -61,7 +62,7 @@ def test_all_survivors_name_the_dead(
     tmp_path: Path, dead: int, relaxation: le.Relaxation, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """Also those that hear of it from a survivor, or wait for one that gave up; and without elasticity."""
-    monkeypatch.setattr(heartbeat, "LIMIT", 6.0)
+    monkeypatch.setattr(board, "LIMIT", 6.0)
 
     def work(rank: int) -> None:
         warnings.simplefilter("ignore")
@@ -104,7 +105,7 @@ def test_rank_0_keeps_the_store_until_the_others_have_read_who_is_gone(monkeypat
     monkeypatch.setattr(FakeStore, "values", {})
     monkeypatch.setattr(FakeStore, "there", True)
     monkeypatch.setattr(heartbeat.dist, "TCPStore", FakeStore)
-    monkeypatch.setattr(heartbeat, "listening_store", FakeStore)
+    monkeypatch.setattr(board, "listening_store", FakeStore)
     monkeypatch.setattr(heartbeat.dist, "broadcast_object_list", lambda port, src: port.__setitem__(0, 1))
     monkeypatch.setattr(heartbeat.dist, "all_gather_object", lambda errors, error: None)
     beats = [heartbeat.Heartbeat(rank, 4, "host") for rank in range(4)]
@@ -130,7 +131,7 @@ class Waits(L.Callback):
 
 @pytest.mark.processes
 def test_a_rank_that_is_stuck_ends_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
+    monkeypatch.setattr(board, "LIMIT", 3.0)
 
     def work(rank: int) -> None:
         trainer(tmp_path, strategy(PARLE, start_method="popen"), 2, callbacks=[Waits()]).fit(Net())
@@ -221,7 +222,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(
 
 @pytest.mark.processes
 def test_a_rank_that_dies_before_its_first_heartbeat_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
+    monkeypatch.setattr(board, "LIMIT", 3.0)
     watch = heartbeat.watch
 
     def dies(grid: Any, environment: Any) -> Any:
@@ -245,7 +246,7 @@ def test_what_a_stranger_writes_ends_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(FakeStore, "values", {})
     monkeypatch.setattr(FakeStore, "there", True)
     monkeypatch.setattr(heartbeat.dist, "TCPStore", FakeStore)
-    monkeypatch.setattr(heartbeat, "listening_store", FakeStore)
+    monkeypatch.setattr(board, "listening_store", FakeStore)
     monkeypatch.setattr(heartbeat.dist, "broadcast_object_list", lambda port, src: port.__setitem__(0, 1))
     monkeypatch.setattr(heartbeat.dist, "all_gather_object", lambda errors, error: None)
     beats = [heartbeat.Heartbeat(rank, 3, "host") for rank in range(3)]
@@ -253,14 +254,14 @@ def test_what_a_stranger_writes_ends_nothing(monkeypatch: pytest.MonkeyPatch) ->
         for key, value in (("lost", "x"), ("lost", "-1,7"), ("lost", "\u00b2"), ("beat/2", "nonsense")):
             FakeStore().set(key, value)
             assert beats[0].silent(patience=1.0) == []
-        assert all(beat._thread.is_alive() for beat in beats)
+        assert all(beat._thread.is_alive() and beat._board._thread.is_alive() for beat in beats)
     finally:
         for beat in beats:
             beat.stop()
 
 
 def test_the_store_listens_at_the_address_of_its_host_alone() -> None:
-    store = heartbeat.listening_store("127.0.0.1", timedelta(seconds=5))
+    store = board.listening_store("127.0.0.1", timedelta(seconds=5))
     with socket.socket() as elsewhere, pytest.raises(OSError, match="refused"):
         elsewhere.connect(("127.0.0.2", store.port))
     with socket.socket() as here:
@@ -287,7 +288,7 @@ class SavesAlone(Net):
 def test_ranks_that_wait_for_each_other_at_different_places_end_and_say_where(
     tmp_path: Path, module: Any, relaxation: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    monkeypatch.setattr(heartbeat, "LIMIT", 3.0)
+    monkeypatch.setattr(board, "LIMIT", 3.0)
 
     def work(rank: int) -> None:
         warnings.simplefilter("ignore")

@@ -17,6 +17,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
 from lightning_entropy import ElasticEntropyStrategy
@@ -59,10 +60,44 @@ ARGUMENTS = {
 
 def test_both_strategies_take_the_same_arguments() -> None:
     names = [field.name for field in dataclasses.fields(ReplicaOptions)]
-    assert names == list(ARGUMENTS)
-    signatures = [list(inspect.signature(cls).parameters.values()) for cls in OURS]
-    assert signatures[0] == signatures[1]
-    assert [p.name for p in signatures[0]] == [*names, "kwargs"]
+    assert names == [*ARGUMENTS, "membership", "min_replicas"]
+    trainer, fabric = [list(inspect.signature(cls).parameters.values()) for cls in OURS]
+    assert [p.name for p in trainer] == [*names, "kwargs"]
+    assert [p for p in trainer if p.name not in ("membership", "min_replicas")] == fabric  # which Fabric has not
+
+
+def elastic(**options: Any) -> ElasticEntropyStrategy:
+    pytest.importorskip("torchft")
+    return ElasticEntropyStrategy(membership="torchft", **options)
+
+
+def test_membership_is_checked() -> None:
+    assert timeout(elastic()) == timedelta(seconds=60) and timeout(ElasticEntropyStrategy()) == timedelta(minutes=30)
+    assert timeout(elastic(timeout=timedelta(hours=1))) == timedelta(hours=1)
+    unknown: Any = "dynamic"
+    with pytest.raises(ValueError, match="membership must be 'static' or 'torchft', got 'dynamic'"):
+        ElasticEntropyStrategy(membership=unknown)
+    with pytest.raises(ValueError, match="min_replicas has no meaning with membership='static', got 2"):
+        ElasticEntropyStrategy(min_replicas=2)
+    for name, value, only in (
+        ("replicas", 2, "'auto'"),
+        ("data", "shard", "'all'"),
+        ("independent_init", True, "False"),
+        ("communication_dtype", "int8", "'float32'"),
+        ("min_replicas", 0, "an int >= 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be {only}"):
+            elastic(**{name: value})
+
+
+def test_a_job_knows_its_replica_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPLICA_GROUP_ID", "3")
+    grid = elastic().options.grid(0, 1)
+    assert (grid.replicas, grid.replica, grid.position, grid.data_parallel) == (1, 3, 0, 1)
+    assert grid.seed(7) == Grid(3, 4, 4).seed(7)
+    monkeypatch.setenv("REPLICA_GROUP_ID", "third")
+    with pytest.raises(MisconfigurationException, match=r"REPLICA_GROUP_ID, .* got 'third'"):
+        elastic().options.grid(0, 1)
 
 
 @pytest.mark.parametrize("cls", OURS)
@@ -124,7 +159,7 @@ def test_arguments_are_checked(cls: Any) -> None:
     for arguments, error in (
         ({"replicas": 0}, "replicas must be 'auto' or an int >= 1, got 0"),
         ({"data": "some"}, "data must be 'all' or 'shard', got 'some'"),
-        ({"communication_dtype": "int4"}, "communication_dtype must be one of"),
+        ({"communication_dtype": "int2"}, "communication_dtype must be one of"),
         ({"replicas": True}, "replicas must be 'auto' or an int >= 1, got True"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
         ({"relaxation": presets.heat()}, "relaxation must have perturb=False"),

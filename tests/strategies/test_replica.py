@@ -115,7 +115,7 @@ def test_one_replica_is_the_callback(tmp_path: Path, relaxation: le.Relaxation) 
     assert all(torch.equal(v, callback[0]["final"][k]) for k, v in ours[0]["final"].items())
 
 
-@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
 def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any) -> None:
     relaxation = le.parle(4, 0.1, 0.5)
     both = [
@@ -231,7 +231,7 @@ class Poisons(L.Callback):
             record.extra["started"] = [p.detach().clone() for p in pl_module.parameters()]
 
 
-@pytest.mark.parametrize("format", ["float32", "int8"])
+@pytest.mark.parametrize("format", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("method", ["anchor", "average", "diloco"])
 @pytest.mark.filterwarnings("ignore:replica 1 has nan or inf")
 def test_a_nan_is_left_out_and_put_back(tmp_path: Path, method: str, format: Any) -> None:
@@ -242,10 +242,10 @@ def test_a_nan_is_left_out_and_put_back(tmp_path: Path, method: str, format: Any
         assert all(torch.isfinite(x).all() for step in rank["anchors"] for x in step) or rank is ranks[1]
         assert all(torch.isfinite(v).all() for v in rank["final"].values())
     # It is poisoned at step 5 of the second loop, and trains on from the others' mean after that loop.
-    # In int8 an exchange has two halves, and it takes the step after to come back.
+    # In int8 and int4 an exchange has two halves, and it takes the step after to come back.
     poisoned = ranks[1]["iterates"]
     assert not torch.isfinite(poisoned[4][0]).all()
-    assert all(torch.isfinite(y).all() for step in poisoned[9 if format == "int8" else 6 :] for y in step)
+    assert all(torch.isfinite(y).all() for step in poisoned[6 if format == "float32" else 9 :] for y in step)
     assert torch.isfinite(torch.tensor(list(ranks[0]["metrics"].values()))).all()
     if format == "float32" and method == "anchor":
         others = [(a + b) / 2 for a, b in zip(ranks[0]["anchors"][1], ranks[2]["anchors"][1], strict=True)]

@@ -20,7 +20,9 @@ from torch.optim import SGD, Optimizer
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.arithmetic import Move
+from lightning_entropy.engine.gaussian import Source
 from lightning_entropy.engine.native.build import kernel
+from lightning_entropy.engine.noise import seed_of
 from lightning_entropy.engine.optimizer_hooks import has_foreign_hooks
 from lightning_entropy.engine.weights import Weight
 
@@ -175,9 +177,9 @@ def _sgd_options(group: dict[str, Any]) -> tuple[float, float, float, float] | N
     return group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"])
 
 
-def _noise(scale: float, seeds: Sequence[Sequence[int]] | None, i: int) -> tuple[float, int, int]:
+def _noise(scale: float, seeds: Sequence[Source] | None, i: int) -> tuple[float, int, int]:
     """Return the size of a parameter's noise and its two keys."""
     if seeds is None:
         return 0.0, 0, 0
     first = seeds[i][0]
-    return scale, first, F.seed_of(first, 1)
+    return scale, first, seed_of(first, 1)

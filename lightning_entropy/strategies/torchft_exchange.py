@@ -1,0 +1,172 @@
+"""The mean over the replicas that are there: the engine's ``replica_mean`` where replicas come and go."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_entropy.strategies.exchange import DIVERGED, flatten, unflatten
+from lightning_entropy.strategies.torchft_assembly import Assembly
+
+
+class ElasticCoupling:
+    """Means over the replicas that meet, one exchange after the other.
+
+    It has the interface of :class:`Coupling`. What is not finite enters no mean: weights are judged together, and every
+    further tensor (a buffer) by itself. Where a peer is lost in the middle of an exchange there is no mean, and the
+    next exchange is of those that are left.
+
+    Args:
+        assembly: where the replicas meet.
+        stream: the number of this stream of exchanges, the same on all replicas.
+        overlap: False waits for every exchange at once, with the same result.
+        keep: the last means are kept, of tensors that the engine does not ask for again.
+        extras: returns further tensors, whose means travel with those that the engine asks for.
+        common: all replicas take the same step along the mean, so that one that has missed it is behind: returns what
+            they have in common. None: they do not.
+        catch_up: takes over what ``common`` has returned on another replica.
+
+    Attributes:
+        round: the last exchange; None before the first.
+        passes: the next exchange is left out: this replica has joined in the middle of a loop, at the mean that it
+            would bring.
+        version: how many common steps have been taken; -1 without any.
+        last: the last means that have arrived, if they are kept; empty before.
+        last_extras: those of the further tensors; nan where no replica's was finite.
+        sent: bytes this replica has sent, counted as for a ring: 2 (R - 1) / R of the payload.
+        waited: seconds it has waited for exchanges to end.
+        spread: rms per weight, over replicas, of their distance to the mean in the previous round; None before that.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        stream: int,
+        *,
+        overlap: bool = True,
+        keep: bool = False,
+        extras: Callable[[], list[Tensor]] = list,
+        common: Callable[[], dict[str, Any]] | None = None,
+        catch_up: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.assembly, self.stream, self.overlap, self.keep = assembly, stream, overlap, keep
+        self.extras, self.common, self.catch_up = extras, common, catch_up
+        self.version = -1 if common is None else 0
+        self.passes = False
+        self.round: ElasticRound | None = None
+        self.last: list[Tensor] = []
+        self.last_extras: list[Tensor] = []
+        self.sent = 0.0
+        self.waited = 0.0
+        self.spread: float | None = None
+        self.distance: Tensor | None = None  # this replica's, squared, to be summed with the next round
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor] | None]:
+        """Start a mean over the replicas that meet.
+
+        Args:
+            tensors: any shapes, the same on all replicas. They must not change until the mean has been waited for.
+
+        Returns:
+            A function that waits for the means and returns them, in float64 if any tensor is, else in float32; None if
+            a peer was lost, and there is no mean.
+        """
+        if self.passes:
+            self.passes = False
+            return lambda: None
+        self.round = ElasticRound(self, list(tensors))
+        if not self.overlap:
+            self.round.wait()
+        return self.round.wait
+
+    def progress(self) -> None:
+        """Do nothing: an exchange advances by itself."""
+
+    def state_dict(self, *, repeat: bool) -> dict[str, Any]:
+        """Return the number of common steps."""
+        return {"version": self.version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.version = state["version"]
+
+
+class ElasticRound:
+    """One exchange.
+
+    Attributes:
+        tensors: this replica's.
+        finite: whether they are, so that they count.
+    """
+
+    def __init__(self, coupling: ElasticCoupling, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self._coupling, self._waited = coupling, False
+        self._means: list[Tensor] | None = None
+        self._extras = [extra.detach() for extra in coupling.extras()]
+        flat = flatten([*tensors, *self._extras])
+        self._sizes = [sum(t.numel() for t in tensors), *(extra.numel() for extra in self._extras)]
+        parts = flat.split(self._sizes)
+        counts = torch.stack([part.isfinite().all() for part in parts]).to(flat.dtype)
+        for part, counted in zip(parts, counts.tolist(), strict=True):
+            if not counted:
+                part.zero_()
+        self.finite = bool(counts[0])
+        distance = flat.new_zeros(1)
+        if self.finite and coupling.distance is not None:
+            distance[0] = coupling.distance
+        payload = torch.cat([flat, counts, distance]).cpu()
+        self._payload_bytes = payload.numel() * payload.element_size()
+        self._encounter = coupling.assembly.exchange(
+            payload, stream=coupling.stream, version=coupling.version, common=coupling.common
+        )
+
+    @property
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` returns at once."""
+        return self._encounter.over.is_set()
+
+    def wait(self) -> list[Tensor] | None:
+        """Wait for the means and return them; None if there are none. May be called again.
+
+        Raises:
+            RuntimeError: no replica has finite values.
+            ValueError: this replica trains another model than most.
+        """
+        if not self._waited:
+            start = time.perf_counter()
+            met = self._encounter.wait()
+            self._coupling.waited += time.perf_counter() - start
+            self._waited = True
+            if met is not None and met.total is not None:
+                if met.common is not None:
+                    self._take_over(met.common)
+                self._means = self._mean(met.total, len(met.records))
+        return self._means
+
+    def _take_over(self, common: dict[str, Any]) -> None:
+        coupling = self._coupling
+        assert coupling.catch_up is not None
+        coupling.catch_up(common)
+        coupling.version = common["version"]
+
+    def _mean(self, total: Tensor, replicas: int) -> list[Tensor]:
+        coupling = self._coupling
+        coupling.sent += 2 * (1 - 1 / replicas) * self._payload_bytes
+        values, counts, squares = total.split([sum(self._sizes), len(self._sizes), 1])
+        if counts[0] == 0:
+            raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")
+        if coupling.version >= 0:
+            coupling.version += 1
+        scale = counts.repeat_interleave(torch.tensor(self._sizes))
+        means = unflatten(values / scale, [*self.tensors, *self._extras])  # 0 / 0 is nan: of no replica
+        means, coupling.last_extras = means[: len(self.tensors)], means[len(self.tensors) :]
+        if coupling.keep:
+            coupling.last = means
+        coupling.spread = None if coupling.distance is None else float(squares / counts[0]) ** 0.5
+        if self.finite:
+            squared = [(t.detach() - m).square().sum() for t, m in zip(self.tensors, means, strict=True)]
+            coupling.distance = torch.stack(squared).sum() / sum(t.numel() for t in self.tensors)
+        return means

@@ -1,0 +1,55 @@
+"""How a replica begins where replicas come and go: with the state of one that is there, or with its own."""
+
+import os
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import Module
+
+from lightning_entropy.strategies.torchft_assembly import Assembly
+
+LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
+PEER = "a replica that joins"  # the path of a checkpoint that goes to one
+
+
+def lighthouse_address() -> str:
+    """Return the address of the lighthouse.
+
+    Raises:
+        MisconfigurationException: the environment does not have it.
+    """
+    address = os.environ.get(LIGHTHOUSE, "")
+    if not address:
+        raise MisconfigurationException(
+            f"membership='torchft' needs {LIGHTHOUSE}, the lighthouse's address http://host:port, in the environment: "
+            "python -m lightning_entropy.launch starts one and sets it"
+        )
+    return address
+
+
+def join(assembly: Assembly, module: Module) -> dict[str, Any] | None:
+    """Meet the others for the first time.
+
+    Args:
+        assembly: where.
+        module: gets the weights of the first of several replicas that begin together.
+
+    Returns:
+        The state of a replica that is training; None if all that are here begin.
+    """
+    while True:
+        met = assembly.join().wait()
+        if met is None:
+            continue
+        if met.begins:
+            if assembly.wants_state:
+                assembly.give_state({"weights": module.state_dict()})
+            return None
+        try:
+            state = assembly.take_state(met)
+        except OSError:
+            continue  # it is gone, and another will do
+        if "weights" not in state:
+            return state
+        module.load_state_dict(state["weights"])
+        return None

@@ -1,0 +1,97 @@
+"""What is compared: methods with the settings each may choose from, and arms, a method in one setting of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning_entropy as le
+from lightning_entropy import Relaxation
+
+Settings = Mapping[str, float]
+
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # of what replicas send
+MOMENTA = (0.5, 0.9)  # of an outer Nesterov step
+EMA_MEMORY = 0.05  # of the training, about, is in the average
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method as it is trained.
+
+    Attributes:
+        method: one of ``METHODS``.
+        replicas: copies of the net that share each step's tokens.
+        inner_steps: H, steps between two exchanges; 0 for a method without.
+        format: of what replicas send.
+    """
+
+    method: str
+    replicas: int = 1
+    inner_steps: int = 0
+    format: str = "float32"
+
+    def __str__(self) -> str:
+        if self.replicas == 1:
+            return self.method
+        loops = f", H = {self.inner_steps}, {self.format}" if self.inner_steps else ""
+        return f"{self.method}, {self.replicas} replicas{loops}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of ``METHODS``.
+
+    Attributes:
+        optimizer: the inner one.
+        relaxation: makes the loop from the inner steps and the settings; None: there is none.
+        replicated: it trains replicas.
+        grid: settings beside the learning rate, and the values that are tried.
+        ema: keep an exponential moving average, Lightning's callback.
+        inner_steps: H of a method on one replica; None: the study's.
+    """
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    relaxation: Callable[[int, Settings], Relaxation] | None = None
+    replicated: bool = False
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    ema: bool = False
+    inner_steps: int | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether an outer step waits for its exchange; DDP's is hidden behind its backward pass."""
+        return self.relaxation is not None and self.relaxation(1, _first(self.grid)).elastic_target != "anchor"
+
+
+def ddp_like(arm: Arm) -> Arm:
+    """Return DDP with as many replicas and the same inner optimizer."""
+    return Arm("muon_ddp" if METHODS[arm.method].optimizer == "muon" else "ddp", arm.replicas)
+
+
+def _first(grid: Mapping[str, tuple[float, ...]]) -> Settings:
+    return {name: values[0] for name, values in grid.items()}
+
+
+def _nesterov(inner_steps: int, settings: Settings) -> Relaxation:
+    return le.diloco(inner_steps, outer_lr=0.7, outer_momentum=settings["outer_momentum"])
+
+
+_OUTER: Any = {"relaxation": _nesterov, "grid": {"outer_momentum": MOMENTA}}
+
+METHODS: dict[str, Method] = {
+    "adamw": Method(),
+    "muon": Method("muon"),
+    "ema": Method(ema=True),
+    "lookahead": Method(relaxation=lambda inner_steps, _: le.lookahead(inner_steps), inner_steps=5),
+    "snoo": Method(**_OUTER),
+    "muon_snoo": Method("muon", **_OUTER),
+    "ddp": Method(replicated=True),
+    "muon_ddp": Method("muon", replicated=True),
+    "local_sgd": Method(relaxation=lambda inner_steps, _: le.local_sgd(inner_steps), replicated=True),
+    "diloco": Method(replicated=True, **_OUTER),
+    "muon_diloco": Method("muon", replicated=True, **_OUTER),
+    "elastic_sgd": Method(relaxation=lambda inner_steps, _: le.elastic_sgd(inner_steps, rho=1.0), replicated=True),
+    "parle": Method(relaxation=lambda inner_steps, _: le.parle(inner_steps), replicated=True),
+}

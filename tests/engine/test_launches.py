@@ -1,0 +1,191 @@
+"""What a step asks of a GPU: few calls whatever the number of tensors, and no wait for what it computes.
+
+No GPU is needed: calls are counted on the CPU with the choices that a GPU's parameters get, and fake tensors on a
+device "cuda" refuse to tell the host a value.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lightning_entropy as le
+from lightning_entropy.engine import filters, gaussian, noise
+from tests.engine.methods_table import METHODS, part
+
+Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": part(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True),
+    "adamw": part(torch.optim.AdamW, lr=1e-2, foreach=True),
+}
+STEPS = 10
+# Beyond the optimizer's own calls, in float32; a parameter with less precision is widened and rounded, by a few more.
+MOST, MOST_IN_HALF = 20, 36
+
+
+def resnet50(width: int) -> list[tuple[int, ...]]:
+    """The 161 shapes of a ResNet-50, its channels divided by 64 and multiplied by ``width``."""
+    shapes: list[tuple[int, ...]] = []
+    channels = width
+
+    def convolution(out: int, inputs: int, kernel: int) -> None:
+        shapes.extend([(out, inputs, kernel, kernel), (out,), (out,)])  # and BatchNorm
+
+    convolution(width, 3, 7)
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        inner = width << stage
+        for block in range(blocks):
+            convolution(inner, channels, 1)
+            convolution(inner, inner, 3)
+            convolution(4 * inner, inner, 1)
+            if block == 0:
+                convolution(4 * inner, channels, 1)
+            channels = 4 * inner
+    return [*shapes, (10, channels), (10,)]
+
+
+class Calls(TorchDispatchMode):
+    """Count what torch is asked to do: no views and no memory without values, which start nothing on a device."""
+
+    NOTHING = ("empty", "empty_like", "empty_strided", "_record_function_enter_new", "_record_function_exit")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if not (func.is_view or name in self.NOTHING):
+            self.counted[name] += 1
+        result = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and result.is_cpu and not all(a.is_cpu for a in args if torch.is_tensor(a)):
+            self.counted["to the host"] += 1
+        return result
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (gaussian, noise):
+        monkeypatch.setattr(module, "has_streams", lambda p: False)
+    monkeypatch.setattr(filters, "one_by_one", lambda p: False)
+    monkeypatch.setattr(gaussian, "_generator", lambda device, seed: torch.Generator().manual_seed(seed))
+    filters.lengths_of.cache_clear()
+    yield
+    filters.lengths_of.cache_clear()
+
+
+def steps(
+    make: Make,
+    relaxation: le.Relaxation | None,
+    *,
+    tensors: int = 161,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Counter[str]]:
+    """What ten steps call, from the first on."""
+    shapes = resnet50(1)
+    assert len(shapes) == 161
+    params = [torch.nn.Parameter(torch.ones(s, device=device, dtype=dtype)) for s in shapes[:tensors]]
+    optimizer = make(params)
+    loop = None if relaxation is None else le.relax(optimizer, relaxation, seed=0)
+    if loop is not None:
+        loop.prepare()
+    found = []
+    for _ in range(STEPS):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with Calls() as calls:
+            optimizer.step()
+        found.append(calls.counted)
+    return found
+
+
+@functools.cache
+def plain(name: str, dtype: torch.dtype) -> Counter[str]:
+    """What a step of the optimizer alone calls."""
+    return steps(OPTIMIZERS[name], None, dtype=dtype)[-1]
+
+
+def beyond(name: str, relaxation: le.Relaxation, dtype: torch.dtype = torch.float32) -> list[Counter[str]]:
+    """What the steps after the first two outer ones, which make the state, call beyond the optimizer's own."""
+    warm = 2 * relaxation.inner_steps
+    assert warm + relaxation.inner_steps <= STEPS
+    found = []
+    for counted in steps(OPTIMIZERS[name], relaxation, dtype=dtype)[warm:]:
+        left = counted.copy()
+        left.subtract(plain(name, dtype))
+        found.append(+left)
+    return found
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("name", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_makes_few_calls_whatever_the_number_of_tensors(method: str, name: str) -> None:
+    for counted in beyond(name, METHODS[method]):
+        # A gradient taken away in the middle of a mean leaves the optimizer nothing to do.
+        assert counted.total() <= MOST, counted
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_less_precision_make_some_more(method: str) -> None:
+    for counted in beyond("sgd", METHODS[method], torch.bfloat16):
+        assert counted.total() <= MOST_IN_HALF, counted
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_the_cpu_only_draws_and_norms_go_one_by_one(method: str) -> None:
+    """A stream per parameter gives numbers that do not depend on which others move."""
+    for counted in beyond("sgd", METHODS[method]):
+        draws = counted.pop("normal_", 0)
+        norms = counted.pop("linalg_vector_norm", 0)
+        assert draws <= 161 * 2 and norms <= 161
+        assert counted.total() <= MOST, counted
+
+
+# What waits for the device: a value that the host reads, a shape that depends on one, and a copy to the host.
+WAITS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "is_nonzero", "to the host")
+MEASURED = [name for name, r in METHODS.items() if r.auto_gamma]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("name", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in MEASURED])
+def test_no_step_waits_for_the_device(method: str, name: str) -> None:
+    """Neither between outer steps nor at one: a fake tensor raises an error where its value is asked for."""
+    with FakeTensorMode():
+        own = steps(OPTIMIZERS[name], None, device="cuda", tensors=6)  # AdamW's counters are on the host
+        found = steps(OPTIMIZERS[name], METHODS[method], device="cuda", tensors=6)
+    for counted, plain in zip(found, own, strict=True):
+        assert all(counted[wait] <= plain[wait] for wait in WAITS)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("method", MEASURED)
+def test_a_measured_gamma_is_read_once(method: str) -> None:
+    """At the first outer step; it is a number from then on."""
+    with pytest.raises(DataDependentOutputException), FakeTensorMode():
+        steps(OPTIMIZERS["sgd"], METHODS[method], device="cuda", tensors=6)
+    found = steps(OPTIMIZERS["sgd"], METHODS[method], tensors=6)
+    assert [counted["_local_scalar_dense"] for counted in found] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_wait_would_be_noticed() -> None:
+    w = torch.ones(3)
+    with Calls() as calls:
+        assert w.sum().item() == 3.0
+    assert calls.counted["_local_scalar_dense"] == 1
+    with pytest.raises(DataDependentOutputException), FakeTensorMode():
+        bool(torch.ones(3, device="cuda").sum() > 0)
+    with FakeTensorMode(), Calls() as calls:
+        torch.ones(3, device="cuda").cpu()
+        torch.ones(3).copy_(torch.ones(3, device="cuda"))
+    assert calls.counted["to the host"] == 2

@@ -1,0 +1,73 @@
+"""Jobs that end, die, and are started again, without any training."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_entropy.launch import job as job_module
+from lightning_entropy.launch.__main__ import main
+from lightning_entropy.launch.job import Job
+from lightning_entropy.launch.jobs import Jobs
+
+pytestmark = pytest.mark.processes
+
+
+def job(folder: Path, replica: int, program: str) -> Job:
+    return Job(replica, [sys.executable, "-c", program], {}, folder / f"{replica}.json")
+
+
+def run(*jobs: Job) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return Jobs(jobs, said.append, every=1e9).run(), said
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_module, "LONGEST_PAUSE", 0.01)
+
+
+def test_one_that_dies_in_vain_is_left_and_its_status_is_the_launchers(tmp_path: Path) -> None:
+    code, said = run(job(tmp_path, 0, "raise SystemExit(3)"))
+    assert code == 3
+    again = "replica 0 has ended with exit code 3: it is started again"
+    assert said[:4] == [again] * 4 and len(said) == 5
+    assert said[4].endswith("it has died too often without an outer step between, and is not started again")
+
+
+def test_one_that_makes_outer_steps_may_die_as_often_as_it_likes(tmp_path: Path) -> None:
+    status, count = tmp_path / "0.json", tmp_path / "count"
+    program = (
+        f"import os, pathlib; s, c = pathlib.Path({str(status)!r}), pathlib.Path({str(count)!r}); "
+        "n = int(c.read_text()) if c.exists() else 0; c.write_text(str(n + 1)); s.write_text('{\"step\": 1}'); "
+        "n < 7 and os.kill(os.getpid(), 9)"
+    )
+    one = job(tmp_path, 0, program)
+    code, said = run(one)
+    assert code == 0 and one.restarts == 7
+    assert said == ["replica 0 has ended with SIGKILL: it is started again"] * 7
+    assert one.line() == "replica 0: has ended, started again 7 times"
+
+
+def test_one_that_dies_when_another_has_ended_well_is_not_started_again(tmp_path: Path) -> None:
+    well = job(tmp_path, 0, "")
+    assert well._process is not None
+    well._process.wait()
+    code, said = run(well, job(tmp_path, 1, "import time; time.sleep(1); raise SystemExit(4)"))
+    assert code == 0
+    assert said == ["replica 1 has ended with exit code 4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "0", "x.py"], "must be >= 1, got 0"),
+        (["--replicas", "2", "--min-replicas", "3", "x.py"], "--min-replicas must be at most --replicas, got 3 and 2"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""The launcher, with replicas that train."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchft")
+pytestmark = pytest.mark.processes
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def launch(folder: Path, replicas: int, plan: str) -> Iterator[subprocess.Popen[str]]:
+    options = ["--replicas", str(replicas), "--heartbeat-timeout", "1", "-m"]
+    command = [sys.executable, "-m", "lightning_entropy.launch", *options, "tests.launch.training", str(folder), plan]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        try:
+            yield launcher
+        finally:
+            launcher.kill()
+
+
+def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path) -> None:
+    with launch(tmp_path, 3, "die") as launcher:
+        said, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, said
+    assert "replica 1 has ended with SIGKILL: it is started again" in said
+    assert "replica 1 joins at step" in said
+    steps, weights = zip(*(torch.load(tmp_path / f"final.{r}.pt") for r in range(3)), strict=True)
+    assert len(set(steps)) == 1 and steps[0] == int((tmp_path / "stop").read_text())
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=0)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert saved["global_step"] <= steps[0]
+
+
+def test_ctrl_c_is_passed_on_once_and_nobody_is_left(tmp_path: Path) -> None:
+    with launch(tmp_path, 2, "endless") as launcher:
+        end = time.monotonic() + 200
+        while not all((tmp_path / f"started.{r}").exists() for r in range(2)):
+            assert time.monotonic() < end and launcher.poll() is None
+            time.sleep(0.1)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+        launcher.send_signal(signal.SIGINT)
+        said, _ = launcher.communicate(timeout=100)
+    assert launcher.returncode == 128 + signal.SIGINT, said
+    assert [(tmp_path / f"ended.{r}").read_text() for r in range(2)] == ["KeyboardInterrupt\n"] * 2
+    pids = [int(pid) for pid in children.stdout.split()]
+    assert len(pids) >= 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

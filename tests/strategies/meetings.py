@@ -1,0 +1,254 @@
+"""Meetings of replicas, in processes of their own: ``python -m tests.strategies.meetings SCENARIO``.
+
+A scenario is a function of a lighthouse that returns what there is to compare. Its replicas are threads of one process,
+each with its servers and its process group, where none of them has to die.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Met = Callable[[str], tuple[Any, str]]  # results of a scenario by its name, and what was written to stderr
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def lighthouse(min_replicas: int = 1) -> Iterator[str]:
+    from lightning_entropy.strategies.torchft_internals import open_lighthouse
+
+    server, address = open_lighthouse(min_replicas, heartbeat_timeout=1.0, join_timeout=20.0)
+    try:
+        yield address
+    finally:
+        server.shutdown()
+
+
+def meeting(replica: int, address: str, min_replicas: int = 1) -> Any:
+    from lightning_entropy.strategies.torchft_assembly import Assembly
+
+    return Assembly(replica, address, min_replicas=min_replicas, timeout=timedelta(seconds=20))
+
+
+def side_by_side(functions: list[Callable[[], Any]]) -> list[Any]:
+    """Return what the functions return, each in a thread."""
+    results: list[Any] = [None] * len(functions)
+
+    failed: list[BaseException] = []
+
+    def run(i: int) -> None:
+        try:
+            results[i] = functions[i]()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    return results
+
+
+def coupled(replica: int, address: str, **options: Any) -> Any:
+    from lightning_entropy.strategies.torchft_exchange import ElasticCoupling
+
+    return ElasticCoupling(meeting(replica, address), 0, **options)
+
+
+def mean(coupling: Any, *tensors: Tensor) -> list[list[float]] | None:
+    means = coupling(list(tensors))()
+    return None if means is None else [m.tolist() for m in means]
+
+
+def gather(couplings: list[Any]) -> None:
+    """Let the replicas meet until all are there at once: who comes first meets alone."""
+
+    def come(coupling: Any) -> None:
+        while len(coupling.assembly.present) < len(couplings):
+            mean(coupling, torch.zeros(3))
+
+    side_by_side([lambda c=c: come(c) for c in couplings])
+
+
+def exact() -> Any:
+    """Three replicas; one has a nan, one a buffer that is not finite, and one comes to other exchanges."""
+    with lighthouse() as address:
+        buffers = [torch.tensor([float("inf")]), torch.tensor([2.0]), torch.tensor([6.0])]
+        three = [coupled(r, address, extras=lambda r=r: [buffers[r]]) for r in range(3)]
+        gather(three)
+        x = [torch.tensor([1.0, 2.0, 3.0]) * (r + 1) for r in range(3)]
+        whole = side_by_side([lambda r=r: mean(three[r], x[r]) for r in range(3)])
+        extras = [c.last_extras[0].tolist() for c in three]
+        x[1][2] = float("nan")
+        nan = side_by_side([lambda r=r: mean(three[r], x[r]) for r in range(3)])
+        spread = [c.spread for c in three]
+        for c in three:
+            c.assembly.close()
+        return {"whole": whole, "extras": extras, "nan": nan, "spread": spread}
+
+
+def behind() -> Any:
+    """Two replicas take common steps, and one of them has missed two."""
+    with lighthouse() as address:
+        taken: list[Any] = [None, None]
+        two = [
+            coupled(
+                r,
+                address,
+                common=lambda r=r: {"x": torch.full((2,), 10.0 + r)},
+                catch_up=lambda common, r=r: taken.__setitem__(r, common["x"].tolist()),
+            )
+            for r in range(2)
+        ]
+        gather(two)
+        two[0].version, two[1].version = 7, 5
+        means = side_by_side([lambda r=r: mean(two[r], torch.full((2,), float(r))) for r in range(2)])
+        for c in two:
+            c.assembly.close()
+        return {"taken": taken, "means": means, "versions": [c.version for c in two]}
+
+
+def another_model() -> Any:
+    with lighthouse() as address:
+        three = [coupled(r, address) for r in range(3)]
+        gather(three)
+
+        def tried(r: int) -> Any:
+            try:
+                return mean(three[r], torch.full((2 if r else 3,), float(r)))
+            except ValueError as error:
+                return str(error)
+
+        results = side_by_side([lambda r=r: tried(r) for r in range(3)])
+        for c in three:
+            c.assembly.close()
+        return results
+
+
+def join() -> Any:
+    """A replica joins another, which gives its state after the meeting, and is not counted in it."""
+    with lighthouse() as address:
+        first = coupled(0, address)
+        alone = mean(first, torch.tensor([4.0]))
+        second = meeting(1, address)
+        encounter = second.join()
+        time.sleep(1.0)  # the lighthouse has heard of it
+        together = mean(first, torch.tensor([5.0]))
+        met = encounter.wait()
+        wanted = first.assembly.wants_state
+        got = side_by_side(
+            [lambda: second.take_state(met), lambda: first.assembly.give_state({"x": torch.tensor([5.0]), "t": 3})]
+        )[0]
+        second.close()
+        later = mean(first, torch.tensor([6.0]))
+        first.assembly.close()
+        return {
+            "alone": alone,
+            "together": together,
+            "wanted": wanted,
+            "present": met.present,
+            "got": [got["x"].tolist(), got["t"]],
+            "later": later,
+        }
+
+
+def too_few() -> Any:
+    """One replica where two are needed, and then the second."""
+    with lighthouse() as address:
+        two = [meeting(r, address, min_replicas=2) for r in range(2)]
+        first = two[0].exchange(torch.ones(1))
+        time.sleep(2.0)
+        waits = not first.over.is_set()
+        second = two[1].exchange(torch.ones(1))
+        totals = [e.wait().total.tolist() for e in (first, second)]
+        for m in two:
+            m.close()
+        return {"waits": waits, "totals": totals}
+
+
+def closed() -> Any:
+    """A meeting that nobody else comes to can be closed."""
+    with lighthouse(min_replicas=2) as address:
+        one = meeting(0, address)
+        encounter = one.exchange(torch.ones(1))
+        time.sleep(0.5)
+        one.close()
+        encounter.over.wait(10)
+        return {"over": encounter.over.is_set(), "error": type(encounter.error).__name__}
+
+
+def no_lighthouse() -> Any:
+    from lightning_entropy.strategies import torchft_assembly
+
+    torchft_assembly.CONNECT = timedelta(seconds=1)
+    with lighthouse() as address:
+        pass
+    try:
+        meeting(0, address).join().wait()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def member(replica: int, address: str, dies_after: int, meetings: int) -> None:
+    """One of three replicas that send their number plus one, in a process of its own; prints what it got."""
+    c = coupled(replica, address)
+    done = 0
+    while done < meetings:
+        got = mean(c, torch.full((50_000,), float(replica + 1)))
+        value = None if got is None else got[0][0]
+        print(json.dumps({"mean": value, "present": c.assembly.present}), flush=True)
+        done += len(c.assembly.present) == 3 or done > 0
+        if done == dies_after:  # when the others wait for what it sends
+            c.assembly._sum = lambda payload: os.kill(os.getpid(), 9)
+    c.assembly.close()
+
+
+def killed() -> Any:
+    """Three processes, of which one is killed."""
+    with lighthouse() as address:
+        command = [sys.executable, "-m", "tests.strategies.meetings", "member"]
+        jobs = [
+            subprocess.Popen(
+                [*command, str(r), address, "5" if r == 2 else "-1", "12"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            )
+            for r in range(3)
+        ]
+        out = [[json.loads(line) for line in job.communicate(timeout=100)[0].splitlines()] for job in jobs]
+        return {"codes": [job.returncode for job in jobs], "got": out}
+
+
+SCENARIOS = ("exact", "behind", "another_model", "join", "too_few", "closed", "killed", "no_lighthouse")
+
+
+def run(*scenarios: str) -> tuple[Any, str]:
+    """Run scenarios in a fresh process; return their results by name, and what they wrote to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.strategies.meetings", *scenarios],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=200,
+        env={**os.environ, "RUST_LOG": "error"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "member":
+        member(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        print(json.dumps({name: globals()[name]() for name in sys.argv[1:]}), flush=True)
