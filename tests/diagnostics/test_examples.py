@@ -85,7 +85,7 @@ def test_lists_of_ids_are_cut_with_their_examples() -> None:
         (
             Layout(batch_dim=1),
             (torch.zeros(5, 6), torch.zeros(6, 5)),
-            "batch_dim must be a dimension.*got 1.*examples=",
+            "batch_dim must be .*got 1.*examples=",
         ),
         (Layout(batch_dim=3), torch.zeros(5, 6), "batch_dim must be a dimension.*got 3"),
         (Layout(count=lambda b: 2.5), torch.zeros(5), "callable .* integer of at least 0, got 2.5 from it"),
