@@ -151,8 +151,8 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
     edges = f"{min(study.lrs):g} and {max(study.lrs):g}"
     return [
         f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation). A step's tokens are shared by "
-        "the replicas. Of DDP's: of DDP's with the same inner optimizer. Losses are in nats per token, bytes are of "
-        "all replicas together and as a ring would send them.",
+        "the replicas. DDP's is that with the same inner optimizer. Losses are in nats per token, bytes are of all "
+        "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of two; the outer rate is 0.7.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
