@@ -130,8 +130,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         min_replicas: with torchft, how many must meet; fewer wait, and say so.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
             not answer counts as gone; 60 s with torchft), ``start_method``, ``checkpoint_io`` (writes the main
-            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
-            and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
+            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo)
+            and so on; and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
@@ -400,6 +400,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         """Attach the loops: by now everything is restored and on its device."""
         if self._tries:
             return
+        self._joins = None
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
         self._loops = replica_loops(
@@ -573,7 +574,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         """Leave the consensus in the module and no hook behind."""
         if self._assembly is not None:
             self._assembly.close()
-            self._assembly = None
+            self._assembly = self._joins = None
         if self._loops is not None:
             self._left = None if self._leaving else self._replica_state(self._loops)
             self._loops.detach(close=not self._leaving)
