@@ -400,6 +400,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         """Attach the loops: by now everything is restored and on its device."""
         if self._tries:
             return
+        self._joins = None
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
         self._loops = replica_loops(
@@ -573,7 +574,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         """Leave the consensus in the module and no hook behind."""
         if self._assembly is not None:
             self._assembly.close()
-            self._assembly = None
+            self._assembly = self._joins = None
         if self._loops is not None:
             self._left = None if self._leaving else self._replica_state(self._loops)
             self._loops.detach(close=not self._leaving)
