@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
@@ -85,11 +85,11 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     error that names it, and says why where it could.
 
     With ``membership="torchft"`` every replica is a job of its own, which may die, come back and join: see
-    ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica
-    that comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or
-    puts off a common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its
-    own: one that stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes
-    checkpoints, without the replicas' files. It logs ``entropy/replicas`` too, how many met.
+    ``docs/elastic.md``. A meeting is then of whoever is there, and the consensus is the mean of the last one. A replica
+    that comes takes the state of one that is training. A meeting in which one dies leaves out the pull, or puts off a
+    common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its own: one that
+    stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes checkpoints, without
+    the replicas' files. It logs ``entropy/replicas`` too, how many met.
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
     ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
@@ -264,7 +264,11 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         limit = timeout(self)
         assert limit is not None
         self._assembly = Assembly(
-            self.grid.replica, lighthouse_address(), min_replicas=self.options.min_replicas, timeout=limit
+            self.grid.replica,
+            lighthouse_address(),
+            min_replicas=self.options.min_replicas,
+            timeout=limit,
+            check=self._end_if_told,
         )
         state = join(self._assembly, self.lightning_module)
         self._joins = None
@@ -274,14 +278,24 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             restore_from(self._trainer, state["checkpoint"])
             print(f"replica {self.grid.replica} joins at step {state['checkpoint']['global_step']}", flush=True)
 
+    def _end_if_told(self) -> None:
+        """End a wait for other replicas, who may never come, when this job is told to end."""
+        if self._trainer.received_sigterm:
+            raise SIGTERMException
+
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         """Whether a checkpoint is loaded when the other replicas, whose state may be newer, have been met."""
         return self.options.elastic
 
+    @property
+    def _waited_for(self) -> bool:
+        """Whether a replica waits for this one's state: it must not be waited for then, as it would be in a meeting."""
+        return self._assembly is not None and self._assembly.wants_state
+
     def _give_state(self) -> None:
         """Give a replica that has come what ``fit(ckpt_path=...)`` would load."""
-        if self._assembly is not None and self._assembly.wants_state and self._loops is not None:
+        if self._waited_for and self._loops is not None:
             self._trainer.save_checkpoint(PEER)
 
     def configure_ddp(self) -> None:
@@ -416,7 +430,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     def training_batch_ended(self, batch_idx: int) -> None:
         """Close the loops if this was the last batch, before the last validation and checkpoint; or stop here."""
         self._moment = Moment.CALLBACKS
-        self._give_state()  # before anything that waits for the others, among whom the one that has come may be
+        if not self._trainer.is_last_batch:  # from there on Lightning resumes right once, and at the epoch's end always
+            self._give_state()
         if training_is_complete(self._trainer, batch_idx):
             self._close()
         else:
@@ -431,6 +446,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     def training_epoch_ended(self) -> None:
         """Show the consensus, and close the loops if the Trainer stops here: on its own, or with another rank."""
         self._moment = Moment.BETWEEN
+        self._give_state()
         if self._trainer.should_stop:
             self._close()
         if self._epoch_rng is not None:
@@ -467,7 +483,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         self._moment = Moment.BETWEEN
         if self._loops is not None:
             self._give_notice()
-            self._loops.consensus.show(alone=self._trainer.interrupted)
+            self._loops.consensus.show(alone=self._trainer.interrupted or self._waited_for)
 
     def on_validation_end(self) -> None:
         """Put y back, behind every callback and before the module puts back its own."""
@@ -480,9 +496,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         state = super().lightning_module_state_dict()
         if self._loops is None:
             return state
-        # Who waits for this state is one of those that would be waited for.
-        waited_for = self._assembly is not None and self._assembly.wants_state
-        return self._loops.consensus.fill(state, alone=self._trainer.interrupted or waited_for)
+        return self._loops.consensus.fill(state, alone=self._trainer.interrupted or self._waited_for)
 
     def on_train_end(self) -> None:
         """Give the result to a replica that has come to the last meeting."""
