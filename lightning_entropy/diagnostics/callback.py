@@ -90,7 +90,7 @@ class Diagnostic(pl.Callback, ABC):
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that spread one model's weights over ranks."""
+        """Raise MisconfigurationException for strategies that spread one model's weights over ranks."""
         if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs the whole model on one device, got {type(trainer.strategy).__name__}: "

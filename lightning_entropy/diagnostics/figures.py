@@ -11,7 +11,7 @@ class Result(Protocol):
     """What an estimator returns: numbers to log and a picture."""
 
     def scalars(self) -> dict[str, float]:
-        """Name the numbers worth a line in a log."""
+        """Return the numbers worth a line in a log, by name."""
         ...
 
     def plot(self, ax: "Axes | None" = None) -> Any:

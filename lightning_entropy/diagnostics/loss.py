@@ -26,6 +26,7 @@ def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
         ValueError: If the batch or the output is of another kind.
 
     Example:
+        >>> import torch
         >>> round(cross_entropy(nn.Identity(), (torch.zeros(3, 10), torch.tensor([1, 2, 3]))).item(), 4)  # log 10
         2.3026
     """

@@ -4,7 +4,7 @@ from tqdm import tqdm
 
 
 def progress_bar(what: str, total: int, show: bool) -> tqdm:
-    """Make a bar on stderr, quiet unless that is a terminal.
+    """Return a bar on stderr, quiet unless that is a terminal.
 
     Args:
         what: Stands before the bar.

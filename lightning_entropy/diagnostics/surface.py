@@ -181,7 +181,7 @@ class LossSurface:
         return self._loss(self._module.module, batch)
 
     def _bind(self, weights: Tensor) -> None:
-        """Make views of ``weights`` the weights of the module's copy; its buffers are what they were."""
+        """Set views of ``weights`` as the weights of the module's copy; its buffers are what they were."""
         parts = [part.view(shape) for part, shape in zip(weights.split(self._numels), self._shapes, strict=True)]
         parts = [torch.view_as_complex(v) if pair else v for v, pair in zip(parts, self._complex, strict=True)]
         buffers = self._buffers

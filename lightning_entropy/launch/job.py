@@ -136,6 +136,6 @@ def _progress(status: dict[str, Any]) -> str:
 def _die_with_parent() -> None:
     """End with the launcher, however that ends: nobody else would end a replica that waits for others."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DEATH_OF_PARENT, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(DEATH_OF_PARENT, signal.SIGKILL)
         if os.getppid() == 1:
             os._exit(1)

@@ -109,7 +109,7 @@ class Consensus:
         if self._mean is None:
             return []
         if alone:
-            return self._arrived() if self._early else []
+            return self.known() if self._early else []
         for coupling in self._streams:
             if coupling.round is not None:
                 coupling.round.advance()  # others may be waiting for it, and would not come here before it arrives
@@ -148,7 +148,7 @@ class Consensus:
                     stacklevel=2,
                 )
 
-    def _arrived(self) -> list[tuple[Tensor, Tensor]]:
+    def known(self) -> list[tuple[Tensor, Tensor]]:
         """Return what is known without a collective: the means of x that have arrived since the last outer steps."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for loop, coupling in zip(self._loops.loops, self._streams, strict=False):

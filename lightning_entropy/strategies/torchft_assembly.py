@@ -26,6 +26,7 @@ from lightning_entropy.strategies.torchft_transfer import StateServer
 
 CONNECT = timedelta(seconds=15)  # for a server or a peer that is there to answer
 PAUSE = 0.5  # seconds between two questions whether enough replicas have come
+TICK = 1.0  # seconds between two questions whether one still wants to wait
 PATIENCE = 10.0  # seconds after which a replica that waits says for what
 BYTES = 512  # of a record
 
@@ -118,10 +119,12 @@ class Encounter:
         Raises:
             ValueError: this replica trains another model than most.
         """
-        patience = PATIENCE
-        while not self.over.wait(patience):
-            self._assembly.explain()
-            patience = min(2 * patience, 600.0)
+        since, patience = time.monotonic(), PATIENCE
+        while not self.over.wait(TICK):
+            self._assembly.check()
+            if time.monotonic() - since > patience:
+                self._assembly.explain()
+                patience *= 2
         if self.error is not None:
             raise self.error
         return self.met
@@ -148,13 +151,23 @@ class Assembly:
         lighthouse: its address, ``http://host:port``.
         min_replicas: how many must meet; fewer wait for others.
         timeout: after which waiting for a peer that is alive and silent is a failure.
+        check: called every second while the training waits; raises an error if it should not.
 
     Attributes:
         replica: this one's number.
         present: those that met last.
     """
 
-    def __init__(self, replica: int, lighthouse: str, *, min_replicas: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        replica: int,
+        lighthouse: str,
+        *,
+        min_replicas: int,
+        timeout: timedelta,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.check = check
         self.replica, self.present = replica, [replica]
         self._lighthouse, self._min_replicas, self._limit = lighthouse, min_replicas, timeout
         host = address_toward(lighthouse)

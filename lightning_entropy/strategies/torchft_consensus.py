@@ -47,7 +47,7 @@ class ElasticConsensus(Consensus):
                         loop.prepare()
                     if coupling.round is not None:
                         coupling.round.wait()
-            pairs = self._arrived()
+            pairs = self.known()
         elif not self._target.common:
             for loop, coupling in zip(self._loops.loops, self._elastic, strict=False):
                 pairs += zip([w.param for w in loop.weights], coupling.last, strict=False)
@@ -56,3 +56,12 @@ class ElasticConsensus(Consensus):
             if mean.isfinite().all():
                 pairs.append((buffer, mean.to(buffer.dtype)))
         return pairs
+
+    def known(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the means of x that have arrived; nothing where a peer was lost, and there is none."""
+        rounds = [coupling.round for coupling in self._elastic]
+        try:
+            lost = any(r is not None and r.arrived and r.wait() is None for r in rounds)
+        except Exception:  # which is on its way already
+            return []
+        return [] if lost else super().known()

@@ -33,6 +33,7 @@ class StateServer:
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
         self._serial, self._state = -1, b""
+        self._waiting: dict[int, list[list[bytes]]] = {}  # by number: what those that wait for it are to get
         self._serving: list[threading.Thread] = []
         threading.Thread(target=self._listen, name="state server", daemon=True).start()
 
@@ -42,11 +43,14 @@ class StateServer:
         torch.save(state, buffer)
         with self._changed:
             self._serial, self._state = serial, buffer.getvalue()
+            for given in self._waiting.pop(serial, []):
+                given.append(self._state)
             self._changed.notify_all()
 
     def withdraw(self) -> None:
-        """Forget the state; who asks for it now gets none."""
-        self._state = b""
+        """Forget the state; who asks for it from now on gets none."""
+        with self._changed:
+            self._state = b""
 
     def _listen(self) -> None:
         while True:
@@ -62,11 +66,18 @@ class StateServer:
         with connection, suppress(OSError):
             connection.settimeout(self._limit)
             (serial,) = HEADER.unpack(receive(connection, HEADER.size))
-            with self._changed:
-                self._changed.wait_for(lambda: self._serial >= serial, self._limit)
-                state = self._state if self._serial == serial else b""
+            state = self._wait_for(serial)
             connection.sendall(HEADER.pack(len(state)))
             connection.sendall(state)
+
+    def _wait_for(self, serial: int) -> bytes:
+        with self._changed:
+            if self._serial >= serial:
+                return self._state if self._serial == serial else b""
+            given: list[bytes] = []
+            self._waiting.setdefault(serial, []).append(given)
+            self._changed.wait_for(lambda: bool(given), self._limit)
+            return given[0] if given else b""
 
     def fetch(self, address: tuple[str, int], serial: int) -> dict[str, Any]:
         """Return the state that another replica offers under a number, as soon as it does.

@@ -3,15 +3,13 @@
 import copy
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from enum import Enum, auto
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
@@ -34,16 +32,16 @@ from lightning_entropy.strategies.lightning_internals import (
     wrap_in_group,
 )
 from lightning_entropy.strategies.loaders import even_end, own_order
-from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
+from lightning_entropy.strategies.options import ReplicaOptions, register
 from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
+from lightning_entropy.strategies.replica_ddp import Moment, ReplicaDDPStrategy
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.stopping import JointStop
 from lightning_entropy.strategies.torchft_assembly import Assembly
 from lightning_entropy.strategies.torchft_internals import check_installed
 from lightning_entropy.strategies.torchft_join import PEER, join, lighthouse_address
 from lightning_entropy.strategies.torchft_status import report
-from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
 from lightning_entropy.trainer.resume import check_method
@@ -51,19 +49,11 @@ from lightning_entropy.trainer.resume import check_method
 SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
 
 
-class Moment(Enum):
-    """Where a Trainer is, seen from a training batch."""
-
-    BETWEEN = auto()  # two batches: in a validation, say, or a save
-    STEP = auto()  # from a batch's first hook to its optimizer step
-    CALLBACKS = auto()  # when callbacks see the end of a batch
-
-
 # In a checkpoint, what is the same for all replicas; everything else is in each replica's own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
 
 
-class ElasticEntropyStrategy(WatchedDDPStrategy):
+class ElasticEntropyStrategy(ReplicaDDPStrategy):
     r"""Train R replicas that share no gradients and pull each other's anchors together at outer steps.
 
     ``Trainer(strategy="elastic_entropy")`` is Parle, ``"elastic_sgd"`` Elastic-SGD; with :func:`local_sgd` or
@@ -95,8 +85,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     error that names it, and says why where it could.
 
     With ``membership="torchft"`` every replica is a job of its own, which may die, come back and join: see
-    ``docs/elastic.md``. A meeting is then of whoever is there, the consensus is the mean of the last one, a replica that
-    comes takes the state of one that is training, and the meeting in which one dies leaves out the pull, or puts off a
+    ``docs/elastic.md``. A meeting is then of whoever is there, and the consensus is the mean of the last one. A replica
+    that comes takes the state of one that is training. A meeting in which one dies leaves out the pull, or puts off a
     common step; no inner loop is lost. The job's world, collectives, validation and stop flags are its own: one that
     stops leaves, and the others go on. Replica 0 logs and prints; the first that is there writes checkpoints, without
     the replicas' files. It logs ``entropy/replicas`` too, how many met.
@@ -130,8 +120,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         min_replicas: with torchft, how many must meet; fewer wait, and say so.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
             not answer counts as gone; 60 s with torchft), ``start_method``, ``checkpoint_io`` (writes the main
-            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo) and so on;
-            and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
+            checkpoint), ``parallel_devices`` (may name one CUDA device several times; replicas that share one use gloo)
+            and so on; and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
@@ -160,7 +150,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         min_replicas: int = 1,
         **kwargs: Any,
     ) -> None:
-        self.options = ReplicaOptions(
+        options = ReplicaOptions(
             presets.parle() if relaxation is None else relaxation,
             replicas,
             data,
@@ -172,10 +162,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             membership,
             min_replicas,
         )
-        if self.options.elastic:
+        if options.elastic:
             check_installed()
             kwargs.setdefault("timeout", SILENCE)
-        super().__init__(**kwargs)
+        super().__init__(options, **kwargs)
         self._loops: ReplicaLoops | None = None
         self._files: ReplicaFiles | None = None
         self._base_seed = 0  # common to all ranks
@@ -185,31 +175,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._unclosed: dict[str, Any] | None = None  # this replica's state before its loops were closed
         self._epoch_rng: dict[str, Any] | None = None  # of a checkpoint from an epoch's last batch, until the next one
         self._stop: JointStop | None = None  # of the fit, with several replicas
-        self._moment = Moment.BETWEEN
         self._assembly: Assembly | None = None  # of the fit, where replicas come and go
         self._joins: dict[str, Any] | None = None  # the checkpoint of a replica that was there when this one came
-
-    # Public attributes; the code itself reads the options.
-    relaxation = property(attrgetter("options.relaxation"))
-    replicas = property(attrgetter("options.replicas"))
-    data = property(attrgetter("options.data"))
-    independent_init = property(attrgetter("options.independent_init"))
-    outer = property(attrgetter("options.outer"))
-    seed = property(attrgetter("options.seed"))
-    communication_dtype = property(attrgetter("options.communication_dtype"))
-    overlap = property(attrgetter("options.overlap"))
-    membership = property(attrgetter("options.membership"))
-    min_replicas = property(attrgetter("options.min_replicas"))
-
-    @property
-    def grid(self) -> Grid:
-        """Where this process stands among replicas."""
-        return self.options.grid(self.global_rank, self.world_size)
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     @property
     def _fitting(self) -> bool:
@@ -281,13 +248,6 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
                     "to each other: every_n_train_steps does not"
                 )
 
-    @property
-    def _inside(self) -> Any:
-        """The process group of this replica's ranks."""
-        assert self.lightning_module is not None
-        assert self.lightning_module.device_mesh is not None
-        return self.lightning_module.device_mesh.get_group("data_parallel")
-
     def setup(self, trainer: Trainer) -> None:
         """Wrap inside the replica, and seed every replica's random numbers apart."""
         if self._fitting:
@@ -304,7 +264,11 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         limit = timeout(self)
         assert limit is not None
         self._assembly = Assembly(
-            self.grid.replica, lighthouse_address(), min_replicas=self.options.min_replicas, timeout=limit
+            self.grid.replica,
+            lighthouse_address(),
+            min_replicas=self.options.min_replicas,
+            timeout=limit,
+            check=self._end_if_told,
         )
         state = join(self._assembly, self.lightning_module)
         self._joins = None
@@ -314,14 +278,24 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             restore_from(self._trainer, state["checkpoint"])
             print(f"replica {self.grid.replica} joins at step {state['checkpoint']['global_step']}", flush=True)
 
+    def _end_if_told(self) -> None:
+        """End a wait for other replicas, who may never come, when this job is told to end."""
+        if self._trainer.received_sigterm:
+            raise SIGTERMException
+
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         """Whether a checkpoint is loaded when the other replicas, whose state may be newer, have been met."""
         return self.options.elastic
 
+    @property
+    def _waited_for(self) -> bool:
+        """Whether a replica waits for this one's state: it must not be waited for then, as it would be in a meeting."""
+        return self._assembly is not None and self._assembly.wants_state
+
     def _give_state(self) -> None:
         """Give a replica that has come what ``fit(ckpt_path=...)`` would load."""
-        if self._assembly is not None and self._assembly.wants_state and self._loops is not None:
+        if self._waited_for and self._loops is not None:
             self._trainer.save_checkpoint(PEER)
 
     def configure_ddp(self) -> None:
@@ -346,48 +320,6 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             return even_end(dataloader, self._trainer.limit_train_batches)
         return dataloader
 
-    # Which ranks a collective of Lightning's spans
-
-    @property
-    def _alone(self) -> bool:
-        """Whether nothing may be asked of other replicas: from a training batch's start to its callbacks' end."""
-        return self._moment != Moment.BETWEEN and self._trainer.training and self.grid.replicas > 1
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over all ranks; in a training batch over this replica's."""
-        if self._alone and group in (None, dist.group.WORLD):
-            if self.grid.data_parallel == 1:
-                return tensor
-            group = self._inside
-        return super().reduce(tensor, group, reduce_op)
-
-    def all_gather(self, tensor: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
-        """Gather from all ranks; in a training batch from this replica's."""
-        if self._alone and group in (None, dist.group.WORLD):
-            if self.grid.data_parallel == 1:
-                return tensor
-            group = self._inside
-        return super().all_gather(tensor, group, sync_grads)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s object; in a training step that of this replica's rank at position ``src``."""
-        if self._alone and self._moment == Moment.STEP:
-            if self.grid.data_parallel == 1:
-                return obj
-            src = self.grid.replica * self.grid.data_parallel + src % self.grid.data_parallel
-            objects = [obj]
-            dist.broadcast_object_list(objects, src, group=self._inside)
-            return objects[0]
-        return super().broadcast(obj, src)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Agree on a decision with all ranks, whenever it is: to save, say."""
-        before, self._moment = self._moment, Moment.BETWEEN
-        try:
-            return super().reduce_boolean_decision(decision, all)
-        finally:
-            self._moment = before
-
     # Training
 
     @property
@@ -400,6 +332,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         """Attach the loops: by now everything is restored and on its device."""
         if self._tries:
             return
+        self._joins = None
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
         self._loops = replica_loops(
@@ -497,7 +430,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     def training_batch_ended(self, batch_idx: int) -> None:
         """Close the loops if this was the last batch, before the last validation and checkpoint; or stop here."""
         self._moment = Moment.CALLBACKS
-        self._give_state()  # before anything that waits for the others, among whom the one that has come may be
+        if not self._trainer.is_last_batch:  # from there on Lightning resumes right once, and at the epoch's end always
+            self._give_state()
         if training_is_complete(self._trainer, batch_idx):
             self._close()
         else:
@@ -512,6 +446,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
     def training_epoch_ended(self) -> None:
         """Show the consensus, and close the loops if the Trainer stops here: on its own, or with another rank."""
         self._moment = Moment.BETWEEN
+        self._give_state()
         if self._trainer.should_stop:
             self._close()
         if self._epoch_rng is not None:
@@ -548,7 +483,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._moment = Moment.BETWEEN
         if self._loops is not None:
             self._give_notice()
-            self._loops.consensus.show(alone=self._trainer.interrupted)
+            self._loops.consensus.show(alone=self._trainer.interrupted or self._waited_for)
 
     def on_validation_end(self) -> None:
         """Put y back, behind every callback and before the module puts back its own."""
@@ -561,9 +496,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         state = super().lightning_module_state_dict()
         if self._loops is None:
             return state
-        # Who waits for this state is one of those that would be waited for.
-        waited_for = self._assembly is not None and self._assembly.wants_state
-        return self._loops.consensus.fill(state, alone=self._trainer.interrupted or waited_for)
+        return self._loops.consensus.fill(state, alone=self._trainer.interrupted or self._waited_for)
 
     def on_train_end(self) -> None:
         """Give the result to a replica that has come to the last meeting."""
@@ -573,7 +506,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         """Leave the consensus in the module and no hook behind."""
         if self._assembly is not None:
             self._assembly.close()
-            self._assembly = None
+            self._assembly = self._joins = None
         if self._loops is not None:
             self._left = None if self._leaving else self._replica_state(self._loops)
             self._loops.detach(close=not self._leaving)

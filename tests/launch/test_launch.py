@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def launch(folder: Path, replicas: int, plan: str) -> Iterator[subprocess.Popen[str]]:
+def launch(folder: Path, replicas: int, *plan: str) -> Iterator[subprocess.Popen[str]]:
     options = ["--replicas", str(replicas), "--heartbeat-timeout", "1", "-m"]
-    command = [sys.executable, "-m", "lightning_entropy.launch", *options, "tests.launch.training", str(folder), plan]
+    command = [sys.executable, "-m", "lightning_entropy.launch", *options, "tests.launch.training", str(folder), *plan]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
         try:
             yield launcher
@@ -29,8 +29,16 @@ def launch(folder: Path, replicas: int, plan: str) -> Iterator[subprocess.Popen[
             launcher.kill()
 
 
-def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path) -> None:
-    with launch(tmp_path, 3, "die") as launcher:
+def wait_for(launcher: subprocess.Popen[str], *files: Path) -> None:
+    end = time.monotonic() + 200
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end and launcher.poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("method", ["parle", "diloco"])
+def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path, method: str) -> None:
+    with launch(tmp_path, 3, method, "die") as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "replica 1 has ended with SIGKILL: it is started again" in said
@@ -39,16 +47,25 @@ def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(
     assert len(set(steps)) == 1 and steps[0] == int((tmp_path / "stop").read_text())
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], rtol=0, atol=0)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
-    assert saved["global_step"] <= steps[0]
+
+
+def test_when_all_have_died_another_number_goes_on_from_the_last_consensus(tmp_path: Path) -> None:
+    with launch(tmp_path, 3, "parle", "endless") as launcher:
+        wait_for(launcher, *(tmp_path / f"started.{r}" for r in range(3)), tmp_path / "last.ckpt")
+        launcher.kill()  # and the replicas with it
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"]
+    with launch(tmp_path, 2, "parle", str(saved + 40)) as launcher:
+        said, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, said
+    assert "Restored all states" in said
+    results = [torch.load(tmp_path / f"final.{r}.pt") for r in range(2)]
+    assert [step for step, _ in results] == [saved + 40] * 2
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
 
 
 def test_ctrl_c_is_passed_on_once_and_nobody_is_left(tmp_path: Path) -> None:
-    with launch(tmp_path, 2, "endless") as launcher:
-        end = time.monotonic() + 200
-        while not all((tmp_path / f"started.{r}").exists() for r in range(2)):
-            assert time.monotonic() < end and launcher.poll() is None
-            time.sleep(0.1)
+    with launch(tmp_path, 2, "parle", "endless") as launcher:
+        wait_for(launcher, *(tmp_path / f"started.{r}" for r in range(2)))
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
         launcher.send_signal(signal.SIGINT)
         said, _ = launcher.communicate(timeout=100)

@@ -1,4 +1,4 @@
-"""A script for the launcher: ``training.py FOLDER PLAN``, with a plan of "die" or "endless".
+"""A script for the launcher: ``training.py FOLDER METHOD PLAN``, with a plan of "die", "endless" or a number of steps.
 
 "die": replica 1 is killed once at step 45 and all end together, 60 steps after it has joined again.
 """
@@ -61,21 +61,25 @@ class Plan(L.Callback):
         torch.save((trainer.global_step, module.state_dict()), self.folder / f"final.{REPLICA}.pt")
 
 
-def main(folder: str, plan: str) -> None:
+METHODS = {"parle": le.parle(inner_steps=4), "diloco": le.diloco(inner_steps=4)}
+
+
+def main(folder: str, method: str, plan: str) -> None:
     torch.manual_seed(int(REPLICA))  # which the replicas that begin later give up for the first's
     inputs, targets = torch.randn(64, 5), torch.randint(3, (64,))
     keep = ModelCheckpoint(folder, "at", every_n_train_steps=20, save_last=True, enable_version_counter=False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=ElasticEntropyStrategy(le.parle(inner_steps=4), membership="torchft"),
+        strategy=ElasticEntropyStrategy(METHODS[method], membership="torchft"),
         max_epochs=-1,
+        max_steps=int(plan) if plan.isdecimal() else -1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[keep, Plan(Path(folder), plan)],
     )
-    trainer.fit(Net(), DataLoader(TensorDataset(inputs, targets), batch_size=8, shuffle=True))
+    trainer.fit(Net(), DataLoader(TensorDataset(inputs, targets), batch_size=8, shuffle=True), ckpt_path="last")
 
 
 if __name__ == "__main__":

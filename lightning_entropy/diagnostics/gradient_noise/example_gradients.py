@@ -31,7 +31,7 @@ class Piece:
 
     @classmethod
     def of(cls, batch: Batch, layout: Layout) -> "Piece":
-        """Ask a layout once for a whole batch; one example need not be cut."""
+        """Return a whole batch, with what its layout says of it; one example need not be cut."""
         size = layout.size(batch)
         return (
             cls(batch, size, (), lists=False)

@@ -121,7 +121,7 @@ class GradientNoiseResult:
         return self.trace / batch_size * (1.0 if replacement else (n - batch_size) / (n - 1))
 
     def scalars(self) -> dict[str, float]:
-        """Name the numbers worth a line in a log."""
+        """Return the numbers worth a line in a log, by name."""
         numbers = {
             "trace": self.trace,
             "largest": float(self.eigenvalues[0]),

@@ -89,7 +89,7 @@ class HessianResult:
         return max(0.0, float(low.mean() - spread[0])), min(1.0, float(high.mean() + spread[1]))
 
     def scalars(self) -> dict[str, float]:
-        """Name the numbers worth a line in a log."""
+        """Return the numbers worth a line in a log, by name."""
         numbers = {"loss": self.loss, "largest": self.largest, "smallest": self.smallest}
         if self.trace is not None:
             numbers |= {"trace": self.trace.value, "trace_error": self.trace.error}

@@ -65,7 +65,7 @@ class LocalEntropyResult:
         return volume - (self.loss + self.rise) / self.temperature
 
     def scalars(self) -> dict[str, float]:
-        """Name the numbers worth a line in a log."""
+        """Return the numbers worth a line in a log, by name."""
         numbers = {
             "loss": self.loss,
             "rise": self.rise,

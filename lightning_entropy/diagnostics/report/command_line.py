@@ -125,7 +125,7 @@ def _parser() -> ArgumentParser:
                 type=dict[str, Any] | None,
                 help=f"arguments of the {name}'s class, each as --{name}.NAME=VALUE",
             )
-        command.add_argument("--config", type=Path_fr | None, help="a LightningCLI's config.yaml")
+        command.add_argument("--config", type=Path_fr, help="a LightningCLI's config.yaml")
         command.add_argument(
             "--loss", type=str | None, help="import path of a callable (module, batch) -> scalar; null: cross entropy"
         )
@@ -176,7 +176,7 @@ def _config(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
 
 
 def _configured(cls: Any, section: str, config: dict[str, Any] | None, settings: dict[str, Any]) -> Any:
-    """Make an object of a class from its section of a LightningCLI's configuration and more settings.
+    """Return an object of a class, from its section of a LightningCLI's configuration and more settings.
 
     Raises:
         ValueError: the section names another class for an argument, which would run code that nobody asked for.

@@ -75,7 +75,7 @@ def _flatter(a: Row, b: Row) -> int | None:
 
 
 def verdict(first: Findings, second: Findings) -> str:
-    """Say in a sentence which of two minima is flatter, by how many of the numbers."""
+    """Return a sentence that says which of two minima is flatter, by how many of the numbers."""
     pairs = [
         (a, b)
         for section, rows in first.rows().items()

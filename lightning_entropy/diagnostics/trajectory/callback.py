@@ -85,12 +85,12 @@ class Trajectory(Diagnostic):
         return torch.stack(self._path) if self._path else torch.empty(0, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Hold the recording, so that it goes on after a resume."""
+        """Return the recording, so that it goes on after a resume."""
         norms = torch.stack(self._norms).cpu() if self._norms else torch.empty(0)
         return {"interval": self._interval, "steps": list(self._steps), "path": self.path.cpu(), "norms": norms}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a recording."""
+        """Restore a recording."""
         self._interval, self._steps = state_dict["interval"], list(state_dict["steps"])
         self._path, self._norms = list(state_dict["path"]), list(state_dict["norms"])
 
@@ -122,7 +122,7 @@ class Trajectory(Diagnostic):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Note the mini-batch gradient's norm where a snapshot follows."""
+        """Record the mini-batch gradient's norm where a snapshot follows."""
         if self._due(trainer, trainer.global_step + 1):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             count = sum(g.numel() for g in gradients)

@@ -49,7 +49,7 @@ class ProbabilityCurrent:
 
     @property
     def verdict(self) -> str:
-        """Say in a few words whether the path turns."""
+        """Return in a few words whether the path turns."""
         if not self.conclusive:
             if not np.isfinite(self.correlation_time):
                 return "too short to say: it still drifts"

@@ -69,7 +69,7 @@ class TrajectoryResult:
         return self.plot, self.plot_autocorrelation, self.plot_path
 
     def scalars(self) -> dict[str, float]:
-        """Name the numbers worth a line in a log."""
+        """Return the numbers worth a line in a log, by name."""
         numbers = {
             "current_significance": self.current.significance,
             "control_significance": self.control_current.significance,
