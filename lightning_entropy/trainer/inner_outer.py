@@ -123,7 +123,9 @@ class InnerOuterCallback(Callback):
         """Refuse states that cannot be loaded, before Lightning loads those of optimizers and loops."""
         if self._state:
             outer = OuterStep(self.outer, self.relaxation.outer_momentum)
-            shapes = shapes_of(pl_module, trainer.optimizers)
+            # Of another number of optimizers it is another module's, or some come before the first batch: then we see.
+            fits = len(self._state["loops"]) == len(trainer.optimizers)
+            shapes = shapes_of(pl_module, trainer.optimizers) if fits else None
             check_state(type(self).__name__, self._state, FORMAT, shapes=shapes, outer=outer)
         check_loadable(self._state, trainer.optimizers, self._optimizer_states)
         self._optimizer_states = []

@@ -172,11 +172,9 @@ class _Round:
         if ended.result is not None and complete and same(ended.result[0]["module"], self.whole["module"]):
             return  # nothing was left to do, so that there is nothing to say
         tracebacks = len(re.findall(r"^During handling of the above exception", ended.said, re.MULTILINE))
-        if wrong.refused is None:
-            good = ended.result is not None and (wrong.warned is None or re.search(wrong.warned, ended.said))
-        else:
-            good = ended.code == 1 and re.search(wrong.refused, ended.error) and not tracebacks
-        if not good:
+        warned = wrong.warned and ended.result is not None and re.search(wrong.warned, ended.said)
+        refused = wrong.refused and ended.code == 1 and re.search(wrong.refused, ended.error) and not tracebacks
+        if not (warned or refused):
             raise _Bad(Verdict.WRONG_ERROR, f"expected {wrong.refused or wrong.warned!r}: {ended.said[-2000:]}")
         self.outcome.verdict = Verdict.SAID
 

@@ -26,7 +26,7 @@ class WrongResume:
         training: that resumes.
         checkpoint: from which.
         refused: pattern of the error; None: it goes on.
-        warned: pattern of a warning; None: there is none to expect.
+        warned: pattern of a warning; None: there is none to expect. With both, either is right.
         harmless: whether it may also end where the undisturbed one does, as what was damaged is not needed.
         what: in words.
     """
@@ -56,7 +56,18 @@ def _method(draw: random.Random, training: Training, checkpoint: Path, folder: P
     if _described(other)["perturb"] != now["perturb"]:
         refused = f"perturb must be {now['perturb']} to go on from this checkpoint"
         return WrongResume(other, checkpoint, refused=refused, what=other.method)
-    return WrongResume(other, checkpoint, warned="the checkpoint is of another method: ", what=other.method)
+    refused = (
+        r"outer in loops\[0\] in .* must be of an optimizer with options" if _outer(other) != _outer(training) else None
+    )
+    warned = "the checkpoint is of another method: "
+    return WrongResume(other, checkpoint, refused=refused, warned=warned, what=other.method)
+
+
+def _outer(training: Training) -> str | None:
+    """Return which outer optimizer a training has, whose state is no other's."""
+    callback = training.callback()
+    assert callback is not None
+    return "adam" if callback.outer else "nesterov" if callback.relaxation.outer_momentum else None
 
 
 def _steps(draw: random.Random, training: Training, checkpoint: Path, folder: Path) -> WrongResume:
