@@ -95,17 +95,17 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the images are or go")
-    parser.add_argument("--data", choices=("FashionMNIST", "MNIST"), default="FashionMNIST")
+    parser.add_argument("--data", choices=("FashionMNIST", "MNIST"), default="FashionMNIST", help="the images")
     parser.add_argument("--images", type=argument(int, 1, 60_000), default=10_000, help="to train on")
-    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=10)
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=10, help="of training")
     parser.add_argument(
         "--examples", type=argument(int, 1, 60_000), default=512, help="images that the Hessian is averaged over"
     )
-    parser.add_argument("--probes", type=argument(int, 1, 1000), default=4)
-    parser.add_argument("--steps", type=argument(int, 1, 1000), default=40)
-    parser.add_argument("--seed", type=argument(int, 0, 2**32 - 1), default=0)
+    parser.add_argument("--probes", type=argument(int, 1, 1000), default=4, help="random probes of the density")
+    parser.add_argument("--steps", type=argument(int, 1, 1000), default=40, help="Lanczos steps of each probe")
+    parser.add_argument("--seed", type=argument(int, 0, 2**32 - 1), default=0, help="of weights and batches")
     parser.add_argument("--small", action="store_true", help="the exact spectrum of the small net alone")
-    parser.add_argument("--output", type=Path, default=Path("hessian.png"))
+    parser.add_argument("--output", type=Path, default=Path("hessian.png"), help="the picture")
     options = parser.parse_args(args)
 
     from matplotlib.figure import Figure

@@ -61,9 +61,9 @@ PLACES = {
     "trainer/test_callbacks_ddp.py": "processes",
     "trainer/test_callbacks_resume.py": "slow",
     "engine/test_references.py": "slow",
-    "diagnostics/test_callbacks.py": "slow",
-    "diagnostics/test_local_entropy.py": "slow",
-    "diagnostics/test_report.py": "slow",
+    "diagnostics/test_callback.py": "slow",
+    "diagnostics/local_entropy": "slow",
+    "diagnostics/report": "slow",
 }
 
 # Markers by the test's name; slow is what takes seconds on an idle core. tests/test_lanes.py looks for each name.

@@ -1,16 +1,9 @@
-"""Kill a training at any moment and see that it ends where an undisturbed one does, bit for bit.
+"""Kill a training in a step and resume it. ``python -m tests.soak`` does so, and worse, at random moments."""
 
-``python -m tests.kill_callback --rounds 100`` goes on for as long as one likes, at random steps; the tests call
-:func:`kill_and_resume` for a few.
-"""
-
-import argparse
 import multiprocessing
 import os
-import random
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.lightning_modules import BATCHES, CALLBACKS, Automatic, Manual, Pair, Stream, same, trainer
+from tests.lightning_modules import CALLBACKS, Automatic, Manual, Pair, Stream, trainer
 
 KINDS: dict[str, Any] = {"automatic": Automatic, "manual": Manual, "pair": Pair}
 EPOCHS = 2
@@ -54,24 +47,3 @@ def kill_and_resume(folder: Path, kind: str, name: str, kill_at: int) -> tuple[d
     process.join()
     assert process.exitcode == -signal.SIGKILL, f"the run must be killed, got exit code {process.exitcode}"
     return run(killed, kind, name), run(whole, kind, name)
-
-
-def main() -> None:
-    """Go on for some rounds."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    draw = random.Random(arguments.seed)
-    for i in range(arguments.rounds):
-        kind, name = draw.choice(list(KINDS)), draw.choice(list(CALLBACKS))
-        step = draw.randrange(1, EPOCHS * BATCHES)
-        with tempfile.TemporaryDirectory() as folder:
-            resumed, whole = kill_and_resume(Path(folder), kind, name, step)
-        print(f"{i}: {kind} {name} killed in step {step}: {'equal' if same(resumed, whole) else 'DIFFERENT'}")
-        if not same(resumed, whole):
-            sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

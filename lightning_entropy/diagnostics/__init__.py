@@ -12,7 +12,8 @@ if _missing:
         f'lightning_entropy.diagnostics needs {" and ".join(_missing)}: pip install "lightning-entropy[diagnostics]"'
     )
 
-from lightning_entropy.diagnostics.current import ProbabilityCurrent, probability_current  # noqa: E402
+# The functions local_entropy and gradient_noise stand in folders of their names. Python sets a folder as an attribute
+# when it is first imported, which is here, before the function of that name takes its place for good.
 from lightning_entropy.diagnostics.estimate import Estimate  # noqa: E402
 from lightning_entropy.diagnostics.gradient_noise import (  # noqa: E402
     GradientNoise,
@@ -27,11 +28,13 @@ from lightning_entropy.diagnostics.local_entropy import (  # noqa: E402
     flatness_profile,
     local_entropy,
 )
-from lightning_entropy.diagnostics.surface import cross_entropy  # noqa: E402
+from lightning_entropy.diagnostics.loss import cross_entropy  # noqa: E402
 from lightning_entropy.diagnostics.trajectory import (  # noqa: E402
+    ProbabilityCurrent,
     Trajectory,
     TrajectoryResult,
     analyse_trajectory,
+    probability_current,
 )
 
 __all__ = [

@@ -43,7 +43,7 @@ class Estimate:
         return self.stderr * student(self.dof) if self.stderr else 0.0
 
     def covers(self, truth: float) -> bool:
-        """Say whether ``truth`` lies within the error bar (and rounding) of the estimate."""
+        """Return whether ``truth`` lies within the error bar (and rounding) of the estimate."""
         return abs(self.value - truth) <= self.error + 1e-12 * max(1.0, abs(truth))
 
     def __str__(self) -> str:

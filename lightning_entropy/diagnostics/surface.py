@@ -1,10 +1,8 @@
 """The loss over some examples as a function of one flat vector of weights, with the module left as it was."""
 
-import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -12,48 +10,12 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_entropy.diagnostics.data import Batch, batch_size, map_batch, take_batches
-from lightning_entropy.diagnostics.lightning_internals import trainers
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross entropy of ``module(x)`` against ``y`` for a batch ``(x, y)`` of inputs and class indices.
-
-    The default loss of the diagnostics: no weight decay, no label smoothing, no auxiliary terms.
-
-    Args:
-        module: Maps x to logits, shape (batch, classes, ...).
-        batch: A pair (x, y), y of integers.
-
-    Returns:
-        A scalar, in nats.
-
-    Raises:
-        ValueError: If the batch or the output is of another kind.
-
-    Example:
-        >>> round(cross_entropy(nn.Identity(), (torch.zeros(3, 10), torch.tensor([1, 2, 3]))).item(), 4)  # log 10
-        2.3026
-    """
-    if not (isinstance(batch, list | tuple) and len(batch) == 2):
-        raise ValueError(
-            f"a batch must be a pair (x, y) for the default loss, got {type(batch).__name__}: "
-            "pass loss=, a callable (module, batch) -> scalar"
-        )
-    x, y = batch
-    logits = module(x)
-    if not (isinstance(y, Tensor) and isinstance(logits, Tensor)) or y.is_floating_point() or logits.ndim < 2:
-        raise ValueError(
-            "y must hold class indices and module(x) logits of shape (batch, classes) for the default loss, got "
-            f"{_kind(y)} and {_kind(logits)}: pass loss=, a callable (module, batch) -> scalar"
-        )
-    return nn.functional.cross_entropy(logits, y)
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+from lightning_entropy.diagnostics.activation_checkpointing import not_reentrant
+from lightning_entropy.diagnostics.batches import take_batches
+from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, Layout, checked_examples, map_batch
+from lightning_entropy.diagnostics.loss import Loss, cross_entropy, kind_of
+from lightning_entropy.diagnostics.module_copy import ModuleCopy
+from lightning_entropy.diagnostics.torch_internals import compiled
 
 
 @contextmanager
@@ -92,7 +54,7 @@ def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in module.modules()):
+        if compiled(module):
             # Compiled graphs cannot be differentiated twice.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
@@ -128,14 +90,18 @@ class LossSurface:
         module: Any module; with a LightningModule, ``state`` makes it the anchor's surface.
         data: A loader or an iterable of batches.
         loss: ``(module, batch) -> scalar``, a mean over the batch. None: :func:`cross_entropy`.
-        examples: How many examples of ``data``, >= 1. None: all.
+        examples: How many examples of ``data``, >= 1; or a callable from a batch to its number of them, and all are
+            taken. None: all, counted by the tensors' sizes.
+        batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
+            one size that all of them share; see :class:`~lightning_entropy.diagnostics.examples.Layout`.
         mode: "eval" or "train"; must be the mode given to :func:`untouched`.
         seed: Of the choice of examples and of dropout.
         state: Values by name, e.g. ``module.state_dict()``, in place of the module's own parameters and buffers.
         transfer: Moves a batch to the module's device. None: a plain copy.
 
     Raises:
-        ValueError: If nothing is trainable, the data is empty, or the loss is not a finite, differentiable scalar.
+        ValueError: If nothing is trainable, the data is empty, a batch does not say how many examples it has, the loss
+            is not a finite, differentiable scalar, or a part runs under reentrant activation checkpointing.
 
     Example:
         >>> class Square(nn.Module):                         # f(w) = mean of (w x)^2 / 2, at w = 3
@@ -156,7 +122,8 @@ class LossSurface:
         data: Iterable[Batch],
         *,
         loss: Loss | None = None,
-        examples: int | None = None,
+        examples: Examples = None,
+        batch_dim: BatchDim = None,
         mode: str = "eval",
         seed: int = 0,
         state: Mapping[str, Tensor] | None = None,
@@ -175,7 +142,7 @@ class LossSurface:
             return self._cast(state.get(name, tensor).detach().clone().to(self.device))
 
         self._loss = loss or cross_entropy
-        self._module = _Weightless(module)
+        self._module = ModuleCopy(module)
         self.names = list(trainable)
         self._shapes = [torch.view_as_real(p).shape if p.is_complex() else p.shape for p in trainable.values()]
         self._numels = [shape.numel() for shape in self._shapes]
@@ -186,10 +153,14 @@ class LossSurface:
         self._frozen = {n: constant(n, p) for n, p in named.items() if not p.requires_grad}
         self._buffers = {n: constant(n, b) for n, b in module.named_buffers()}
         transfer = transfer or (lambda batch: move_data_to_device(batch, self.device))
-        self.batches = [map_batch(transfer(b), self._cast) for b in take_batches(data, examples, seed=seed)]
-        sizes = [batch_size(batch) for batch in self.batches]
+        counted = callable(checked_examples(examples))
+        self.layout = Layout(batch_dim, examples if counted else None)  # type: ignore[arg-type]
+        taken = take_batches(data, None if counted else examples, layout=self.layout, seed=seed)  # type: ignore[arg-type]
+        self.batches = [map_batch(transfer(batch), self._cast) for batch in taken]
+        sizes = [self.layout.size(batch) for batch in self.batches]
         self.examples = sum(sizes)
         self.shares = [size / self.examples for size in sizes]
+        self._watched = False
         self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # (the caller's w, its leaf, the gradient)
 
         self.value = self.loss(self.weights, check=True)
@@ -210,7 +181,7 @@ class LossSurface:
         return self._loss(self._module.module, batch)
 
     def _bind(self, weights: Tensor) -> None:
-        """Make views of ``weights`` the weights of the module's copy; its buffers are what they were."""
+        """Set views of ``weights`` as the weights of the module's copy; its buffers are what they were."""
         parts = [part.view(shape) for part, shape in zip(weights.split(self._numels), self._shapes, strict=True)]
         parts = [torch.view_as_complex(v) if pair else v for v, pair in zip(parts, self._complex, strict=True)]
         buffers = self._buffers
@@ -225,7 +196,7 @@ class LossSurface:
             for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
                 value = self.batch_loss(weights, batch, i)
                 if check and not (isinstance(value, Tensor) and value.ndim == 0):
-                    raise ValueError(f"loss must be a scalar tensor, got {_kind(value)}")
+                    raise ValueError(f"loss must be a scalar tensor, got {kind_of(value)}")
                 if check and not value.isfinite():
                     raise ValueError(f"loss must be finite, got {value.item()} on batch {i}")
                 total += share * value
@@ -241,9 +212,9 @@ class LossSurface:
         value = torch.zeros((), dtype=torch.float64, device=self.device)
         gradient = torch.zeros_like(weights)
         for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
-            loss = self._differentiable(self.batch_loss(w, batch, i))
+            loss, part = self._differentiated(w, batch, i)
             value += share * loss.detach()
-            gradient.add_(torch.autograd.grad(loss, w)[0], alpha=share)
+            gradient.add_(part, alpha=share)
         return value, gradient
 
     def hessian_products(self, weights: Tensor, vectors: Tensor) -> Tensor:
@@ -276,58 +247,19 @@ class LossSurface:
         w = weights.detach().requires_grad_()
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = self._differentiable(self.batch_loss(w, batch, index))
-            (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+            _, gradient = self._differentiated(w, batch, index, create_graph=True)
         if len(self.batches) == 1:
             self._graph = weights, w, gradient
         return w, gradient
 
-    @staticmethod
-    def _differentiable(loss: Tensor) -> Tensor:
-        if not loss.requires_grad:
-            raise ValueError("loss must depend on the trainable weights, got a constant")
-        return loss
-
-
-class _Weightless:
-    """A copy of a module whose parameters and buffers are plain tensors that can be set.
-
-    Args:
-        module: copied without its weights, and without the Trainer it may belong to.
-
-    Attributes:
-        module: the copy.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        shared = [*module.parameters(), *module.buffers(), *trainers(module)]
-        self.module = copy.deepcopy(module, {id(value): value for value in shared})
-        self._places: dict[str, list[tuple[nn.Module, str]]] = {}  # by the name of its first place, as torch names it
-        self._limits: dict[str, tuple[float, float]] = {}  # max_norm and norm_type of an embedding's weight
-        names: dict[int, str] = {}
-        for prefix, part in self.module.named_modules():
-            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-                part.sparse = False
-            for attribute, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-                name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
-                self._places.setdefault(name, []).append((part, attribute))
-                if getattr(part, "max_norm", None) is not None and attribute == "weight":
-                    self._limits[name] = part.max_norm, part.norm_type  # type: ignore[assignment]
-            if getattr(part, "max_norm", None) is not None:
-                part.max_norm = None  # type: ignore[assignment]
-        for places in self._places.values():
-            for part, attribute in places:
-                delattr(part, attribute)
-
-    def within(self, name: str, value: Tensor) -> Tensor:
-        """Return the weight of an embedding with ``max_norm`` as its forward pass makes it; any other as it is."""
-        if name not in self._limits:
-            return value
-        limit, kind = self._limits[name]
-        return value.renorm(kind, 0, limit)
-
-    def set(self, values: Mapping[str, Tensor]) -> None:
-        """Set the tensors of every name, in all the places that share it."""
-        for name, value in values.items():
-            for part, attribute in self._places[name]:
-                setattr(part, attribute, value)
+    def _differentiated(
+        self, w: Tensor, batch: Batch, index: int, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch and its gradient, the first time under watch for what cannot be differentiated."""
+        with nullcontext() if self._watched else not_reentrant(self._module.module):
+            loss = self.batch_loss(w, batch, index)
+            if not loss.requires_grad:
+                raise ValueError("loss must depend on the trainable weights, got a constant")
+            (gradient,) = torch.autograd.grad(loss, w, create_graph=create_graph)
+        self._watched = True
+        return loss, gradient

@@ -44,10 +44,10 @@ def even_end(loader: object, limit: int | float | None) -> object:
             f"training loaders have {lengths} batches by rank: an epoch ends with the shortest, after {shortest}. Give "
             "every rank as much data to see it all"
         )
-    return loader if length == shortest else ShortEnd(loader, shortest)
+    return loader if length == shortest else Shortened(loader, shortest)
 
 
-class ShortEnd:
+class Shortened:
     """A loader that ends after a number of batches.
 
     Args:

@@ -3,8 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from enum import Enum, auto
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -34,16 +32,16 @@ from lightning_entropy.strategies.lightning_internals import (
     wrap_in_group,
 )
 from lightning_entropy.strategies.loaders import even_end, own_order
-from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
+from lightning_entropy.strategies.options import ReplicaOptions, register
 from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
+from lightning_entropy.strategies.replica_ddp import Moment, ReplicaDDPStrategy
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.stopping import JointStop
 from lightning_entropy.strategies.torchft_assembly import Assembly
 from lightning_entropy.strategies.torchft_internals import check_installed
 from lightning_entropy.strategies.torchft_join import PEER, join, lighthouse_address
 from lightning_entropy.strategies.torchft_status import report
-from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
 from lightning_entropy.trainer.resume import check_method
@@ -51,19 +49,11 @@ from lightning_entropy.trainer.resume import check_method
 SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
 
 
-class Moment(Enum):
-    """Where a Trainer is, seen from a training batch."""
-
-    BETWEEN = auto()  # two batches: in a validation, say, or a save
-    STEP = auto()  # from a batch's first hook to its optimizer step
-    CALLBACKS = auto()  # when callbacks see the end of a batch
-
-
 # In a checkpoint, what is the same for all replicas; everything else is in each replica's own file too.
 COMMON = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "pytorch-lightning_version")
 
 
-class ElasticEntropyStrategy(WatchedDDPStrategy):
+class ElasticEntropyStrategy(ReplicaDDPStrategy):
     r"""Train R replicas that share no gradients and pull each other's anchors together at outer steps.
 
     ``Trainer(strategy="elastic_entropy")`` is Parle, ``"elastic_sgd"`` Elastic-SGD; with :func:`local_sgd` or
@@ -160,7 +150,7 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         min_replicas: int = 1,
         **kwargs: Any,
     ) -> None:
-        self.options = ReplicaOptions(
+        options = ReplicaOptions(
             presets.parle() if relaxation is None else relaxation,
             replicas,
             data,
@@ -172,10 +162,10 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
             membership,
             min_replicas,
         )
-        if self.options.elastic:
+        if options.elastic:
             check_installed()
             kwargs.setdefault("timeout", SILENCE)
-        super().__init__(**kwargs)
+        super().__init__(options, **kwargs)
         self._loops: ReplicaLoops | None = None
         self._files: ReplicaFiles | None = None
         self._base_seed = 0  # common to all ranks
@@ -185,31 +175,8 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         self._unclosed: dict[str, Any] | None = None  # this replica's state before its loops were closed
         self._epoch_rng: dict[str, Any] | None = None  # of a checkpoint from an epoch's last batch, until the next one
         self._stop: JointStop | None = None  # of the fit, with several replicas
-        self._moment = Moment.BETWEEN
         self._assembly: Assembly | None = None  # of the fit, where replicas come and go
         self._joins: dict[str, Any] | None = None  # the checkpoint of a replica that was there when this one came
-
-    # Public attributes; the code itself reads the options.
-    relaxation = property(attrgetter("options.relaxation"))
-    replicas = property(attrgetter("options.replicas"))
-    data = property(attrgetter("options.data"))
-    independent_init = property(attrgetter("options.independent_init"))
-    outer = property(attrgetter("options.outer"))
-    seed = property(attrgetter("options.seed"))
-    communication_dtype = property(attrgetter("options.communication_dtype"))
-    overlap = property(attrgetter("options.overlap"))
-    membership = property(attrgetter("options.membership"))
-    min_replicas = property(attrgetter("options.min_replicas"))
-
-    @property
-    def grid(self) -> Grid:
-        """Where this process stands among replicas."""
-        return self.options.grid(self.global_rank, self.world_size)
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     @property
     def _fitting(self) -> bool:
@@ -280,13 +247,6 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
                     "ModelCheckpoint(train_time_interval=...) asks all ranks every batch, which ties the replicas "
                     "to each other: every_n_train_steps does not"
                 )
-
-    @property
-    def _inside(self) -> Any:
-        """The process group of this replica's ranks."""
-        assert self.lightning_module is not None
-        assert self.lightning_module.device_mesh is not None
-        return self.lightning_module.device_mesh.get_group("data_parallel")
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap inside the replica, and seed every replica's random numbers apart."""
@@ -359,48 +319,6 @@ class ElasticEntropyStrategy(WatchedDDPStrategy):
         if self._trainer.training and self.world_size > 1:
             return even_end(dataloader, self._trainer.limit_train_batches)
         return dataloader
-
-    # Which ranks a collective of Lightning's spans
-
-    @property
-    def _alone(self) -> bool:
-        """Whether nothing may be asked of other replicas: from a training batch's start to its callbacks' end."""
-        return self._moment != Moment.BETWEEN and self._trainer.training and self.grid.replicas > 1
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over all ranks; in a training batch over this replica's."""
-        if self._alone and group in (None, dist.group.WORLD):
-            if self.grid.data_parallel == 1:
-                return tensor
-            group = self._inside
-        return super().reduce(tensor, group, reduce_op)
-
-    def all_gather(self, tensor: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
-        """Gather from all ranks; in a training batch from this replica's."""
-        if self._alone and group in (None, dist.group.WORLD):
-            if self.grid.data_parallel == 1:
-                return tensor
-            group = self._inside
-        return super().all_gather(tensor, group, sync_grads)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s object; in a training step that of this replica's rank at position ``src``."""
-        if self._alone and self._moment == Moment.STEP:
-            if self.grid.data_parallel == 1:
-                return obj
-            src = self.grid.replica * self.grid.data_parallel + src % self.grid.data_parallel
-            objects = [obj]
-            dist.broadcast_object_list(objects, src, group=self._inside)
-            return objects[0]
-        return super().broadcast(obj, src)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Agree on a decision with all ranks, whenever it is: to save, say."""
-        before, self._moment = self._moment, Moment.BETWEEN
-        try:
-            return super().reduce_boolean_decision(decision, all)
-        finally:
-            self._moment = before
 
     # Training
 

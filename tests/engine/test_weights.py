@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lightning_entropy as le
 from lightning_entropy.engine.loop import InnerOuter
-from lightning_entropy.engine.weights import Holds, Substitutes, Weights, differ
+from lightning_entropy.engine.weights import Holds, Substitutes, Weights, add_gradients, differ, running_means
 from tests.engine.methods_table import METHODS, OPTIMIZERS, perturbs
 from tests.engine.training import Net, assert_equal, batch, start, step, through_a_file, values
 
@@ -345,7 +345,7 @@ def test_what_the_parameters_hold_from_beginning_to_end() -> None:
 def test_what_is_written_over_a_stand_in_is_the_new_x_and_what_is_not_is_not() -> None:
     (a, b), weights = weights_of(torch.tensor([1.0]), torch.tensor([2.0]))
     for p in (a, b):
-        weights.track(p).running_mean()
+        running_means([weights.track(p)])
     weights.begin()
     a.fill_(10.0)
     b.fill_(20.0)
@@ -396,10 +396,10 @@ def test_gradients_are_summed_dense_unscaled_and_in_the_anchors_type() -> None:
     (p,), weights = weights_of(torch.zeros(3, dtype=torch.bfloat16))
     w = weights.track(p)
     p.grad = torch.tensor([1.0, 2.0, 4.0], dtype=torch.bfloat16)
-    w.add_gradient(None)
+    add_gradients([w], None)
     p.grad.zero_()  # the sum is a copy
     p.grad = torch.sparse_coo_tensor([[1]], [8.0], (3,), dtype=torch.bfloat16, check_invariants=True)
-    w.add_gradient(torch.tensor(4.0))
+    add_gradients([w], torch.tensor(4.0))
     assert w.gradient is not None
     assert w.gradient.dtype == torch.float32
     assert w.gradient.tolist() == [1, 4, 4]

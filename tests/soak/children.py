@@ -76,6 +76,10 @@ def _child(work: Callable[[], Any], folder: Path) -> None:
     faulthandler.enable(said)
     warnings.resetwarnings()
     warnings.simplefilter("always")
+    # Whatever the parent does with its warnings (a test runner keeps them).
+    warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
+        warnings.formatwarning(message, category, filename, lineno, line), file=said, end=""
+    )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 0

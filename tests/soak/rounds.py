@@ -168,6 +168,9 @@ class _Round:
         self.outcome.notes.append(f"{kind}, {wrong.what}: exit code {ended.code}, {ended.error[:300]}")
         if ended.result is not None and wrong.harmless and same(ended.result[0], self.whole):
             return
+        complete = torch.load(start, weights_only=True)["global_step"] == self.whole["step"]
+        if ended.result is not None and complete and same(ended.result[0]["module"], self.whole["module"]):
+            return  # nothing was left to do, so that there is nothing to say
         tracebacks = len(re.findall(r"^During handling of the above exception", ended.said, re.MULTILINE))
         if wrong.refused is None:
             good = ended.result is not None and (wrong.warned is None or re.search(wrong.warned, ended.said))

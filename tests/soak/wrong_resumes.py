@@ -69,8 +69,7 @@ def _optimizer(draw: random.Random, training: Training, checkpoint: Path, folder
     name = "adamw" if training.optimizer == "sgd" else "sgd"
     then = {"sgd": "SGD", "adamw": "AdamW"}[training.optimizer]
     other = dataclasses.replace(training, optimizer=name)
-    refused = f"optimizer 0 must be {then} to go on"
-    return WrongResume(other, checkpoint, refused=refused, harmless=True, what=name)  # where nothing is left to do
+    return WrongResume(other, checkpoint, refused=f"optimizer 0 must be {then} to go on", what=name)
 
 
 def _seed(draw: random.Random, training: Training, checkpoint: Path, folder: Path) -> WrongResume:

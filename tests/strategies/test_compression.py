@@ -92,7 +92,7 @@ def test_the_sum_of_representable_values_of_any_length_is_exact(tmp_path: Path, 
         assert torch.equal(mean, values)
         # The header, and the values of both halves, padded to a whole block of each rank.
         padded = -(-length // (2 * BLOCK)) * 2 * BLOCK
-        assert sent == 8 + padded * (0.5 + 4 / BLOCK_4)
+        assert 0 < sent - padded * (0.5 + 4 / BLOCK_4) <= 64
 
 
 @pytest.mark.processes

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_entropy.strategies.compression import FORMATS
-from recipes.compare.lm.methods import METHODS
+from recipes.compare.lm.methods import FORMATS, METHODS
 from recipes.compare.lm.report import report
 from recipes.compare.lm.run import Task
 from recipes.compare.lm.speed import step_seconds

@@ -11,8 +11,8 @@ from lightning_entropy import Relaxation
 
 Settings = Mapping[str, float]
 
-# Of the methods that send an outer step's mean when a loop ends and wait for it; the others' travels during a loop.
-MOMENTA = (0.5, 0.9)
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # of what replicas send
+MOMENTA = (0.5, 0.9)  # of an outer Nesterov step
 EMA_MEMORY = 0.05  # of the training, about, is in the average
 
 
@@ -65,6 +65,11 @@ class Method:
         return self.relaxation is not None and self.relaxation(1, _first(self.grid)).elastic_target != "anchor"
 
 
+def ddp_like(arm: Arm) -> Arm:
+    """Return DDP with as many replicas and the same inner optimizer."""
+    return Arm("muon_ddp" if METHODS[arm.method].optimizer == "muon" else "ddp", arm.replicas)
+
+
 def _first(grid: Mapping[str, tuple[float, ...]]) -> Settings:
     return {name: values[0] for name, values in grid.items()}
 
@@ -83,6 +88,7 @@ METHODS: dict[str, Method] = {
     "snoo": Method(**_OUTER),
     "muon_snoo": Method("muon", **_OUTER),
     "ddp": Method(replicated=True),
+    "muon_ddp": Method("muon", replicated=True),
     "local_sgd": Method(relaxation=lambda inner_steps, _: le.local_sgd(inner_steps), replicated=True),
     "diloco": Method(replicated=True, **_OUTER),
     "muon_diloco": Method("muon", replicated=True, **_OUTER),

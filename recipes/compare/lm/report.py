@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.compare.lm.methods import METHODS, Arm
+from recipes.compare.lm.methods import METHODS, Arm, ddp_like
 from recipes.compare.lm.speed import LINKS, link_seconds
 from recipes.compare.lm.study import THROTTLED, Chosen, Record, Study
 from recipes.data.cache import write
@@ -69,23 +69,29 @@ def tables(
 def picture(study: Study, final: Sequence[Record]) -> Figure:
     """Draw loss against bytes: a dot for each arm of the central number of replicas, named beside it.
 
-    A dot's size tells the inner steps; the arms of a method share a colour. The line is DDP's loss.
+    The large dot is the method at the centre, the small ones its other inner steps and formats. A line is DDP's loss.
     """
     arms = [arm for arm in study.arms() if arm.replicas == study.center[0]]
     names = list(dict.fromkeys(arm.method for arm in arms))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for arm in arms:
-        loss, sent = _mean(final, arm, "val_loss"), _mean(final, arm, "bytes_per_token")
-        if not math.isfinite(loss) or not sent:
-            continue
+    points = [(_mean(final, arm, "val_loss"), _mean(final, arm, "bytes_per_token"), arm) for arm in arms]
+    points = sorted((p for p in points if math.isfinite(p[0]) and p[1]), key=lambda p: p[:2])
+    for loss, sent, arm in points:
         central = arm == study.central(arm.method)
-        axes.scatter(sent, loss, s=90 if central else 35, color=f"C{names.index(arm.method)}", zorder=3)
+        color = f"C{names.index(arm.method)}"
+        axes.scatter(sent, loss, s=90 if central else 35, color=color, zorder=3)
         what = f"H = {arm.inner_steps}" if arm.format == study.center[2] else arm.format
-        axes.annotate(arm.method if central else what, (sent, loss), xytext=(6, 5), textcoords="offset points",
-                      fontsize=10 if central else 8, color=f"C{names.index(arm.method)}")  # fmt: skip
-        if arm.method == "ddp":
-            axes.axhline(loss, color=f"C{names.index(arm.method)}", linewidth=1, linestyle="--", alpha=0.6)
+        # Methods that send as much stand one above the other: their names in turn to the right and to the left.
+        column = [other for _, x, other in points if x == sent]
+        right = column.index(arm) % 2 == 0
+        place = {"xytext": (8 if right else -8, 0), "ha": "left" if right else "right", "va": "center"}
+        if arm == ddp_like(arm):
+            axes.axhline(loss, color=color, linewidth=1, linestyle="--", alpha=0.6)
+            place = {"xytext": (0, 8), "ha": "center", "va": "bottom"}
+        size = 10 if central else 8
+        name = arm.method if central else what
+        axes.annotate(name, (sent, loss), textcoords="offset points", fontsize=size, color=color, **place)
     axes.set(xscale="log", xlabel="bytes sent per token of training", ylabel="validation loss (nats per byte)")
     axes.set_title(f"{study.center[0]} replicas, equal tokens", fontsize=11)
     axes.grid(alpha=0.25, linewidth=0.5)
@@ -104,7 +110,7 @@ def _replicas(
     lines = []
     for arm in arms:
         loss, sent = _mean(final, arm, "val_loss"), _mean(final, arm, "bytes_per_token")
-        ddp = [_mean(final, Arm("ddp", arm.replicas), key) for key in ("val_loss", "bytes_per_token")]
+        ddp = [_mean(final, ddp_like(arm), key) for key in ("val_loss", "bytes_per_token")]
         each = sent * study.task.tokens_per_step / arm.replicas  # bytes a step of a replica
         waits = METHODS[arm.method].waits
         free = study.task.tokens_per_step / seconds[arm]
@@ -112,7 +118,7 @@ def _replicas(
             study.task.tokens_per_step / link_seconds(seconds[arm], each, bits, waits=waits) for bits in LINKS.values()
         ]
         cells = [arm.method, arm.replicas, arm.inner_steps or "", arm.format, _settings(chosen[arm.method])]
-        cells += [_cell(final, arm), _ratio(loss, ddp[0], "+.2%", 1), f"{sent:.3g}", _ratio(sent, ddp[1], ".2%", 0)]
+        cells += [_cell(final, arm), _ratio(loss, ddp[0], "+.2%", 1), _bytes(sent), _ratio(sent, ddp[1], ".2%", 0)]
         cells += [f"{free:,.0f}", *(f"{speed:,.0f} ({speed / free:.1%})" for speed in speeds)]
         lines.append(cells)
     tokens = study.task.steps * study.task.tokens_per_step
@@ -151,7 +157,8 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
     edges = f"{min(study.lrs):g} and {max(study.lrs):g}"
     return [
         f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation). A step's tokens are shared by "
-        "the replicas. Losses are in nats per token, bytes are of all replicas together and as a ring would send them.",
+        "the replicas. DDP's is that with the same inner optimizer. Losses are in nats per token, bytes are of all "
+        "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of two; the outer rate is 0.7.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
@@ -175,6 +182,10 @@ def _cell(records: Sequence[Record], arm: Arm) -> str:
     if lost:
         return f"diverged ({lost} of {len(losses)})" if len(losses) > 1 else "diverged"
     return f"{mean(losses):.4f}" + (f" +- {stdev(losses):.4f}" if len(losses) > 1 else "")
+
+
+def _bytes(sent: float) -> str:
+    return f"{sent:,.0f}" if sent >= 100 else f"{sent:.3g}"
 
 
 def _ratio(value: float, base: float, form: str, less: float) -> str:

@@ -203,7 +203,6 @@ def make_trainer(run: Run) -> L.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=True,
     )
 
 

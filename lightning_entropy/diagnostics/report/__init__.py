@@ -1,0 +1,1 @@
+"""All diagnostics of a checkpoint on one page, and two checkpoints side by side."""

@@ -1,0 +1,102 @@
+"""A DDP strategy of replicas: where a process stands, and which ranks a collective of Lightning's spans."""
+
+from enum import Enum, auto
+from operator import attrgetter
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+
+from lightning_entropy.strategies.options import Grid, ReplicaOptions
+from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
+
+
+class Moment(Enum):
+    """Where a Trainer is, seen from a training batch."""
+
+    BETWEEN = auto()  # two batches: in a validation, say, or a save
+    STEP = auto()  # from a batch's first hook to its optimizer step
+    CALLBACKS = auto()  # when callbacks see the end of a batch
+
+
+class ReplicaDDPStrategy(WatchedDDPStrategy):
+    """DDP over all ranks, except in a training batch: there nothing may be asked of other replicas.
+
+    Args:
+        options: of the replicas.
+        **kwargs: of Lightning's ``DDPStrategy``.
+    """
+
+    def __init__(self, options: ReplicaOptions, **kwargs: Any) -> None:
+        self.options = options
+        super().__init__(**kwargs)
+        self._moment = Moment.BETWEEN
+
+    # Public attributes; the code itself reads the options.
+    relaxation = property(attrgetter("options.relaxation"))
+    replicas = property(attrgetter("options.replicas"))
+    data = property(attrgetter("options.data"))
+    independent_init = property(attrgetter("options.independent_init"))
+    outer = property(attrgetter("options.outer"))
+    seed = property(attrgetter("options.seed"))
+    communication_dtype = property(attrgetter("options.communication_dtype"))
+    overlap = property(attrgetter("options.overlap"))
+    membership = property(attrgetter("options.membership"))
+    min_replicas = property(attrgetter("options.min_replicas"))
+
+    @property
+    def grid(self) -> Grid:
+        """Where this process stands among replicas."""
+        return self.options.grid(self.global_rank, self.world_size)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _inside(self) -> Any:
+        """The process group of this replica's ranks."""
+        assert self.lightning_module is not None
+        assert self.lightning_module.device_mesh is not None
+        return self.lightning_module.device_mesh.get_group("data_parallel")
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nothing may be asked of other replicas: from a training batch's start to its callbacks' end."""
+        return self._moment != Moment.BETWEEN and self._trainer.training and self.grid.replicas > 1
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over all ranks; in a training batch over this replica's."""
+        if self._alone and group in (None, dist.group.WORLD):
+            if self.grid.data_parallel == 1:
+                return tensor
+            group = self._inside
+        return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
+        """Gather from all ranks; in a training batch from this replica's."""
+        if self._alone and group in (None, dist.group.WORLD):
+            if self.grid.data_parallel == 1:
+                return tensor
+            group = self._inside
+        return super().all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object; in a training step that of this replica's rank at position ``src``."""
+        if self._alone and self._moment == Moment.STEP:
+            if self.grid.data_parallel == 1:
+                return obj
+            src = self.grid.replica * self.grid.data_parallel + src % self.grid.data_parallel
+            objects = [obj]
+            dist.broadcast_object_list(objects, src, group=self._inside)
+            return objects[0]
+        return super().broadcast(obj, src)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Agree on a decision with all ranks, whenever it is: to save, say."""
+        before, self._moment = self._moment, Moment.BETWEEN
+        try:
+            return super().reduce_boolean_decision(decision, all)
+        finally:
+            self._moment = before

@@ -1,0 +1,130 @@
+import re
+import runpy
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_entropy.diagnostics import Trajectory
+from lightning_entropy.diagnostics.report import command_line as command
+from lightning_entropy.diagnostics.report.command_line import main
+from tests.diagnostics import tiny
+
+pytestmark = tiny.LIGHTNING_ADVICE
+CLASSES = ["--module", "tests.diagnostics.tiny.TinyModule", "--data", "tests.diagnostics.tiny.TinyData"]
+QUICK = [
+    *("--examples=24", "--data.examples=32"),
+    *(f"--local_entropy.{name}" for name in ("samples=2", "warmup=1", "chains=2", "leaps=1", "draws=4")),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    paths = []
+    for epochs in (1, 12):
+        folder = tmp_path_factory.mktemp("run")
+        torch.manual_seed(0)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[Trajectory(at_end=False)] if epochs > 1 else [],
+        )
+        trainer.fit(tiny.TinyModule(width=5), datamodule=tiny.TinyData())
+        trainer.save_checkpoint(folder / f"after-{epochs}.ckpt")
+        paths.append(str(folder / f"after-{epochs}.ckpt"))
+    return paths
+
+
+def test_report_is_one_page_with_every_section(checkpoints, tmp_path, capsys):
+    output = main(["report", checkpoints[1], *CLASSES, *QUICK, "--output", str(tmp_path / "page.html")])
+    text = output.read_text()
+    assert text.count("<svg") == 4  # Hessian, local entropy, noise, and the recorded path.
+    assert "largest eigenvalue" in text
+    assert "rank(D), clipped" in text
+    assert "p-value of the current" in text
+    assert not re.search(r'(src|href)="(?!#|data:)', text)  # Self-contained.
+    assert "largest eigenvalue" in capsys.readouterr().out
+
+
+def test_compare_says_which_is_flatter(checkpoints, tmp_path, capsys):
+    output = main(
+        ["compare", *checkpoints, *CLASSES, *QUICK, "--skip", "gradient_noise", "--output", str(tmp_path / "p.html")]
+    )
+    text = output.read_text()
+    assert text.count("<svg") == 5
+    assert "flatter" in text
+    assert "after-1.ckpt" in text
+    assert "numbers" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_as_flat_as_itself(checkpoints, tmp_path):
+    both = ["compare", checkpoints[0], checkpoints[0], *CLASSES, *QUICK, "--skip", "gradient_noise"]
+    assert "Neither is flatter" in main([*both, "--output", str(tmp_path / "p.html")]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "none.ckpt", *CLASSES], "File does not exist"),
+        (["report", __file__, "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
+        (["report", __file__, "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
+        (["report", __file__, *CLASSES, "--datum.x=1"], "--datum.x=1"),
+        (["report", __file__, *CLASSES, "--hessian.top=many"], "hessian.top"),
+        (["report", __file__, *CLASSES[:2]], "data"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_every_option_says_what_it_is(name):
+    commands = next(a for a in command._parser()._actions if a.dest == "command")
+    for action in commands.choices[name]._actions:
+        assert action.help, action.dest
+
+
+def test_settings_of_a_class_and_of_an_estimator_are_told_from_its_name(checkpoints):
+    words = ["report", checkpoints[0], *CLASSES, "--module.width=5", "--module.lr", "1e-3", "--hessian.top=2"]
+    options = command.parse(words).report
+    assert options.module == CLASSES[1]
+    assert options.module_settings == {"width": 5, "lr": 1e-3}
+    assert options.data_settings is None
+    assert options.hessian.top == 2
+    assert options.local_entropy.samples == 20
+
+
+def test_it_is_a_command(monkeypatch, capsys):
+    """What ``python -m`` does, without the seconds of a new process."""
+    monkeypatch.setattr(sys, "argv", ["diagnostics", "--help"])
+    monkeypatch.delitem(sys.modules, "lightning_entropy.diagnostics.__main__", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("lightning_entropy.diagnostics", run_name="__main__")
+    assert "compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["data", "model"])
+def test_a_configuration_beside_a_checkpoint_imports_nothing(tmp_path, section, monkeypatch):
+    """Of somebody's folder, only what the command line names is imported."""
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('was imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for values in (
+        {"class_path": "evil_module.Evil"},
+        [{"class_path": "evil_module.Evil"}],
+        {"a": {"class_path": "x"}},
+    ):
+        with pytest.raises(ValueError, match=f"section '{section}' must hold plain values, got a class_path in 'net'"):
+            command._configured(dict, section, {section: {"class_path": "any.Name", "init_args": {"net": values}}}, {})
+    found = command._configured(
+        dict, section, {section: {"class_path": "evil_module.Evil", "init_args": {"n": 3}}}, {"m": 4}
+    )
+    assert found == {"n": 3, "m": 4}
+    assert "evil_module" not in sys.modules
