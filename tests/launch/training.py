@@ -1,6 +1,6 @@
 """A script for the launcher: ``training.py FOLDER METHOD PLAN``, with a plan of "die", "endless" or a number of steps.
 
-"die": replica 1 is killed once at step 45 and all end together, 60 steps after it has joined again.
+"die": replica 1 is killed once after step 45, and all end together, 60 steps after it has joined again.
 """
 
 import os
@@ -43,7 +43,7 @@ class Plan(L.Callback):
         step, stop = trainer.global_step, self.folder / "stop"
         if step >= 5:
             (self.folder / f"started.{REPLICA}").touch()
-        if self.dies and step == 45:
+        if self.dies and step >= 45:
             (self.folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if REPLICA == "1" and not self.dies and (self.folder / "died").exists() and not stop.exists():
