@@ -130,14 +130,18 @@ class Heartbeat:
         return [rank for rank in (self._board.lost or sorted(self._board.reasons)) if rank != self._rank]
 
     def _watch(self, patience: float) -> list[int]:
-        first, start, waited = self._board.beats, time.monotonic(), set(self._others)
+        start, waited = time.monotonic(), set(self._others)
+        first: list[bytes] | None = None  # as read from now on: what was read before may be followed by a last beat
         while waited and time.monotonic() - start < patience:
             if self._gone:
                 return self._gone
             if self._board.closed:
                 return [0]
             beats = self._board.beats
-            waited = {rank for rank in waited if beats[rank] == first[rank] != DONE}
+            if first is not None:
+                waited = {rank for rank in waited if beats[rank] == first[rank] != DONE}
+            elif self._board.heard > start:
+                first = beats
             time.sleep(board.PERIOD / 5)
         if self._gone:
             return self._gone
@@ -203,7 +207,7 @@ class Heartbeat:
         atexit.unregister(self.stop)
         self._ended.set()
         self._thread.join()  # an interpreter that exits while a thread is in a C++ call aborts
-        self._board.stop(PATIENCE / 2)
+        self._board.stop(PATIENCE)
 
 
 def meeting(heartbeat: Heartbeat | None, where: str) -> AbstractContextManager[None]:

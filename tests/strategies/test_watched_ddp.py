@@ -8,13 +8,16 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from lightning_entropy.strategies.liveness import ReplicaLost
+from lightning_entropy.strategies.liveness import Heartbeat, ReplicaLost
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 
 COLLECTIVES: list[tuple[str, Any]] = [("barrier", None), ("broadcast", 5), ("reduce", torch.ones(2))]
 
 
 class KnowsWhoIsGone:
+    meeting = Heartbeat.meeting
+    _at = ""
+
     def named(self, error: RuntimeError) -> RuntimeError:
         return ReplicaLost(f"rank 1 is gone: {error}") if "closed" in str(error) else error
 
