@@ -44,7 +44,7 @@ from lightning_entropy.strategies.torchft_join import PEER, join, lighthouse_add
 from lightning_entropy.strategies.torchft_status import report
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
-from lightning_entropy.trainer.resume import check_method
+from lightning_entropy.trainer.resume import check_loadable, check_method
 
 SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
 
@@ -521,7 +521,13 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
 
     def _replica_state(self, loops: ReplicaLoops) -> dict[str, Any]:
         state = loops.state_dict() if self._unclosed is None else self._unclosed
-        return {**state, "rng": rng_state(), "mid_epoch": not self._trainer.is_last_batch, "method": self._method()}
+        return {
+            **state,
+            "rng": rng_state(),
+            "mid_epoch": not self._trainer.is_last_batch,
+            "method": self._method(),
+            "optimizers": [type(loop.optimizer).__name__ for loop in loops.loops.loops],
+        }
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the main file and every replica's own, so that a crash leaves the last ones whole."""
@@ -564,6 +570,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers, and the random state that they were saved with."""
+        if self._restored is not None:
+            check_loadable(self._restored, self.optimizers, checkpoint["optimizer_states"])
         super().load_optimizer_state_dict(checkpoint)
         if self._restored is not None and "rng" in self._restored:
             set_rng_state(self._restored["rng"])

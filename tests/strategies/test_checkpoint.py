@@ -387,3 +387,14 @@ def test_after_the_fit_the_process_that_started_the_others_can_load(tmp_path: Pa
     loaded = run.strategy.load_checkpoint(tmp_path / "at.ckpt", weights_only=True)
     assert loaded["global_step"] == 8
     assert set(loaded["state_dict"]) == set(module.state_dict())
+
+
+class WithAdam(Streaming):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+@pytest.mark.processes
+def test_another_class_of_optimizer_is_refused_before_its_state_is_loaded(copy: Path) -> None:
+    with pytest.raises(Exception, match="optimizer 0 must be SGD to go on from the checkpoint's state, got Adam"):
+        fit(copy.parent / "again", strategy(PARLE), 2, make=WithAdam, ckpt_path=copy, **SHORT)
