@@ -214,11 +214,6 @@ class Round:
         return [0.0 if flag else 1.0 for flag in lost[:-1]], float(lost[-1])
 
     @property
-    def in_halves(self) -> bool:
-        """Whether there is a second half, which every rank must start in a later call."""
-        return self._sum.in_halves
-
-    @property
     def arrived(self) -> bool:
         """Whether :meth:`wait` returns at once, without a collective."""
         if self._means is not None:

@@ -47,22 +47,11 @@ def even_end(loader: object, limit: int | float | None) -> object:
     return loader if length == shortest else Shortened(loader, shortest)
 
 
-class Shortened:
-    """A loader that ends after a number of batches.
+class _Ending:
+    """A loader that ends before another does, whose other attributes can be read here too."""
 
-    Args:
-        loader: of more batches. Its other attributes can be read here too.
-        length: how many batches.
-    """
-
-    def __init__(self, loader: Any, length: int) -> None:
-        self._loader, self._length = loader, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self._loader), self._length)
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
@@ -70,15 +59,34 @@ class Shortened:
         return getattr(self._loader, name)
 
 
-class EvenEnd:
+class Shortened(_Ending):
+    """A loader that ends after a number of batches.
+
+    Args:
+        loader: of more batches.
+        length: how many batches.
+    """
+
+    def __init__(self, loader: Any, length: int) -> None:
+        super().__init__(loader)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._loader), self._length)
+
+
+class EvenEnd(_Ending):
     """A loader that ends when the shortest rank's does: before every batch the ranks agree that all have one.
 
     Args:
-        loader: of unknown length. Its other attributes can be read here too.
+        loader: of unknown length.
     """
 
     def __init__(self, loader: Any) -> None:
-        self._loader = loader
+        super().__init__(loader)
         self._group: Any = dist.new_group(backend="gloo")
 
     def __iter__(self) -> Iterator[Any]:
@@ -91,8 +99,3 @@ class EvenEnd:
             if not all_have:
                 return
             yield batch
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_loader":
-            raise AttributeError(name)
-        return getattr(self._loader, name)

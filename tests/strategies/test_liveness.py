@@ -100,14 +100,19 @@ class FakeStore:
         return [self.values.get(key, b"") for key in keys]
 
 
-def test_rank_0_keeps_the_store_until_the_others_have_read_who_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where another rank found it."""
+def use_fake_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all ranks of this process meet at a fake store."""
     monkeypatch.setattr(FakeStore, "values", {})
     monkeypatch.setattr(FakeStore, "there", True)
     monkeypatch.setattr(heartbeat.dist, "TCPStore", FakeStore)
     monkeypatch.setattr(board, "listening_store", FakeStore)
     monkeypatch.setattr(heartbeat.dist, "broadcast_object_list", lambda port, src: port.__setitem__(0, 1))
     monkeypatch.setattr(heartbeat.dist, "all_gather_object", lambda errors, error: None)
+
+
+def test_rank_0_keeps_the_store_until_the_others_have_read_who_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another rank found it."""
+    use_fake_store(monkeypatch)
     beats = [heartbeat.Heartbeat(rank, 4, "host") for rank in range(4)]
     try:
         FakeStore().set("lost", "2")  # as rank 3 would
@@ -243,12 +248,7 @@ def test_a_rank_that_dies_before_its_first_heartbeat_is_named(tmp_path: Path, mo
 
 
 def test_what_a_stranger_writes_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeStore, "values", {})
-    monkeypatch.setattr(FakeStore, "there", True)
-    monkeypatch.setattr(heartbeat.dist, "TCPStore", FakeStore)
-    monkeypatch.setattr(board, "listening_store", FakeStore)
-    monkeypatch.setattr(heartbeat.dist, "broadcast_object_list", lambda port, src: port.__setitem__(0, 1))
-    monkeypatch.setattr(heartbeat.dist, "all_gather_object", lambda errors, error: None)
+    use_fake_store(monkeypatch)
     beats = [heartbeat.Heartbeat(rank, 3, "host") for rank in range(3)]
     try:
         for key, value in (("lost", "x"), ("lost", "-1,7"), ("lost", "\u00b2"), ("beat/2", "nonsense")):
