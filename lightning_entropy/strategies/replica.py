@@ -256,7 +256,8 @@ class ReplicaLoops:
                 self.couplings, self.loops.loops, state.get("couplings", []), strict=False
             ):
                 coupling.load_state_dict(memory)
-                coupling.passes = self._relaxation.outer_target.early and loop.inner_step > 0
+                begun = loop.inner_step > 0 or memory["begun"]  # at a save or a validation already
+                coupling.passes = self._relaxation.outer_target.early and begun
             return
         check_format("the state of a replica", state, FORMAT)
         self.consensus.load_own(state["module"])

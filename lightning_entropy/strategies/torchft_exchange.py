@@ -30,8 +30,7 @@ class ElasticCoupling:
 
     Attributes:
         round: the last exchange; None before the first.
-        passes: the next exchange is left out: this replica has joined in the middle of a loop, at the mean that it
-            would bring.
+        passes: the next exchange is left out: this replica has joined at the mean that it would bring.
         version: how many common steps have been taken; -1 without any.
         last: the last means that have arrived, if they are kept; empty before.
         last_extras: those of the further tensors; nan where no replica's was finite.
@@ -85,8 +84,8 @@ class ElasticCoupling:
         """Do nothing: an exchange advances by itself."""
 
     def state_dict(self, *, repeat: bool) -> dict[str, Any]:
-        """Return the number of common steps."""
-        return {"version": self.version}
+        """Return the number of common steps, and whether the exchange of the loop has begun."""
+        return {"version": self.version, "begun": self.passes or self.round is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
