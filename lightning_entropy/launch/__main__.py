@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("RUST_LOG", "error")  # before torchft is imported, which reads it once
 
 from lightning_entropy.launch.jobs import Jobs, say, start
-from lightning_entropy.strategies.torchft_internals import check_installed, open_lighthouse
+from lightning_entropy.strategies.torchft.internals import check_installed, open_lighthouse
 
 
 def parser() -> argparse.ArgumentParser:

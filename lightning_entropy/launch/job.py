@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_entropy.strategies.torchft_status import read
+from lightning_entropy.strategies.torchft.status import read
 
 LONGEST_PAUSE = 30.0  # seconds before a job that has died is started again
 IN_VAIN = 5  # deaths in a row without an outer step between them, after which it is left

@@ -16,9 +16,9 @@ from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
 from lightning_entropy.strategies.exchange import Coupling, Links, Meeting, Round
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
-from lightning_entropy.strategies.torchft_assembly import Assembly
-from lightning_entropy.strategies.torchft_consensus import ElasticConsensus
-from lightning_entropy.strategies.torchft_exchange import ElasticCoupling
+from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.consensus import ElasticConsensus
+from lightning_entropy.strategies.torchft.exchange import ElasticCoupling
 
 FORMAT = 1  # of ReplicaLoops.state_dict()
 

@@ -38,10 +38,10 @@ from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.replica_ddp import Moment, ReplicaDDPStrategy
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.stopping import JointStop
-from lightning_entropy.strategies.torchft_assembly import Assembly
-from lightning_entropy.strategies.torchft_internals import check_installed
-from lightning_entropy.strategies.torchft_join import PEER, join, lighthouse_address
-from lightning_entropy.strategies.torchft_status import report
+from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.internals import check_installed
+from lightning_entropy.strategies.torchft.join import PEER, join, lighthouse_address
+from lightning_entropy.strategies.torchft.status import report
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete
 from lightning_entropy.trainer.resume import check_loadable, check_method

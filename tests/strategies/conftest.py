@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from tests.strategies import meetings
 from tests.strategies.runs import fit
 from tests.strategies.streams import Streaming
 
@@ -15,10 +14,3 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("fork")
     weights: dict[str, Any] = fit(folder, "elastic_entropy_fork", 2, make=Streaming)[0]["final"]
     return weights
-
-
-@pytest.fixture(scope="session")
-def met() -> meetings.Met:
-    """Return the results of scenarios of meetings, which one process has played, and what it wrote to stderr."""
-    results, said = meetings.run(*meetings.SCENARIOS)
-    return lambda name: (results[name], said)

@@ -201,7 +201,7 @@ def test_no_private_name_of_a_parent_is_taken(cls: Any) -> None:
     assert not ours & theirs
     used = {
         node.attr
-        for file in FOLDER.glob("*.py")
+        for file in FOLDER.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     }
@@ -210,15 +210,15 @@ def test_no_private_name_of_a_parent_is_taken(cls: Any) -> None:
 
 def test_private_names_of_others_are_in_a_file_a_library() -> None:
     found = set()
-    for file in FOLDER.glob("*.py"):
+    for file in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
-                found |= {f"{file.name}: {a.name}" for a in node.names if a.name.startswith("_")}
+                found |= {f"{file.relative_to(FOLDER)}: {a.name}" for a in node.names if a.name.startswith("_")}
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 name = ast.unparse(node)
                 if not name.startswith(("self._", "cls._")) and name not in ELSEWHERE:
-                    found.add(f"{file.name}: {name}")
-    assert {entry.split(":")[0] for entry in found} == {"lightning_internals.py", "torchft_internals.py"}, found
+                    found.add(f"{file.relative_to(FOLDER)}: {name}")
+    assert {entry.split(":")[0] for entry in found} == {"lightning_internals.py", "torchft/internals.py"}, found
 
 
 @pytest.mark.processes

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_entropy.strategies.torchft_transfer import StateServer
+from lightning_entropy.strategies.torchft.transfer import StateServer
 
 
 def test_who_waits_gets_the_state_as_it_was_offered_and_who_comes_later_gets_none() -> None:

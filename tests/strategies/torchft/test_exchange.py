@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.strategies.meetings import Met
+from tests.strategies.torchft.meetings import Met
 
 pytest.importorskip("torchft")
 

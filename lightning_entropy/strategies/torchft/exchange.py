@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.strategies.exchange import DIVERGED, flatten, unflatten
-from lightning_entropy.strategies.torchft_assembly import Assembly
+from lightning_entropy.strategies.torchft.assembly import Assembly
 
 
 class ElasticCoupling:

@@ -1,4 +1,4 @@
-"""Meetings of replicas, in processes of their own: ``python -m tests.strategies.meetings SCENARIO``.
+"""Meetings of replicas, in processes of their own: ``python -m tests.strategies.torchft.meetings SCENARIO``.
 
 A scenario is a function of a lighthouse that returns what there is to compare. Its replicas are threads of one process,
 each with its servers and its process group, where none of them has to die.
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 Met = Callable[[str], tuple[Any, str]]  # results of a scenario by its name, and what was written to stderr
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @contextmanager
 def lighthouse(min_replicas: int = 1) -> Iterator[str]:
-    from lightning_entropy.strategies.torchft_internals import open_lighthouse
+    from lightning_entropy.strategies.torchft.internals import open_lighthouse
 
     server, address = open_lighthouse(min_replicas, heartbeat_timeout=1.0, join_timeout=20.0)
     try:
@@ -35,7 +35,7 @@ def lighthouse(min_replicas: int = 1) -> Iterator[str]:
 
 
 def meeting(replica: int, address: str, min_replicas: int = 1) -> Any:
-    from lightning_entropy.strategies.torchft_assembly import Assembly
+    from lightning_entropy.strategies.torchft.assembly import Assembly
 
     return Assembly(replica, address, min_replicas=min_replicas, timeout=timedelta(seconds=20))
 
@@ -62,7 +62,7 @@ def side_by_side(functions: list[Callable[[], Any]]) -> list[Any]:
 
 
 def coupled(replica: int, address: str, **options: Any) -> Any:
-    from lightning_entropy.strategies.torchft_exchange import ElasticCoupling
+    from lightning_entropy.strategies.torchft.exchange import ElasticCoupling
 
     return ElasticCoupling(meeting(replica, address), 0, **options)
 
@@ -190,9 +190,9 @@ def closed() -> Any:
 
 
 def no_lighthouse() -> Any:
-    from lightning_entropy.strategies import torchft_assembly
+    from lightning_entropy.strategies.torchft import assembly
 
-    torchft_assembly.CONNECT = timedelta(seconds=1)
+    assembly.CONNECT = timedelta(seconds=1)
     with lighthouse() as address:
         pass
     try:
@@ -219,7 +219,7 @@ def member(replica: int, address: str, dies_after: int, meetings: int) -> None:
 def killed() -> Any:
     """Three processes, of which one is killed."""
     with lighthouse() as address:
-        command = [sys.executable, "-m", "tests.strategies.meetings", "member"]
+        command = [sys.executable, "-m", "tests.strategies.torchft.meetings", "member"]
         jobs = [
             subprocess.Popen(
                 [*command, str(r), address, "5" if r == 2 else "-1", "12"], stdout=subprocess.PIPE, text=True, cwd=ROOT
@@ -236,7 +236,7 @@ SCENARIOS = ("exact", "behind", "another_model", "join", "too_few", "closed", "k
 def run(*scenarios: str) -> tuple[Any, str]:
     """Run scenarios in a fresh process; return their results by name, and what they wrote to stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.strategies.meetings", *scenarios],
+        [sys.executable, "-m", "tests.strategies.torchft.meetings", *scenarios],
         capture_output=True,
         text=True,
         cwd=ROOT,

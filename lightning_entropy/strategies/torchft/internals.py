@@ -1,6 +1,6 @@
 """torchft, as the strategies use it, which is imported here alone and when it is needed; one of its names is private.
 
-Checked against torchft 0.2.0; ``tests/strategies/test_torchft_internals.py`` fails when that name changes.
+Checked against torchft 0.2.0; ``tests/strategies/torchft/test_internals.py`` fails when that name changes.
 """
 
 from datetime import timedelta

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import Module
 
-from lightning_entropy.strategies.torchft_assembly import Assembly
+from lightning_entropy.strategies.torchft.assembly import Assembly
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 PEER = "a replica that joins"  # the path of a checkpoint that goes to one

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
-from lightning_entropy.strategies.torchft_internals import Quorum, open_group, start_server
-from lightning_entropy.strategies.torchft_transfer import StateServer
+from lightning_entropy.strategies.torchft.internals import Quorum, open_group, start_server
+from lightning_entropy.strategies.torchft.transfer import StateServer
 
 CONNECT = timedelta(seconds=15)  # for a server or a peer that is there to answer
 PAUSE = 0.5  # seconds between two questions whether enough replicas have come

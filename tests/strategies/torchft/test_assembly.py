@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.strategies.meetings import Met
+from tests.strategies.torchft.meetings import Met
 
 pytest.importorskip("torchft")
 
-from lightning_entropy.strategies.torchft_assembly import address_toward
+from lightning_entropy.strategies.torchft.assembly import address_toward
 
 pytestmark = pytest.mark.processes
 

@@ -7,7 +7,7 @@ from torch.nn import Module
 from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.methods.targets import OuterTarget
 from lightning_entropy.strategies.consensus import Consensus
-from lightning_entropy.strategies.torchft_exchange import ElasticCoupling
+from lightning_entropy.strategies.torchft.exchange import ElasticCoupling
 
 
 class ElasticConsensus(Consensus):

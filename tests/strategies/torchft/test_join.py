@@ -10,7 +10,7 @@ from torch import Tensor
 import lightning_entropy as le
 from lightning_entropy.strategies.options import Grid
 from lightning_entropy.strategies.replica import ReplicaLoops
-from lightning_entropy.strategies.torchft_assembly import Assembly, Met, Record
+from lightning_entropy.strategies.torchft.assembly import Assembly, Met, Record
 
 
 class Round:

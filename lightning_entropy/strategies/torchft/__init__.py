@@ -1,0 +1,1 @@
+"""Replicas that come and go: whoever is there meets, by torchft's lighthouse."""
