@@ -200,6 +200,15 @@ def undisturbed(job: Job, folder: Path) -> dict[str, Tensor]:
     return torch.load(path / "final.0.pt", weights_only=True)
 
 
+def drawn(seed: int, number: int) -> tuple[Job, Strike]:
+    """Return the job and the disturbance of a round."""
+    draw = random.Random(f"replicas {seed}:{number}")
+    job, kind = Job.drawn(draw), draw.choice(list(KINDS))
+    moments = [m for m in MOMENTS if m != "validation" or job.validation]
+    moment = "save" if kind == "full disk" else draw.choice([m for m in moments if kind != "nan" or m != "validation"])
+    return job, Strike(kind, draw.randrange(job.ranks), draw.randrange(STEPS - 2), moment)
+
+
 def play(seed: int, number: int, folder: Path, whole: Path) -> Outcome:
     """Play one round.
 
@@ -209,12 +218,8 @@ def play(seed: int, number: int, folder: Path, whole: Path) -> Outcome:
         folder: an empty one.
         whole: for the undisturbed jobs of all rounds.
     """
-    draw = random.Random(f"replicas {seed}:{number}")
-    job, kind = Job.drawn(draw), draw.choice(list(KINDS))
-    moments = [m for m in MOMENTS if m != "validation" or job.validation]
-    moment = "save" if kind == "full disk" else draw.choice([m for m in moments if kind != "nan" or m != "validation"])
-    strike = Strike(kind, draw.randrange(job.ranks), draw.randrange(STEPS - 2), moment)
-    outcome = Outcome(number, kind, notes=[str(job), str(strike)])
+    job, strike = drawn(seed, number)
+    outcome = Outcome(number, strike.kind, notes=[str(job), str(strike)])
     try:
         _judge(job, strike, outcome, folder, undisturbed(job, whole))
     except AssertionError as error:

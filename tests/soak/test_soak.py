@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import lightning_entropy as le
+from lightning_entropy.strategies.replica import ReplicaLoops
 from tests.lightning_modules import LIGHTNING_WARNINGS
-from tests.soak.__main__ import main, soak, table
+from tests.soak import replicas
+from tests.soak.__main__ import main, soak, soak_replicas, table
 from tests.soak.children import HANG, in_child
 from tests.soak.disturbances import OURS, Disturbance, Hurt, watched
 from tests.soak.rounds import BAD, KINDS, Outcome, Verdict, difference
@@ -31,6 +33,41 @@ def test_a_short_run_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[0] == "all"
     assert sum(map(int, last[1:])) == 12
+
+
+def test_a_short_run_with_replicas_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--replicas", "--rounds", "16", "--seed", "2"]) == 0, capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[0] == "all"
+    assert sum(map(int, last[1:])) == 16
+
+
+def first_of_replicas(kind: str) -> int:
+    """Return the number of a round of seed 2 in which a job saves every step and a rank meets with this, mid-way."""
+    for number in range(10000):
+        job, strike = replicas.drawn(2, number)
+        if (job.save, job.ranks, strike.kind, strike.step, strike.moment) == (1, 2, kind, 7, "training"):
+            return number
+    raise AssertionError(kind)
+
+
+def test_replicas_that_lose_something_at_a_resume_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = first_of_replicas("exception")
+    assert [o.verdict for o in soak_replicas(2, [number])] == [Verdict.EQUAL]
+    load = ReplicaLoops.load_state_dict
+
+    def forgetful(self: Any, state: dict[str, Any]) -> None:
+        load(self, {**state, "loops": [{**loop, "inner_step": 0} for loop in state["loops"]]})
+
+    monkeypatch.setattr(ReplicaLoops, "load_state_dict", forgetful)
+    assert [o.verdict for o in soak_replicas(2, [number])] == [Verdict.DIFFERS]
+
+
+def test_a_rank_that_is_not_named_is_a_wrong_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "REASONS", {"exception": "another reason"})
+    (outcome,) = soak_replicas(2, [first_of_replicas("exception")])
+    assert outcome.verdict is Verdict.WRONG_ERROR
+    assert "its reason must be given" in outcome.notes[-1]
 
 
 def first_round(kind: str) -> int:
