@@ -182,7 +182,7 @@ def _shake_chunk_(chunk: Place, rows: Sequence[Row]) -> None:
     for some in alike.values():
         s = some[0][2]
         sizes = [numbers(y) for y, *_ in some]
-        parts = [drawn[start : start + size] for size, (*_, start) in zip(sizes, some, strict=True)]
+        parts = [drawn.narrow(0, start, size) for size, (*_, start) in zip(sizes, some, strict=True)]
         if isinstance(s, Tensor):
             whole = drawn if sum(sizes) == chunk.size else torch.cat(parts)
             scales = [scale.reshape(-1) for _, _, scale, _ in some if isinstance(scale, Tensor)]

@@ -160,8 +160,14 @@ def listening_store(host: str, timeout: timedelta) -> dist.TCPStore:
         except OSError:  # a name that leads here by way of another machine
             listener.close()
             continue
-        # The store owns the socket from here on.
+        # The store owns the socket from here on. Older versions of torch take it without libuv alone.
         return dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listener.detach(),
+            use_libuv=False,
         )
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
