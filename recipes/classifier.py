@@ -133,11 +133,12 @@ class Classifier(L.LightningModule):
         label_smoothing: share of a label's weight spread over all classes, in [0, 1). For training only.
         sharpness: SAM's rho, the radius in weight space of the step uphill, in [0, 1000]; 0 is the optimizer alone. A
             step then costs two gradient evaluations, both on the same batch.
+        sharpness_start: share of the training after which SAM begins, in [0, 1); before it a step is the optimizer's.
         channels_last: lay out convolutions' weights and images channel after pixel, which is faster on most devices.
         compile: compile the net with ``torch.compile``.
 
     Raises:
-        ValueError: if ``sharpness`` or ``label_smoothing`` is out of its range.
+        ValueError: if ``sharpness``, ``sharpness_start`` or ``label_smoothing`` is out of its range.
     """
 
     def __init__(
@@ -149,11 +150,14 @@ class Classifier(L.LightningModule):
         num_classes: int = 10,
         label_smoothing: float = 0.0,
         sharpness: float = 0.0,
+        sharpness_start: float = 0.0,
         channels_last: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
         check("sharpness", sharpness, 0, 1000)
+        if not 0 <= sharpness_start < 1:
+            raise ValueError(f"sharpness_start must be in [0, 1), got {sharpness_start}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -163,6 +167,7 @@ class Classifier(L.LightningModule):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.sharpness = sharpness
+        self.sharpness_start = sharpness_start
         self.compile_net = compile
         # SAM under automatic optimization would perturb by the previous batch's gradient: its step is written out.
         self.automatic_optimization = not sharpness
@@ -204,7 +209,7 @@ class Classifier(L.LightningModule):
         elif self.trainer.precision == "16-mixed":
             raise MisconfigurationException("SAM needs precision 32-true or bf16-mixed, got 16-mixed")
         else:
-            optimizer = SAM(self.parameters(), self.optimizer, rho=self.sharpness)
+            optimizer = LateSAM(self.parameters(), self.optimizer, rho=self.sharpness)
         if self.schedule is None:
             return {"optimizer": optimizer}
         steps = self.trainer.estimated_stepping_batches
@@ -249,6 +254,8 @@ class Classifier(L.LightningModule):
         net's.
         """
         optimizer = self.optimizers()
+        start = self.sharpness_start * self.trainer.estimated_stepping_batches
+        optimizer.optimizer.begun = self.trainer.global_step >= start
         optimizer.zero_grad()
         self.manual_backward(self._train_loss(batch))
 
@@ -272,6 +279,16 @@ class Classifier(L.LightningModule):
         accuracy(logits, labels)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}_accuracy", accuracy, prog_bar=True)
+
+
+class LateSAM(SAM):
+    """SAM that takes the plain optimizer's step, of one gradient, as long as ``begun`` is not set."""
+
+    begun = True
+
+    def step(self, closure: Any = None) -> Any:
+        """Step by the gradient that is there; once begun, by that of the perturbed weights, which the closure takes."""
+        return super().step(closure) if self.begun else self.base_optimizer.step()
 
 
 @contextmanager

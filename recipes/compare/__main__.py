@@ -14,6 +14,8 @@ from recipes.compare.lm.study import Study as LanguageStudy
 from recipes.compare.methods import METHODS
 from recipes.compare.report import report
 from recipes.compare.run import Task
+from recipes.compare.strength.command import main as strength
+from recipes.compare.strength.report import Results
 from recipes.compare.study import Study
 from recipes.data import ImageData
 from recipes.limits import argument
@@ -22,6 +24,7 @@ from recipes.limits import argument
 DEFAULTS: dict[str, dict[str, Any]] = {
     "allcnn": {"source": "cifar10", "weight_decay": 1e-3, "crop": 4, "flip": True, "dropout": 0.0},
     "wide_resnet": {"source": "cifar10", "weight_decay": 5e-4, "crop": 4, "flip": True, "dropout": 0.0},
+    "resnet": {"source": "cifar10", "weight_decay": 5e-4, "crop": 4, "flip": True, "dropout": 0.0},
     "lenet": {"source": "fashion_mnist", "weight_decay": 0.0, "crop": 0, "flip": False, "dropout": 0.25},
 }
 
@@ -29,15 +32,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 SMALL: dict[str, dict[str, Any]] = {
     "allcnn": {"width": 48, "n_train": 4000, "n_val": 2000, "crop": 0, "flip": False, "precision": "bf16-mixed"},
     "wide_resnet": {"depth": 10, "width": 1, "n_train": 4000, "n_val": 2000, "crop": 0, "flip": False},
+    "resnet": {"width": 16, "n_train": 4000, "n_val": 2000, "crop": 0, "flip": False},
     "lenet": {"n_train": 4000, "n_val": 4000, "dropout": 0.0},
 }
 
 
-def main(args: Sequence[str] | None = None) -> Study | LanguageStudy:
+def main(args: Sequence[str] | None = None) -> Study | LanguageStudy | dict[str, Results]:
     """Run a comparison from the command line, or resume one that was killed."""
     args = sys.argv[1:] if args is None else args
     if args and args[0] == "lm":
         return language_model(args[1:])
+    if args and args[0] == "strength":
+        return strength(args[1:])
     options = _parse(args)
     task = Task(
         net=options.net,
@@ -59,6 +65,7 @@ def main(args: Sequence[str] | None = None) -> Study | LanguageStudy:
         methods=options.methods,
         lrs=options.lrs,
         seeds=options.seeds,
+        weight_decays=options.weight_decays or [None],
         budgets=options.budgets,
         out=options.out or Path("runs/compare") / options.net,
         workers=options.workers,
@@ -78,7 +85,8 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m recipes.compare",
         epilog="'python -m recipes.compare lm' compares low-communication methods on a language model; its options "
-        "are others: 'python -m recipes.compare lm --help'.",
+        "are others: 'python -m recipes.compare lm --help'. So are those of 'python -m recipes.compare strength', "
+        "which asks of many methods on several tasks whether they help at all.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -98,6 +106,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
         default=[0.03, 0.1, 0.3],
         help="learning rates every method tries; one: no search",
     )
+    add("--weight_decays", type=argument(float, 0, 1000), nargs="+", help="that every method tries with each rate")
     add("--budgets", nargs="+", choices=["compute", "steps"], default=["compute"], help="tables of replicated methods")
     add("--small", action="store_true", help="a small task for two CPU cores, trained to zero training error")
     add("--source", help="data set, or folder of images", default="cifar10")
@@ -113,7 +122,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--normalise", choices=["mean_std", "gcn_zca"], default="mean_std")
     add("--flip", action=argparse.BooleanOptionalAction, default=True)
     add("--crop", type=argument(int, 0, 1000), default=4)
-    add("--width", type=argument(int, 1, 1000), help="of All-CNN (96) and Wide-ResNet (4)")
+    add("--width", type=argument(int, 1, 1000), help="of All-CNN (96), Wide-ResNet (4), ResNet-18 (64)")
     add("--depth", type=argument(int, 10, 1000), help="of Wide-ResNet (16)")
     add("--dropout", type=argument(float, 0, 0.99), default=0.0)
     add("--weight_decay", type=argument(float, 0, 1000), default=1e-3)
@@ -139,6 +148,8 @@ def _net_args(options: argparse.Namespace) -> dict[str, Any]:
     if options.net == "allcnn":
         # The papers drop a fifth of the input with the net's dropout, and nothing without it.
         return {"width": _or(options.width, 96), "dropout": options.dropout, "input_dropout": 0.4 * options.dropout}
+    if options.net == "resnet":
+        return {"width": _or(options.width, 64)}
     return {"depth": _or(options.depth, 16), "width": _or(options.width, 4), "dropout": options.dropout}
 
 

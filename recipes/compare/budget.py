@@ -36,11 +36,11 @@ class Budget:
         if self.kind not in ("compute", "steps"):
             raise ValueError(f"kind must be compute or steps, got {self.kind}")
 
-    def steps(self, evaluations: int, replicas: int) -> int:
+    def steps(self, evaluations: float, replicas: int) -> int:
         """Count the optimizer steps of each replica.
 
         Args:
-            evaluations: gradient evaluations in a step.
+            evaluations: gradient evaluations in a step, in the mean.
             replicas: copies of the net.
 
         Returns:
@@ -56,7 +56,7 @@ class Budget:
             30
         """
         shared = replicas if self.kind == "compute" else 1
-        steps = self.epochs * self.batches // (evaluations * shared)
+        steps = int(self.epochs * self.batches / (evaluations * shared) + 1e-9)
         if steps < 1:
             raise ValueError(f"epochs must leave a step for {replicas} replicas, got {self.epochs}")
         return steps

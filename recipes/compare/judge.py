@@ -15,10 +15,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from recipes.compare.measure import error_and_loss, loss_rise, reestimated
+from recipes.compare.measure import calibration_error, corrupted, error_and_loss, loss_rise, pruned, reestimated
 from recipes.data import ImageData
 from recipes.data.cache import write
 from recipes.data.plan import EvaluationPlan
+
+ROBUSTNESS = ("calibration_error", "corrupted_error", "pruned_error")
 
 
 class Judge:
@@ -48,26 +50,39 @@ class Judge:
         return self._errors(module, {"val": self.val})
 
     def final(self, module: L.LightningModule) -> dict[str, float]:
-        """Measure errors on held-out, test and training images, and the rise of the training loss under noise."""
+        """Measure errors on held-out, test and training images, the rise of the training loss under noise, and more.
+
+        That is the calibration error on the test images, and on the first of them the error with corrupted images and
+        with a part of the weights, each in per cent.
+        """
         images = {"val": self.val, "test": self.data.test_indices, "train": self.train}
-        return self._errors(module, images, rise=True)
+        return self._errors(module, images, whole=True)
 
     @staticmethod
     def diverged() -> dict[str, float]:
         """Return the keys of :meth:`final` with nan for each: the result of a net whose weights have diverged."""
         names = [f"{name}_{what}" for name in ("val", "test", "train") for what in ("error_running", "error", "loss")]
-        return dict.fromkeys([*names, "loss_rise"], math.nan)
+        return dict.fromkeys([*names, "loss_rise", *ROBUSTNESS], math.nan)
 
-    def _errors(self, module: L.LightningModule, images: dict[str, Tensor], rise: bool = False) -> dict[str, float]:
+    def _errors(self, module: L.LightningModule, images: dict[str, Tensor], whole: bool = False) -> dict[str, float]:
         """Measure with the statistics that training left, then with others, re-estimated once for all images."""
         with self._precision():
             result = {f"{name}_error_running": self._error(module, at)[0] for name, at in images.items()}
             with reestimated(module, self._batches(self.refresh)):
                 for name, at in images.items():
                     result[f"{name}_error"], result[f"{name}_loss"] = self._error(module, at)
-                if rise:
+                if whole:
                     result["loss_rise"] = loss_rise(module, self._batches(self.train[:1000]))
+                    result |= zip(ROBUSTNESS, self._robustness(module), strict=True)
         return result
+
+    def _robustness(self, module: L.LightningModule) -> tuple[float, float, float]:
+        test = self.data.test_indices
+        some = test[: len(self.val) or len(test)]
+        calibration = calibration_error(module, self._batches(test), len(self.data.classes))
+        corrupt = error_and_loss(module, corrupted(self._batches(some)))[0]
+        with pruned(module):
+            return calibration, corrupt, self._error(module, some)[0]
 
     def _error(self, module: L.LightningModule, indices: Tensor) -> tuple[float, float]:
         return error_and_loss(module, self._batches(indices))
@@ -95,12 +110,15 @@ class Recorder(Callback):
         judge: measures.
         path: where rank 0 writes the curve when training ends.
         batch_size: images of a gradient evaluation.
+        keep_best: put back, at the end, the weights of the point of least held-out error.
     """
 
-    def __init__(self, judge: Judge, path: Path, batch_size: int) -> None:
+    def __init__(self, judge: Judge, path: Path, batch_size: int, *, keep_best: bool = False) -> None:
         self.judge = judge
         self.path = path
         self.batch_size = batch_size
+        self.keep_best = keep_best
+        self.best: tuple[float, dict[str, Tensor]] | None = None
         self.gradients = 0
         self.curve: dict[int, dict[str, float]] = {}
         self._seconds = 0.0
@@ -141,6 +159,9 @@ class Recorder(Callback):
                 "epochs": evaluations * self.batch_size / len(self.judge.data.train_indices),
                 "seconds": self._seconds,
             } | self.judge.point(pl_module)
+            error = self.curve[evaluations]["val_error"]
+            if self.keep_best and (self.best is None or error < self.best[0]):
+                self.best = (error, {name: value.clone() for name, value in pl_module.state_dict().items()})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restart the clock."""
@@ -149,6 +170,8 @@ class Recorder(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add up the gradients and the memory of all replicas and write the curve."""
         self._stop()
+        if self.best is not None:
+            pl_module.load_state_dict(self.best[1])
         own = [self.gradients, self.gradients - (self._untimed or 0), peak_memory()]
         total, timed, memory = trainer.strategy.reduce(torch.tensor(own, dtype=torch.float64), reduce_op="sum").tolist()
         if trainer.is_global_zero:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassCalibrationError
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from recipes.classifier import Batch, tracking
 
@@ -101,6 +103,56 @@ def loss_rise(net: nn.Module, batches: Iterable[Batch], ratio: float = 0.1, draw
         for p, value in zip(params, saved, strict=True):
             p.copy_(value)
     return sum(rises) / draws
+
+
+@torch.no_grad()
+def calibration_error(net: nn.Module, batches: Iterable[Batch], classes: int) -> float:
+    """Return by how much the net's confidence differs from its accuracy, in the mean over 15 bins of confidence.
+
+    References:
+        Guo, Pleiss, Sun and Weinberger, On calibration of modern neural networks, ICML 2017, arXiv:1706.04599.
+    """
+    metric = MulticlassCalibrationError(classes, n_bins=15, norm="l1")
+    with _evaluating(net):
+        for images, labels in batches:
+            metric.update(net(images).float().softmax(1).cpu(), labels.cpu())
+    return float(metric.compute())
+
+
+def corrupted(batches: Iterable[Batch], seed: int = 0) -> Iterator[Batch]:
+    """Blur every image by a Gaussian of one pixel, and add noise of 0.3 standard deviations of the data's pixels.
+
+    Args:
+        batches: of normalised images.
+        seed: of the noise, the same for every net.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for images, labels in batches:
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        yield gaussian_blur(images, [5, 5], [1.0, 1.0]) + 0.3 * noise, labels
+
+
+@contextmanager
+def pruned(net: nn.Module, share: float = 0.6) -> Iterator[None]:
+    """Set the smallest weights of every convolution and linear layer to zero inside the context.
+
+    Args:
+        net: its weights are put back.
+        share: of a layer's weights, in [0, 1].
+    """
+    weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    saved = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:  # torch's own pruning refuses weights in channels_last
+                flat = weight.flatten()
+                flat[flat.abs().topk(round(share * len(flat)), largest=False).indices] = 0
+                weight.copy_(flat.view(weight.shape))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, saved, strict=True):
+                weight.copy_(value)
 
 
 @contextmanager

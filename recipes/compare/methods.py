@@ -32,12 +32,18 @@ class Parts:
         callbacks: for the Trainer.
         strategy: makes the Trainer's strategy, told whether it is for CUDA devices; None is one process without.
         sharpness: SAM's rho.
+        sharpness_start: share of the training after which SAM begins.
+        label_smoothing: of the training loss.
+        stops: the weights that are kept are those of least held-out error, among the points of the curve.
         by_epochs: the method wants a number of epochs rather than of steps, and may add one without gradients.
     """
 
     callbacks: list[Callback] = field(default_factory=list)
     strategy: Callable[[bool], Any] | None = None
     sharpness: float = 0.0
+    sharpness_start: float = 0.0
+    label_smoothing: float = 0.0
+    stops: bool = False
     by_epochs: bool = False
 
 
@@ -64,7 +70,7 @@ class Method:
 
         Example:
             >>> Method.parse("sam:rho=0.1").options, Method.parse("sam:rho=0.1").evaluations
-            ({'rho': 0.1}, 2)
+            ({'rho': 0.1}, 2.0)
         """
         if len(text) > LENGTH:
             raise ValueError(f"method must have at most {LENGTH} characters, got {len(text)}: {shorten(text)}")
@@ -91,9 +97,10 @@ class Method:
         return method
 
     @property
-    def evaluations(self) -> int:
-        """Gradient evaluations in an optimizer step of one replica."""
-        return 2 if self.name == "sam" else 1
+    def evaluations(self) -> float:
+        """Gradient evaluations in an optimizer step of one replica, in the mean over the training."""
+        parts = self.parts(lr=1.0, steps=1)
+        return 2 - parts.sharpness_start if parts.sharpness else 1
 
     @property
     def replicas(self) -> int:
@@ -124,6 +131,16 @@ def sgd() -> Parts:
     return Parts()
 
 
+def stopped() -> Parts:
+    """SGD stopped in time: the weights of least held-out error, looked at as often as the curve has points."""
+    return Parts(stops=True)
+
+
+def smoothed_labels(share: float = 0.1) -> Parts:
+    """SGD with ``share`` of every label's weight spread over all classes."""
+    return Parts(label_smoothing=share)
+
+
 def ema(lr: float, steps: int, memory: float = 0.05) -> Parts:
     """Exponential moving average of the weights, Lightning's callback, over the last ``memory`` * steps or so."""
     check("memory", memory, 0, 100)
@@ -144,15 +161,24 @@ def swa(lr: float, start: float = SWA_START, lr_scale: float = 0.5, annealing_ep
     return Parts([callback], by_epochs=True)
 
 
-def sam(rho: float = 0.05) -> Parts:
-    """Sharpness-aware minimisation with radius ``rho`` > 0: two gradient evaluations a step."""
+def sam(rho: float = 0.05, start: float = 0.0) -> Parts:
+    """Sharpness-aware minimisation with radius ``rho`` > 0, from a share ``start`` of the training on.
+
+    Two gradient evaluations a step, and one before it begins.
+    """
     check("rho", rho, 1e-12, 1000)
-    return Parts(sharpness=rho)
+    check("start", start, 0, 0.999)
+    return Parts(sharpness=rho, sharpness_start=start)
 
 
 def lookahead(**options: Any) -> Parts:
     """Lookahead; options of ``lightning_entropy.lookahead``."""
     return Parts([le.InnerOuterCallback(le.lookahead(**options))])
+
+
+def smoothed_lookahead(**options: Any) -> Parts:
+    """Lookahead through the smoothed loss; options of ``lightning_entropy.smoothed_lookahead``."""
+    return Parts([le.InnerOuterCallback(le.smoothed_lookahead(**options))])
 
 
 def entropy_sgd(**options: Any) -> Parts:
@@ -197,10 +223,13 @@ METHODS: dict[str, Callable[..., Parts]] = {
     make.__name__: make
     for make in (
         sgd,
+        stopped,
+        smoothed_labels,
         ema,
         swa,
         sam,
         lookahead,
+        smoothed_lookahead,
         heat,
         heat_filter,
         entropy_sgd,

@@ -71,29 +71,32 @@ def results_csv(search: Sequence[Record], final: Sequence[Record]) -> str:
 def table(study: Study, search: Sequence[Record], final: Sequence[Record]) -> str:
     """Return the tables in Markdown: one for each kind of budget, then the search, then what was run on what."""
     parts = []
-    rates = study.chosen(search)
+    chosen = study.chosen(search)
+    decays = len(study.weight_decays) > 1
     for kind in study.budgets:
         labels = [label for label, budget in study.arms() if budget == kind]
         lines = [
-            "| method | lr | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
-            "|---|---|" + "---|" * len(COLUMNS),
+            f"| method | lr {'| weight decay ' * decays}| " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
+            "|---|---|" + "---|" * (len(COLUMNS) + decays),
         ]
         for label in labels:
             records = _of(final, label, kind)
             cells = [_cell([_get(record, key) for record in records], form) for _, key, form in COLUMNS]
-            edge = "*" if len(study.lrs) > 1 and rates[label, kind] in (min(study.lrs), max(study.lrs)) else ""
-            lines.append(f"| {label} | {rates[label, kind]:g}{edge} | " + " | ".join(cells) + " |")
+            found = [edged(chosen[label, kind].lr, study.lrs)]
+            found += [edged(chosen[label, kind].weight_decay, study.weight_decays)] * decays
+            lines.append(f"| {label} | {' | '.join([*found, *cells])} |")
         parts.append(f"### {TITLES[kind]}\n\n" + "\n".join(lines))
     notes = [
         f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation).",
         "Errors with BatchNorm's running statistics, and with statistics re-estimated on training images in one way for"
         " all; train error and loss rise with the latter.",
     ]
-    if len(study.lrs) > 1:
+    if len(study.settings()) > 1:
         tried = ", ".join(f"{lr:g}" for lr in study.lrs)
+        each = f", each with the weight decays {', '.join(f'{wd:g}' for wd in study.weight_decays)}," if decays else ""
         notes.append(
-            f"Each method tried the learning rates {tried} once, with seed 0, and kept that of the least held-out"
-            " error. * marks a choice at the edge of the range."
+            f"Each method tried the learning rates {tried}{each} once, with seed 0, and kept what had the least"
+            " held-out error. * marks a choice at the edge of the range."
         )
         parts.append(_search_table(study, search))
     parts.append("\n".join(notes))
@@ -101,6 +104,13 @@ def table(study: Study, search: Sequence[Record], final: Sequence[Record]) -> st
         "```json\n" + json.dumps({"task": asdict(study.task), "versions": final[0]["versions"]}, indent=1) + "\n```"
     )
     return "\n\n".join(parts) + "\n"
+
+
+def edged(value: float | None, tried: Sequence[float | None]) -> str:
+    """Return a chosen value, with a star at the edge of what was tried."""
+    values = [v for v in tried if v is not None]
+    edge = "*" if len(values) > 1 and value in (min(values), max(values)) else ""
+    return f"{value:g}{edge}"
 
 
 def curves(final: Sequence[Record]) -> Figure:
@@ -150,10 +160,15 @@ def _title(label: str, kind: str) -> str:
 
 
 def _search_table(study: Study, search: Sequence[Record]) -> str:
-    lines = ["| method | " + " | ".join(f"lr {lr:g}" for lr in study.lrs) + " |", "|---|" + "---|" * len(study.lrs)]
+    settings = study.settings()
+    heads = [f"lr {s.lr:g}" + ("" if s.weight_decay is None else f", wd {s.weight_decay:g}") for s in settings]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for label, kind in study.arms():
-        errors = {record["run"]["lr"]: record["final"]["val_error"] for record in _of(search, label, kind)}
-        lines.append(f"| {_title(label, kind)} | " + " | ".join(_cell([errors[lr]], ".2f") for lr in study.lrs) + " |")
+        errors = {
+            (record["run"]["lr"], record["run"]["weight_decay"]): record["final"]["val_error"]
+            for record in _of(search, label, kind)
+        }
+        lines.append(f"| {_title(label, kind)} | " + " | ".join(_cell([errors[s]], ".2f") for s in settings) + " |")
     return "### The search: held-out error (%), re-estimated statistics, one seed\n\n" + "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from recipes.data.cache import write
 
 DIVERGED = "the weights of every replica are nan or inf"  # what the strategy says when it ends a training
 
-NETS = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "lenet": "LeNet"}
+NETS = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "resnet": "ResNet18", "lenet": "LeNet"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Run:
         lr: SGD's learning rate at the top of the schedule.
         seed: of initial weights, order, augmentation and dropout.
         budget: ``compute`` or ``steps``.
+        weight_decay: of SGD; None is the task's.
     """
 
     task: Task
@@ -83,6 +84,7 @@ class Run:
     lr: float
     seed: int
     budget: Kind = "compute"
+    weight_decay: float | None = None
 
     @property
     def name(self) -> str:
@@ -91,7 +93,8 @@ class Run:
         text = json.dumps(asdict(self), sort_keys=True) + repr(method.relaxation) + method.defaults
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", self.method)
-        return f"{label}-{self.budget}-lr{self.lr:g}-seed{self.seed}-{digest}"
+        decay = "" if self.weight_decay is None else f"-wd{self.weight_decay:g}"
+        return f"{label}-{self.budget}-lr{self.lr:g}{decay}-seed{self.seed}-{digest}"
 
     @property
     def replicas(self) -> int:
@@ -104,7 +107,8 @@ class Run:
         return "recipes.compare.run"
 
     def __str__(self) -> str:
-        return f"{self.method} {self.budget} lr {self.lr:g} seed {self.seed}"
+        decay = "" if self.weight_decay is None else f" weight decay {self.weight_decay:g}"
+        return f"{self.method} {self.budget} lr {self.lr:g}{decay} seed {self.seed}"
 
     def to_json(self) -> str:
         """Return the text that :meth:`from_dict` reads as JSON."""
@@ -141,19 +145,23 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
     )
     steps = Budget(task.epochs, len(data.train_dataloader()), run.budget).steps(method.evaluations, method.replicas)
     parts = method.parts(run.lr, steps)
+    decay = task.weight_decay if run.weight_decay is None else run.weight_decay
     module = Classifier(
         make_net(task, data),
-        partial(torch.optim.SGD, lr=run.lr, momentum=0.9, nesterov=True, weight_decay=task.weight_decay),
+        partial(torch.optim.SGD, lr=run.lr, momentum=0.9, nesterov=True, weight_decay=decay),
         schedule=Cosine(warmup=task.warmup),
         num_classes=len(data.classes),
+        label_smoothing=parts.label_smoothing,
         sharpness=parts.sharpness,
+        sharpness_start=parts.sharpness_start,
         channels_last=True,
         compile=task.compile,
     )
     curve = folder / f"{name}.curve"
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    trainer = make_trainer(task, method, parts, steps, Recorder(judge, curve, data.batch_size))
+    recorder = Recorder(judge, curve, data.batch_size, keep_best=parts.stops)
+    trainer = make_trainer(task, method, parts, steps, recorder)
     try:
         trainer.fit(module, datamodule=data)
         # Through a file, as replicas train in processes of their own.
@@ -166,7 +174,7 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
             raise
         # A result, as the error of a net that has diverged alone is; the replicas' strategy ends the training.
         costs = ("seconds", "images_per_second", "peak_memory_mib")
-        spent = steps * method.evaluations * method.replicas
+        spent = round(steps * method.evaluations) * method.replicas
         record = {"curve": [], "gradient_evaluations": spent} | dict.fromkeys(costs, math.nan)
         final = judge.diverged()
     # The curve ends with the weights that are kept, which some methods form when training is over.

@@ -45,6 +45,8 @@ class ImageData(L.LightningDataModule):
         n_train: train on this many of the training images, the same ones for every ``seed``; None is all that
             ``n_val`` leaves.
         n_val: training images held out for validation. 0 validates on the test images, as the papers' curves do.
+        wrong_labels: share of the training images whose label is another class's, in [0, 1]; the same ones for every
+            ``seed``, and none of those held out.
         seed: names the order and the augmentation.
         cache: folder for the decoded tensors; None is ``$XDG_CACHE_HOME/lightning_entropy`` or
             ``~/.cache/lightning_entropy``.
@@ -67,6 +69,7 @@ class ImageData(L.LightningDataModule):
         replacement: bool = False,
         n_train: int | None = None,
         n_val: int = 0,
+        wrong_labels: float = 0.0,
         seed: int = 0,
         cache: str | None = None,
         download: bool = True,
@@ -82,6 +85,7 @@ class ImageData(L.LightningDataModule):
             ("crop", crop, 0, 1000),
             ("n_train", 1 if n_train is None else n_train, 1, 10**7),
             ("n_val", n_val, 0, 10**7),
+            ("wrong_labels", wrong_labels, 0, 1),
             ("seed", seed, 0, 2**63 - 1),
         ):
             check(name, value, least, most)
@@ -95,6 +99,7 @@ class ImageData(L.LightningDataModule):
         self.replacement = replacement
         self.n_train = n_train
         self.n_val = n_val
+        self.wrong_labels = wrong_labels
         self.seed = seed
         self.cache = Path(cache) if cache else _cache_folder()
         self.download = download
@@ -124,7 +129,9 @@ class ImageData(L.LightningDataModule):
         order = torch.from_numpy(np.random.default_rng(0).permutation(data.n_train))
         train, val = order[:n_train], order[data.n_train - self.n_val :]
         kept = torch.cat([train, val, torch.arange(data.n_train, len(data.images))])
-        self._data = Images(data.images[kept], data.labels[kept], n_train, data.classes)
+        labels = data.labels[kept]
+        labels[:n_train] = mislabelled(labels[:n_train], self.wrong_labels, len(data.classes))
+        self._data = Images(data.images[kept], labels, n_train, data.classes)
         self.train_indices, self.val_indices, self.test_indices = torch.arange(len(kept)).split(
             [n_train, self.n_val, len(kept) - n_train - self.n_val]
         )
@@ -223,6 +230,20 @@ class ImageData(L.LightningDataModule):
             return dict(Whiten.fit(images).state_dict())
 
         return Whiten(**(fit() if self.source in RANDOM else cached(path, fit)))
+
+
+def mislabelled(labels: Tensor, share: float, classes: int) -> Tensor:
+    """Return labels [n] of which a share, rounded to whole images, are another class's; always the same ones.
+
+    Example:
+        >>> (mislabelled(torch.zeros(10, dtype=torch.long), 0.3, 2)).sum()
+        tensor(3)
+    """
+    draw = np.random.default_rng(0)
+    chosen = draw.permutation(len(labels))[: round(share * len(labels))]
+    labels = labels.clone()
+    labels[chosen] = (labels[chosen] + torch.from_numpy(draw.integers(1, classes, len(chosen)))) % classes
+    return labels
 
 
 def _cache_folder() -> Path:

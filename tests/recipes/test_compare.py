@@ -63,7 +63,7 @@ def test_every_method_searches_the_same_rates_and_keeps_its_own_best(tmp_path, m
     assert {(r["run"]["method"], r["run"]["lr"]) for r in search} == {
         (m, lr) for m in ("sgd", "sam") for lr in (0.01, 0.1)
     }
-    assert comparison.chosen(search) == {("sgd", "compute"): 0.01, ("sam", "compute"): 0.1}
+    assert comparison.chosen(search) == {("sgd", "compute"): (0.01, None), ("sam", "compute"): (0.1, None)}
     runs = comparison.final_runs(search)
     assert [(r.method, r.lr, r.seed) for r in runs] == [
         ("sgd", 0.01, 0),
@@ -168,7 +168,7 @@ def test_replicas_that_diverge_are_a_result_that_no_rate_is_chosen_by(tmp_path):
     search = comparison.train(comparison.search_runs())
     assert all(math.isnan(value) for value in search[1]["final"].values())
     assert math.isfinite(search[0]["final"]["test_error"])
-    assert list(comparison.chosen(search).values()) == [0.05]
+    assert list(comparison.chosen(search).values()) == [(0.05, None)]
     final = comparison.train(comparison.final_runs(search))
     assert "| elastic_sgd:replicas=2,inner_steps=2 | 0.05* |" in report.table(comparison, search, final)
     assert "| diverged |" in report.table(comparison, search, final)

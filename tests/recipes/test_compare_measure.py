@@ -1,13 +1,14 @@
 """What is measured of weights is what it says."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from recipes.compare import run as run_module
-from recipes.compare.measure import error_and_loss, loss_rise, reestimated
+from recipes.compare.measure import calibration_error, corrupted, error_and_loss, loss_rise, pruned, reestimated
 from tests.recipes.comparison import TASK, record_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,3 +88,32 @@ def test_swa_is_judged_by_its_average(tmp_path, monkeypatch):
     end = next(judged[0].parameters()).detach().clone()
     record_of("sgd", tmp_path)
     assert not torch.equal(end, next(judged[1].parameters()))
+
+
+def test_pruning_sets_the_smallest_weights_of_each_layer_to_zero_and_puts_them_back():
+    net = nn.Sequential(nn.Conv2d(1, 2, (1, 5), bias=False), nn.Linear(1, 1)).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([5.0, -1, 2, -9, 3, 8, -7, 4, 6, 10]).view(2, 1, 1, 5))
+    before = [p.clone() for p in net.parameters()]
+    with pruned(net, 0.6):
+        assert net[0].weight.flatten().tolist() == [0, 0, 0, -9, 0, 8, -7, 0, 0, 10]
+        assert net[1].weight.item() == 0
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_calibration_is_the_gap_between_confidence_and_accuracy():
+    # Ten images of confidence 0.9, of which six are right.
+    logits = torch.tensor([[9.0, 1.0]]).log().repeat(10, 1)
+    labels = torch.tensor([0] * 6 + [1] * 4)
+    assert calibration_error(nn.Identity(), [(logits, labels)], 2) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_corruption_blurs_and_adds_the_same_noise_for_every_net():
+    images = torch.zeros(64, 1, 28, 28)
+    images[:, :, 14, 14] = 100.0
+    (first, _), (again, _) = (next(iter(corrupted([(images, None)]))) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first[:, :, :5].std().item() == pytest.approx(0.3, rel=0.03)
+    weights = torch.tensor([math.exp(-(i**2) / 2) for i in range(-2, 3)])
+    peak = (100 * (weights / weights.sum())[2] ** 2).item()
+    assert first[:, 0, 14, 14].mean().item() == pytest.approx(peak, abs=0.2)

@@ -48,7 +48,7 @@ def test_budget_arguments_are_checked(values, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("adam", "method must be one of sgd, ema"),
+        ("adam", "method must be one of sgd, stopped"),
         ("sam:radius=1", "option must be one of sam's, rho, got radius"),
         ("swa:lr=1", "option must be one of swa's, start, lr_scale, annealing_epochs, got lr"),
         ("sgd:lr=1", "of which there is none"),
