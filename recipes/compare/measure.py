@@ -145,7 +145,7 @@ def pruned(net: nn.Module, share: float = 0.6) -> Iterator[None]:
     try:
         with torch.no_grad():
             for weight in weights:  # torch's own pruning refuses weights in channels_last
-                flat = weight.flatten()
+                flat = weight.flatten().clone()
                 flat[flat.abs().topk(round(share * len(flat)), largest=False).indices] = 0
                 weight.copy_(flat.view(weight.shape))
         yield
