@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.compare.methods import Method
 from recipes.compare.strength.report import Results, report
-from recipes.compare.strength.tasks import BASELINE, METHODS, TRIALS
+from recipes.compare.strength.tasks import BASELINE, LRS, METHODS, TRIALS, WEIGHT_DECAYS
 from recipes.compare.study import Study
 from recipes.data import ImageData
 from recipes.limits import argument
@@ -39,8 +39,8 @@ def make_study(name: str, options: argparse.Namespace) -> Study:
     return Study(
         task=trial.at(options.root, options.folder),
         methods=methods,
-        lrs=trial.lrs,
-        weight_decays=trial.weight_decays,
+        lrs=options.lrs,
+        weight_decays=options.weight_decays,
         seeds=options.seeds,
         out=options.out / name,
         workers=options.workers,
@@ -58,6 +58,8 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=list(TRIALS), default=["lenet", "lenet-wrong40"], metavar="TASK",
         help="; ".join(f"{name}: {trial.words}" for name, trial in TRIALS.items()))  # fmt: skip
     add("--methods", nargs="+", type=_method, default=list(METHODS), metavar="METHOD", help="name:option=value,...")
+    add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", default=list(LRS), help="that every method tries")
+    add("--weight_decays", type=argument(float, 0, 1000), nargs="+", default=list(WEIGHT_DECAYS), help="each with each")
     add("--seeds", type=argument(int, 1, 1000), default=5)
     add("--root", default="data", help="folder of torchvision's data sets")
     add("--folder", help="an image folder in the place of CIFAR-10: train/<class>/* and test/<class>/*")

@@ -1,4 +1,4 @@
-"""The development set: small tasks on which defaults may be chosen, and the settings that every method tries."""
+"""The development set: small tasks on which defaults may be chosen, and what is tried on them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from recipes.compare.run import Task
 
 @dataclass(frozen=True)
 class Trial:
-    """A task and what every method tries on it.
+    """A task.
 
     Attributes:
         words: the task in a line.
         task: without the folder of its data.
-        lrs: learning rates.
-        weight_decays: each tried with each rate.
     """
 
     words: str
     task: Task
-    lrs: tuple[float, ...] = (0.03, 0.1, 0.3)
-    weight_decays: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
 
     def at(self, root: str, folder: str | None) -> Task:
         """Return the task with its data's folder.
@@ -38,10 +34,10 @@ class Trial:
         return replace(self.task, data=data)
 
 
-def _trial(words: str, net: str, epochs: int, *, net_args: Any = None, lrs: Any = None, **data: Any) -> Trial:
+def _trial(words: str, net: str, epochs: int, *, net_args: Any, **data: Any) -> Trial:
     data = {"n_train": 4000, "n_val": 2000, "batch_size": 128, **data}
-    task = Task(net=net, net_args=net_args or {}, data=data, epochs=epochs, eval_images=2000)
-    return Trial(words, task) if lrs is None else Trial(words, task, lrs)
+    task = Task(net=net, net_args=net_args, data=data, epochs=epochs, eval_images=2000)
+    return Trial(words, task)
 
 
 LENET: dict[str, Any] = {"net": "lenet", "net_args": {"dropout": 0.0}, "source": "fashion_mnist"}
@@ -55,14 +51,14 @@ TRIALS: dict[str, Trial] = {
     "lenet-few": _trial("LeNet-BN, 500 images of Fashion-MNIST", epochs=120, **(LENET | {"n_train": 500})),
     "resnet": _trial("ResNet-18 of width 16, 4,000 images of CIFAR-10, no augmentation", epochs=25, **RESNET),
     "resnet-wrong40": _trial("the same, two fifths of the labels wrong", epochs=25, wrong_labels=0.4, **RESNET),
-    "allcnn": _trial(
-        "All-CNN-BN of width 48, 4,000 images of CIFAR-10, no augmentation", epochs=25, lrs=(0.03, 0.1), **ALLCNN
-    ),
+    "allcnn": _trial("All-CNN-BN of width 48, 4,000 images of CIFAR-10, no augmentation", epochs=25, **ALLCNN),
 }
 
 BASELINE = "sgd"
+LRS = (0.03, 0.1, 0.3)
+WEIGHT_DECAYS = (5e-4, 2e-3, 8e-3)  # each with each rate
 
-# Every one with the same search. Widths are tried side by side, since a default is one of them.
+# Widths are tried side by side, since a default is one of them.
 METHODS = (
     BASELINE,
     "stopped",
