@@ -107,7 +107,9 @@ def table(study: Study, search: Sequence[Record], final: Sequence[Record]) -> st
 
 
 def edged(value: float | None, tried: Sequence[float | None]) -> str:
-    """Return a chosen value, with a star at the edge of what was tried."""
+    """Return a chosen value, with a star at the edge of what was tried; "-" where nothing was chosen."""
+    if value is None:
+        return "-"
     values = [v for v in tried if v is not None]
     edge = "*" if len(values) > 1 and value in (min(values), max(values)) else ""
     return f"{value:g}{edge}"

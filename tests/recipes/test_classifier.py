@@ -77,15 +77,15 @@ def test_sam_is_sam_written_out():
     assert not torch.allclose(plain.net[0].weight, module.net[0].weight, atol=1e-4), "SAM is not SGD"
 
 
-@pytest.mark.parametrize(("sharpness", "evaluations"), [(0.0, 3), (0.05, 6)])
-def test_gradient_evaluations_of_three_steps(sharpness, evaluations):
-    module = Classifier(small_net(), sgd, sharpness=sharpness)
+@pytest.mark.parametrize(("sharpness", "start", "evaluations"), [(0.0, 0.0, 3), (0.05, 0.0, 6), (0.05, 0.6, 4)])
+def test_gradient_evaluations_of_three_steps(sharpness, start, evaluations):
+    module = Classifier(small_net(), sgd, sharpness=sharpness, sharpness_start=start)
     seen, gradients = [], []
     module.net.register_forward_pre_hook(lambda net, args: seen.append(args[0].sum().item()))
     module.net[0].weight.register_hook(lambda g: gradients.append(g.clone()))
     fit(module, steps=3, limit_val_batches=0)
     assert len(gradients) == evaluations
-    if sharpness:
+    if sharpness and not start:
         assert seen[::2] == seen[1::2], "both gradients are taken on the same batch"
         assert len(set(seen)) == 3
         assert not torch.equal(gradients[0], gradients[1]), "the second is taken elsewhere"

@@ -90,6 +90,22 @@ def test_swa_is_judged_by_its_average(tmp_path, monkeypatch):
     assert not torch.equal(end, next(judged[1].parameters()))
 
 
+def test_what_is_stopped_in_time_has_the_weights_of_its_best_point(tmp_path):
+    record = record_of("stopped", tmp_path, lr=1.0, task=dataclasses.replace(TASK, points=6))
+    *points, last = [point["val_error"] for point in record["curve"]]
+    assert last == min(points)
+    plain = record_of("sgd", tmp_path, lr=1.0, task=dataclasses.replace(TASK, points=6))
+    assert [p["val_error"] for p in plain["curve"]][:-1] == points[: len(plain["curve"]) - 1]
+    assert not plain["curve"][-1]["val_error"] <= last  # it may be nan
+
+
+def test_smoothed_labels_are_for_training_alone(tmp_path):
+    records = [record_of(f"smoothed_labels:share={share}", tmp_path) for share in (0.0, 0.5)]
+    plain = record_of("sgd", tmp_path)
+    assert records[0]["final"] == plain["final"]
+    assert records[1]["final"]["train_loss"] > plain["final"]["train_loss"]
+
+
 def test_pruning_sets_the_smallest_weights_of_each_layer_to_zero_and_puts_them_back():
     net = nn.Sequential(nn.Conv2d(1, 2, (1, 5), bias=False), nn.Linear(1, 1)).to(memory_format=torch.channels_last)
     with torch.no_grad():

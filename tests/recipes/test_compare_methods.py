@@ -49,7 +49,7 @@ def test_budget_arguments_are_checked(values, message):
     ("text", "message"),
     [
         ("adam", "method must be one of sgd, stopped"),
-        ("sam:radius=1", "option must be one of sam's, rho, got radius"),
+        ("sam:radius=1", "option must be one of sam's, rho, start, got radius"),
         ("swa:lr=1", "option must be one of swa's, start, lr_scale, annealing_epochs, got lr"),
         ("sgd:lr=1", "of which there is none"),
         ("sam:rho=0", r"sam:rho=0: rho must be in \[1e-12, 1000\], got 0"),

@@ -27,6 +27,7 @@ CONFIGS = sorted(
 SHRINK = {
     "recipes.allcnn.AllCNN": {"width": 2},
     "recipes.wide_resnet.WideResNet": {"depth": 10, "width": 1},
+    "recipes.resnet.ResNet18": {"width": 2},
     "recipes.lenet.LeNet": {},
 }
 
@@ -117,7 +118,7 @@ def test_there_is_a_config_for_every_method_and_net():
     methods = ["sgd", "entropy_sgd", "hamilton_jacobi", "heat", "lookahead", "ema", "swa", "sam"]
     methods += ["elastic_sgd", "elastic_entropy"]
     assert names("methods") == sorted(f"methods/{method}.yaml" for method in methods)
-    assert names("nets") == [f"nets/{net}.yaml" for net in ("allcnn", "lenet", "wrn_16_4", "wrn_28_10")]
+    assert names("nets") == [f"nets/{net}.yaml" for net in ("allcnn", "lenet", "resnet18", "wrn_16_4", "wrn_28_10")]
     assert {name for pair in PAIRS for name in pair} | set(names("data")) == set(CONFIGS)
     assert {name for files in STEPS for name in files} == set(CONFIGS)
 

@@ -17,6 +17,7 @@ from recipes.compare.methods import Method
 from recipes.data import ImageData
 from recipes.lenet import LeNet
 from recipes.limits import LENGTH, argument, check
+from recipes.resnet import ResNet18
 from recipes.smoothing.__main__ import main as smooth
 from recipes.smoothing.expression import parse
 from recipes.smoothing.talk import setup
@@ -165,6 +166,7 @@ def test_a_method_refuses(method):
     ("make", "message"),
     [
         (lambda: WideResNet(600_000_004), r"depth must be in \[10, 1000\], got 600000004"),
+        (lambda: ResNet18(0), r"width must be in \[1, 1000\], got 0"),
         (lambda: WideResNet(16, 10**9), r"width must be in \[1, 1000\], got 1000000000"),
         (lambda: WideResNet(16, dropout=float("nan")), r"dropout must be in \[0, 1\], got nan"),
         (lambda: AllCNN(width=10**9), r"width must be in \[1, 1000\], got 1000000000"),
