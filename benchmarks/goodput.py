@@ -1,0 +1,195 @@
+r"""What dying replicas cost: four under the launcher, one killed at random every few seconds and started again.
+
+A training step sleeps, so that a machine with few cores can hold four replicas; the loss is real: a small net on a task
+with a known answer. First an undisturbed run, then the disturbed one. Printed are the steps per second of the training
+(of the consensus: what an undisturbed replica does counts once), those of all replicas together, and the loss of the
+consensus on held-out data at the same step in both runs. A run whose survivors end is an error. Linux, the extra
+torchft.
+
+    python -m benchmarks.goodput --seconds 1800 --every 10
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+STEP = 0.04  # seconds of a training step
+INNER_STEPS = 10
+LOOK = 500  # steps between two looks at the loss
+
+
+def work(folder: Path) -> None:
+    """Train one replica: the launcher's script."""
+    import warnings
+
+    import lightning as L
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from torch.utils.data import DataLoader, TensorDataset
+
+    import lightning_entropy as le
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    replica = os.environ["REPLICA_GROUP_ID"]
+    torch.manual_seed(0)
+    teacher = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
+    inputs = torch.randn(6000, 20)
+    targets = teacher(inputs).argmax(1)
+    train, test = (TensorDataset(inputs[part], targets[part]) for part in (slice(4000), slice(4000, None)))
+    torch.manual_seed(int(replica))
+
+    class Student(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
+
+        def training_step(self, batch: Any, i: int) -> torch.Tensor:
+            time.sleep(STEP)
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, i: int) -> None:
+            self.log("loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    class Diary(L.Callback):
+        own = 0
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.own += 1
+            if self.own == 1:
+                (folder / f"pid.{replica}").write_text(str(os.getpid()))
+            if self.own % INNER_STEPS == 0:
+                note("steps", [os.getpid(), self.own, trainer.global_step])
+            stop = folder / "stop"
+            if trainer.global_step % INNER_STEPS == 0 and stop.exists():
+                trainer.should_stop = True
+
+        def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            note("loss", [trainer.global_step, float(trainer.callback_metrics["loss"])])
+
+    def note(kind: str, values: Any) -> None:
+        with (folder / f"{kind}.{replica}").open("a") as file:
+            file.write(f"{json.dumps(values)}\n")
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=le.ElasticEntropyStrategy(le.parle(INNER_STEPS), membership="torchft"),
+        max_epochs=-1,
+        val_check_interval=LOOK,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[ModelCheckpoint(folder, "at", every_n_train_steps=200, save_last=True), Diary()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True)
+    trainer.fit(Student(), loader, DataLoader(test, batch_size=2000), ckpt_path="last")
+
+
+def notes(folder: Path, kind: str) -> list[Any]:
+    """Return what all replicas have noted."""
+    files = sorted(folder.glob(f"{kind}.*"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith("]")]
+
+
+def run(folder: Path, seconds: float, replicas: int, every: float) -> dict[str, Any]:
+    """Train for a while, killing a replica now and then, and return what was done.
+
+    Args:
+        folder: an empty one.
+        seconds: from when all replicas train.
+        replicas: how many.
+        every: seconds between two kills; 0: none.
+    """
+    folder.mkdir()
+    options = ["--replicas", str(replicas), "-m", "benchmarks.goodput", "--work", str(folder)]
+    draw = random.Random(0)
+    log = (folder / "log").open("w")
+    with subprocess.Popen([sys.executable, "-m", "lightning_entropy.launch", *options], cwd=ROOT, stderr=log) as job:
+        try:
+            while len({note[0] for note in notes(folder, "steps")}) < replicas:
+                if job.poll() is not None:
+                    raise RuntimeError(f"the replicas must start, see {folder / 'log'}")
+                time.sleep(0.5)
+            start, before, kills = time.monotonic(), _steps(folder), 0
+            due = start + every
+            while time.monotonic() < start + seconds:
+                time.sleep(0.2)
+                if every and time.monotonic() >= due:
+                    due += every
+                    pid = int((folder / f"pid.{draw.randrange(replicas)}").read_text())
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:  # it is being started again
+                        continue
+                    kills += 1
+            took, after = time.monotonic() - start, _steps(folder)
+            (folder / "stop").touch()
+            code = job.wait(timeout=300)
+        finally:
+            job.kill()
+    said = (folder / "log").read_text()
+    if code:
+        raise RuntimeError(f"the training must end well, got exit code {code}: {said[-2000:]}")
+    ended = sum("is started again" in line for line in said.splitlines())
+    return {
+        "kills": kills,
+        "others": ended - kills,
+        "steps/s": (after[0] - before[0]) / took,
+        "steps/s of all": (after[1] - before[1]) / took,
+        "losses": {int(step): loss for step, loss in sorted(notes(folder, "loss"))},
+    }
+
+
+def _steps(folder: Path) -> tuple[int, int]:
+    """Return how far the training is, and how many steps all processes have taken."""
+    found = notes(folder, "steps")
+    own: dict[int, int] = {}
+    for pid, steps, _ in found:
+        own[pid] = max(own.get(pid, 0), steps)
+    return max(step for _, _, step in found), sum(own.values())
+
+
+def main() -> None:
+    """Run both trainings and print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1800.0, help="of the disturbed run (default: 1800)")
+    parser.add_argument("--undisturbed", type=float, default=300.0, help="seconds of the other one (default: 300)")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between two kills (default: 10)")
+    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = run(Path(folder) / "undisturbed", options.undisturbed, options.replicas, 0.0)
+        hurt = run(Path(folder) / "disturbed", options.seconds, options.replicas, options.every)
+    print(f"{options.replicas} replicas, one killed every {options.every:g} s for {options.seconds:g} s")
+    print(f"killed: {hurt['kills']}; ended by another's death: {hurt['others']}")
+    for key in ("steps/s", "steps/s of all"):
+        print(f"{key}: {hurt[key]:.1f}, undisturbed {whole[key]:.1f}, {100 * hurt[key] / whole[key]:.0f} %")
+    common = max(set(whole["losses"]) & set(hurt["losses"]), default=None)
+    if common is not None:
+        print(f"loss at step {common}: {hurt['losses'][common]:.4f}, undisturbed {whole['losses'][common]:.4f}")
+    last = max(hurt["losses"], default=None)
+    if last is not None:
+        print(f"loss at the end, step {last}: {hurt['losses'][last]:.4f}")
+
+
+if __name__ == "__main__":
+    main()
