@@ -7,6 +7,11 @@ consensus on held-out data at the same step in both runs. A run whose survivors 
 torchft.
 
     python -m benchmarks.goodput --seconds 1800 --every 10
+
+With ``--slow 2`` nobody is killed: the last replica's steps take twice as long, and it takes as many inner steps as the
+others, or half as many.
+
+    python -m benchmarks.goodput --slow 2 --seconds 120
 """
 
 import argparse
@@ -27,8 +32,14 @@ INNER_STEPS = 10
 LOOK = 500  # steps between two looks at the loss
 
 
-def work(folder: Path) -> None:
-    """Train one replica: the launcher's script."""
+def work(folder: Path, slow: float, inner_steps: int) -> None:
+    """Train one replica: the launcher's script.
+
+    Args:
+        folder: for notes.
+        slow: by how much the last replica's steps take longer.
+        inner_steps: of the last replica.
+    """
     import warnings
 
     import lightning as L
@@ -41,6 +52,8 @@ def work(folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     replica = os.environ["REPLICA_GROUP_ID"]
+    last = int(replica) == int((folder / "replicas").read_text()) - 1
+    step, length = (STEP * slow, inner_steps) if last else (STEP, INNER_STEPS)
     torch.manual_seed(0)
     teacher = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
     inputs = torch.randn(6000, 20)
@@ -54,7 +67,7 @@ def work(folder: Path) -> None:
             self.net = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
 
         def training_step(self, batch: Any, i: int) -> torch.Tensor:
-            time.sleep(STEP)
+            time.sleep(step)
             return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
         def validation_step(self, batch: Any, i: int) -> None:
@@ -70,10 +83,10 @@ def work(folder: Path) -> None:
             self.own += 1
             if self.own == 1:
                 (folder / f"pid.{replica}").write_text(str(os.getpid()))
-            if self.own % INNER_STEPS == 0:
+            if self.own % length == 0:
                 note("steps", [os.getpid(), self.own, trainer.global_step])
             stop = folder / "stop"
-            if trainer.global_step % INNER_STEPS == 0 and stop.exists():
+            if trainer.global_step % length == 0 and stop.exists():
                 trainer.should_stop = True
 
         def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -86,7 +99,7 @@ def work(folder: Path) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=le.ElasticEntropyStrategy(le.parle(INNER_STEPS), membership="torchft"),
+        strategy=le.ElasticEntropyStrategy(le.parle(length), membership="torchft"),
         max_epochs=-1,
         val_check_interval=LOOK,
         check_val_every_n_epoch=None,
@@ -106,7 +119,9 @@ def notes(folder: Path, kind: str) -> list[Any]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith("]")]
 
 
-def run(folder: Path, seconds: float, replicas: int, every: float) -> dict[str, Any]:
+def run(
+    folder: Path, seconds: float, replicas: int, every: float, slow: float = 1.0, inner_steps: int = INNER_STEPS
+) -> dict[str, Any]:
     """Train for a while, killing a replica now and then, and return what was done.
 
     Args:
@@ -114,9 +129,13 @@ def run(folder: Path, seconds: float, replicas: int, every: float) -> dict[str, 
         seconds: from when all replicas train.
         replicas: how many.
         every: seconds between two kills; 0: none.
+        slow: by how much the last replica's steps take longer.
+        inner_steps: of the last replica.
     """
     folder.mkdir()
+    (folder / "replicas").write_text(str(replicas))
     options = ["--replicas", str(replicas), "-m", "benchmarks.goodput", "--work", str(folder)]
+    options += ["--slow", str(slow), "--inner-steps", str(inner_steps)]
     draw = random.Random(0)
     log = (folder / "log").open("w")
     with subprocess.Popen([sys.executable, "-m", "lightning_entropy.launch", *options], cwd=ROOT, stderr=log) as job:
@@ -164,6 +183,21 @@ def _steps(folder: Path) -> tuple[int, int]:
     return max(step for _, _, step in found), sum(own.values())
 
 
+def compare_slow(slow: float, seconds: float, replicas: int) -> None:
+    """Print what a replica that is always slower costs, with as many inner steps as the others and with fewer."""
+    fewer = max(1, round(INNER_STEPS / slow))
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            "none slower": run(Path(folder) / "none", seconds, replicas, 0.0),
+            f"one {slow:g} x as slow": run(Path(folder) / "same", seconds, replicas, 0.0, slow),
+            f"the same, L = {fewer} there": run(Path(folder) / "own", seconds, replicas, 0.0, slow, fewer),
+        }
+    for name, result in found.items():
+        step, loss = max(result["losses"].items(), default=(0, float("nan")))
+        rates = f"{result['steps/s']:.1f} steps/s, of all {result['steps/s of all']:.1f}"
+        print(f"{name}: {rates}; loss {loss:.4f} at step {step}")
+
+
 def main() -> None:
     """Run both trainings and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,10 +205,15 @@ def main() -> None:
     parser.add_argument("--undisturbed", type=float, default=300.0, help="seconds of the other one (default: 300)")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two kills (default: 10)")
     parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--slow", type=float, help="by how much the last replica's steps take longer; nobody is killed")
+    parser.add_argument("--inner-steps", type=int, default=INNER_STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work)
+        work(options.work, options.slow, options.inner_steps)
+        return
+    if options.slow is not None:
+        compare_slow(options.slow, options.seconds, options.replicas)
         return
     with tempfile.TemporaryDirectory() as folder:
         whole = run(Path(folder) / "undisturbed", options.undisturbed, options.replicas, 0.0)

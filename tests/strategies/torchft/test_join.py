@@ -101,3 +101,12 @@ def test_one_that_joins_has_as_many_meetings_before_it_as_the_one_whose_state_it
     joiner.loops.load_state_dict(position)
     for _ in range(9):
         assert giver.train(1) == joiner.train(1)
+
+
+def test_replicas_may_have_inner_steps_of_their_own() -> None:
+    """A slower one takes fewer between two meetings; one that joins in the middle of a longer loop ends it at once."""
+    giver, joiner = Replica(le.parle(inner_steps=8)), Replica(le.parle(inner_steps=4))
+    giver.train(6)
+    joiner.loops.load_state_dict(ReplicaLoops.position(giver.loops.state_dict()))
+    assert [joiner.train(1) for _ in range(10)] == [0, 1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert [giver.train(1) for _ in range(11)] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
