@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import Path_fr
 
-from lightning_entropy.diagnostics.report.findings import ESTIMATORS, SECTIONS, VALLEY, Findings, measure
-from lightning_entropy.diagnostics.report.page import page, verdict
+from lightning_entropy import __version__
+from lightning_entropy.diagnostics.report.findings import ESTIMATORS, SECTIONS, VALLEY, Subject, look
+from lightning_entropy.diagnostics.report.page import page, unfinished, verdict
 
 _DESCRIPTION = """How flat is the minimum, how loud and how round is the noise, did SGD walk in circles.
+
+A first look takes a minute (--budget), on few examples first; the page is written as it grows, and Ctrl+C keeps it.
 
 The module's hyper-parameters come from the checkpoint (save_hyperparameters), or else, like the data's, from the
 config.yaml that LightningCLI left one or two folders above it, or from --config; --module.NAME=VALUE and
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     datamodule.setup("fit")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     module_settings = options.module_settings or {}
-    findings: list[Findings] = []
+    subjects: list[Subject] = []
     for path, title in zip(paths, _titles(paths), strict=True):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = _config(path, given_config)
@@ -68,28 +72,42 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         else:
             module = _configured(module_class, "model", config, module_settings)
             module.load_state_dict(checkpoint["state_dict"])
-        found = measure(
-            module.to(device),
-            datamodule,
-            title=title,
-            split=options.split,
-            loss=loss,
-            examples=options.examples,
-            batch_dim=options.batch_dim,
-            mode=options.mode,
-            seed=options.seed,
-            skip=options.skip,
-            checkpoint=checkpoint,
-            settings={name: dict(options[name].as_dict()) for name in ESTIMATORS},
+        subjects.append(
+            Subject(
+                module.to(device),
+                datamodule,
+                title=title,
+                split=options.split,
+                loss=loss,
+                batch_dim=options.batch_dim,
+                mode=options.mode,
+                seed=options.seed,
+                checkpoint=checkpoint,
+                settings={name: dict(options[name].as_dict()) for name in ESTIMATORS},
+            )
         )
-        findings.append(found)
+    findings = [subject.findings for subject in subjects]
+    output = Path(options.output)
+    source = (
+        f"Measured on {datetime.now():%Y-%m-%d} with lightning_entropy {__version__} and torch {torch.__version__} on "
+        f"{device}: module {options.module}, data {options.data}, split {options.split}, seed {options.seed}."
+    )
+
+    def write() -> None:
+        part = output.with_name(f"{output.name}.part")
+        part.write_text(page(findings, source=source), encoding="utf-8")
+        part.replace(output)
+
+    look(subjects, examples=options.examples, budget=options.budget, skip=options.skip, grown=write)
+    write()
+    for found in findings:
         for section, rows in found.rows().items():
             for row in rows:
-                print(f"{title}  {section:15} {row.name:32} {row}")
+                print(f"{found.title}  {section:15} {row.name:32} {row}")
+    for section, seen in findings[0].left.items():
+        print(f"{section}: {unfinished(seen)}")
     if len(findings) == 2:
         print(verdict(*findings))
-    output = Path(options.output)
-    output.write_text(page(findings), encoding="utf-8")
     print(f"wrote {output}")
     return output
 
@@ -130,7 +148,13 @@ def _parser() -> ArgumentParser:
             "--loss", type=str | None, help="import path of a callable (module, batch) -> scalar; null: cross entropy"
         )
         command.add_argument("--split", choices=("train", "val"), default="train", help="the loader to measure on")
-        command.add_argument("--examples", type=int, default=512, help="examples to measure on")
+        command.add_argument("--examples", type=int, default=512, help="examples to measure on, if time allows")
+        command.add_argument(
+            "--budget",
+            type=float | None,
+            default=60.0,
+            help="seconds; few examples first, more while time is left; null: all of --examples at once, however long",
+        )
         command.add_argument(
             "--batch_dim",
             type=int | None,

@@ -1,6 +1,8 @@
 """All diagnostics of one checkpoint."""
 
-from collections.abc import Callable, Iterable
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +39,10 @@ VALLEY: dict[str, Any] = {
 }
 
 
+# Examples of the first look; each of the next ones has four times as many.
+FIRST, GROWTH = 64, 4
+
+
 @dataclass
 class Findings:
     """What was measured at one checkpoint.
@@ -44,32 +50,20 @@ class Findings:
     Args:
         title: The checkpoint's name.
         results: By section.
+        left: Sections whose last, finest look was left out for want of time, with how many examples they have seen.
     """
 
     title: str
     results: dict[str, Result] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
 
     def rows(self) -> dict[str, list[Row]]:
         """Return each section's numbers, in the order of the page."""
-        return {name: ROWS[name](result) for name, result in self.results.items()}
+        return {name: ROWS[name](self.results[name]) for name in SECTIONS if name in self.results}
 
 
-def measure(
-    module: pl.LightningModule,
-    datamodule: pl.LightningDataModule,
-    *,
-    title: str,
-    split: str = "train",
-    loss: Loss | None = None,
-    examples: int = 512,
-    batch_dim: int | None = None,
-    mode: str = "eval",
-    seed: int = 0,
-    skip: Iterable[str] = (),
-    checkpoint: dict[str, Any] | None = None,
-    settings: dict[str, dict[str, Any]] | None = None,
-) -> Findings:
-    """Run every diagnostic on a module.
+class Subject:
+    """A module to be measured.
 
     Args:
         module: With the weights to measure, on its device.
@@ -77,44 +71,132 @@ def measure(
         title: Of the findings.
         split: "train" or "val".
         loss: ``(module, batch) -> scalar``. None: cross entropy.
-        examples: How many examples.
         batch_dim: Dimension of the tensors that counts examples. None: that of the one size that they share.
         mode: "eval" or "train" for the Hessian and local entropy.
         seed: Of everything drawn, so that two checkpoints are measured alike.
-        skip: Sections to leave out.
         checkpoint: Where a :class:`~lightning_entropy.diagnostics.Trajectory` may have left its recording.
         settings: More arguments for the estimators, by section.
 
-    Returns:
-        The findings.
+    Raises:
+        ValueError: If ``split`` names nothing.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        *,
+        title: str,
+        split: str = "train",
+        loss: Loss | None = None,
+        batch_dim: int | None = None,
+        mode: str = "eval",
+        seed: int = 0,
+        checkpoint: dict[str, Any] | None = None,
+        settings: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        if split not in ("train", "val"):
+            raise ValueError(f'split must be "train" or "val", got {split!r}')
+        data: Any = datamodule.train_dataloader() if split == "train" else datamodule.val_dataloader()
+        self._data = data[0] if isinstance(data, list | tuple) and not isinstance(data[0], tuple) else data
+        self._module, self._seed = module, seed
+        self._given: dict[str, Any] = {
+            "loss": loss,
+            "batch_dim": batch_dim,
+            "seed": seed,
+            "transfer": transfer_of(module, datamodule),
+            "progress": True,
+        }
+        own: dict[str, dict[str, Any]] = {"hessian": {"mode": mode}, "local_entropy": {"mode": mode, **VALLEY}}
+        self._own = {name: own.get(name, {}) | (settings or {}).get(name, {}) for name in ESTIMATORS}
+        self._checkpoint = checkpoint or {}
+        self.findings = Findings(title)
+
+    def measure(self, section: str, examples: int) -> Result:
+        """Run the estimator of a section."""
+        return ESTIMATORS[section](self._module, self._data, examples=examples, **self._given, **self._own[section])
+
+    def recording(self) -> TrajectoryResult | None:
+        """Analyse the path that a callback has left in the checkpoint, if one has."""
+        return _recording(self._checkpoint, self._seed)
+
+
+def look(
+    subjects: Sequence[Subject],
+    *,
+    examples: int = 512,
+    budget: float | None = None,
+    skip: Iterable[str] = (),
+    grown: Callable[[], None] = lambda: None,
+) -> None:
+    """Measure one or two checkpoints: on few examples first, then on more and more while time is left.
+
+    All are measured alike: a look that only some of them could have counts for none. What the next look takes is told
+    from the last one of its section, in proportion to the examples. The first look is taken whatever it takes. Ctrl+C
+    ends the looking, and what was found stays.
+
+    Args:
+        subjects: To be measured, in turn; their ``findings`` are filled.
+        examples: Of the last look, >= 1.
+        budget: Seconds after which no look should end, > 0. None: only the last look is taken, whatever it takes.
+        skip: Sections to leave out.
+        grown: Called whenever findings have grown.
 
     Raises:
-        ValueError: If ``skip`` or ``split`` names nothing.
+        ValueError: If ``skip`` names nothing, or a number is outside its range.
     """
-    skip, settings = set(skip), settings or {}
+    skip = set(skip)
     if unknown := skip - set(SECTIONS):
         raise ValueError(f"skip must name sections among {sorted(SECTIONS)}, got {sorted(unknown)}")
-    if split not in ("train", "val"):
-        raise ValueError(f'split must be "train" or "val", got {split!r}')
-    data: Any = datamodule.train_dataloader() if split == "train" else datamodule.val_dataloader()
-    data = data[0] if isinstance(data, list | tuple) and not isinstance(data[0], tuple) else data
-    given: dict[str, Any] = {
-        "loss": loss,
-        "examples": examples,
-        "batch_dim": batch_dim,
-        "seed": seed,
-        "transfer": transfer_of(module, datamodule),
-        "progress": True,
-    }
-    own: dict[str, dict[str, Any]] = {"hessian": {"mode": mode}, "local_entropy": {"mode": mode, **VALLEY}}
-    findings = Findings(title)
-    for name, estimator in ESTIMATORS.items():
-        if name not in skip:
-            more = own.get(name, {}) | settings.get(name, {})
-            findings.results[name] = estimator(module, data, **given, **more)
-    if "trajectory" not in skip and (recorded := _recording(checkpoint or {}, seed)) is not None:
-        findings.results["trajectory"] = recorded
-    return findings
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget must be > 0 seconds or None, got {budget}")
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, got {examples}")
+    end = math.inf if budget is None else time.monotonic() + budget
+    took: dict[str, tuple[int, float]] = {}
+    try:
+        _record(subjects, skip, grown)
+        for size in [examples] if budget is None else sizes(examples):
+            for section in sorted(set(ESTIMATORS) - skip, key=lambda name: (took.get(name, (0, 0.0))[1], name)):
+                before, seconds = took.get(section, (size, 0.0))
+                if time.monotonic() + seconds * size / before > end:
+                    for subject in subjects:
+                        subject.findings.left[section] = before
+                    continue
+                start = time.monotonic()
+                results = [subject.measure(section, size) for subject in subjects]
+                took[section] = size, time.monotonic() - start
+                for subject, result in zip(subjects, results, strict=True):
+                    subject.findings.results[section] = result
+                grown()
+    except KeyboardInterrupt:
+        for section in set(ESTIMATORS) - skip:
+            for subject in subjects:
+                subject.findings.left[section] = took.get(section, (0, 0.0))[0]
+        if not any(subject.findings.results for subject in subjects):
+            raise
+
+
+def sizes(examples: int) -> list[int]:
+    """Return how many examples the looks have.
+
+    Example:
+        >>> sizes(512), sizes(300), sizes(20)
+        ([64, 256, 512], [64, 256, 300], [20])
+    """
+    found = [FIRST]
+    while found[-1] < examples:
+        found.append(found[-1] * GROWTH)
+    return sorted({min(size, examples) for size in found})
+
+
+def _record(subjects: Sequence[Subject], skip: set[str], grown: Callable[[], None]) -> None:
+    if "trajectory" in skip:
+        return
+    for subject in subjects:
+        if (recorded := subject.recording()) is not None:
+            subject.findings.results["trajectory"] = recorded
+            grown()
 
 
 def transfer_of(module: pl.LightningModule, datamodule: pl.LightningDataModule) -> Callable[[Batch], Batch]:

@@ -8,7 +8,7 @@ from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings
 from lightning_entropy.diagnostics.report.rows import Row
 
 _STYLE = """
-:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff }
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff }
 body { max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
 p { max-width: 46rem } .quiet { color: #5b6575 }
@@ -20,17 +20,22 @@ td.flat { font-weight: 600; color: #0a6b3d }
 figure { margin: 0; flex: 1 1 24rem; max-width: 48rem } figure.wide { flex-basis: 100%; max-width: none }
 figcaption { color: #5b6575; font-size: .9rem }
 svg { width: 100%; height: auto; display: block }
+@media (prefers-color-scheme: dark) {
+  :root { color: #e3e7ee; background: #14181f } .quiet, figcaption { color: #9aa5b5 } td.flat { color: #5fd39a }
+  td, th { border-color: #2b3340 } svg { background: #fff; border-radius: .4rem }
+}
 @media (max-width: 55rem) { table { display: block; overflow-x: auto; table-layout: auto } }
 """
 
 
-def page(findings: list[Findings]) -> str:
+def page(findings: list[Findings], *, source: str = "") -> str:
     """Write one or two findings as an HTML page that needs nothing beside itself.
 
     With two, smaller of a pair that differs by more than both error bars is marked as the flatter, and counted.
 
     Args:
         findings: One, or two to compare.
+        source: Where the numbers come from, in a sentence.
 
     Returns:
         The page.
@@ -54,9 +59,14 @@ def page(findings: list[Findings]) -> str:
         parts.append(f"<p><strong>{verdict(*findings)}</strong></p>")
     tables = [f.rows() for f in findings]
     for section, title in SECTIONS.items():
-        if not any(section in table for table in tables):
+        if section not in findings[0].left and not any(section in table for table in tables):
             continue
-        parts += [f"<h2>{title}</h2>", _table([t.get(section, []) for t in tables], titles), '<div class="pictures">']
+        parts.append(f"<h2>{title}</h2>")
+        if section in findings[0].left:
+            parts.append(f"<p><strong>{unfinished(findings[0].left[section]).capitalize()}.</strong></p>")
+        if any(section in table for table in tables):
+            parts.append(_table([t.get(section, []) for t in tables], titles))
+        parts.append('<div class="pictures">')
         for finding, name in zip(findings, titles, strict=True):
             if section in finding.results:
                 picture = _svg(finding.results[section], f"{title}: {finding.title}")
@@ -64,7 +74,16 @@ def page(findings: list[Findings]) -> str:
                 wide = ' class="wide"' if len(getattr(finding.results[section], "panels", ())) > 1 else ""
                 parts.append(f"<figure{wide}>{picture}{caption}</figure>")
         parts.append("</div>")
+    if source:
+        parts.append(f'<p class="quiet">{html.escape(source)}</p>')
     return "\n".join([*parts, "</body></html>", ""])
+
+
+def unfinished(examples: int) -> str:
+    """Return a sentence on a section whose finest look was left out."""
+    if not examples:
+        return "not measured, since the look was ended"
+    return f"a first look, on {examples:,} examples: a larger --budget has time for more"
 
 
 def _flatter(a: Row, b: Row) -> int | None:

@@ -1,3 +1,4 @@
+import functools
 import re
 import runpy
 import sys
@@ -8,6 +9,7 @@ import torch
 
 from lightning_entropy.diagnostics import Trajectory
 from lightning_entropy.diagnostics.report import command_line as command
+from lightning_entropy.diagnostics.report import findings
 from lightning_entropy.diagnostics.report.command_line import main
 from tests.diagnostics import tiny
 
@@ -66,6 +68,71 @@ def test_compare_says_which_is_flatter(checkpoints, tmp_path, capsys):
 def test_a_checkpoint_is_as_flat_as_itself(checkpoints, tmp_path):
     both = ["compare", checkpoints[0], checkpoints[0], *CLASSES, *QUICK, "--skip", "gradient_noise"]
     assert "Neither is flatter" in main([*both, "--output", str(tmp_path / "p.html")]).read_text()
+
+
+class Clock:
+    """Estimators that take a second for every ten examples, and remember what they were asked for."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.asked = 100.0, []
+        monkeypatch.setattr(findings.time, "monotonic", lambda: self.now)
+        for section in ("hessian", "local_entropy"):
+            monkeypatch.setitem(findings.ESTIMATORS, section, functools.partial(self.estimate, section))
+
+    def estimate(self, section, module, data, *, examples, **_):
+        self.asked.append((section, examples))
+        self.now += examples / 10
+        return (section, examples)
+
+
+def subjects(count=1):
+    module, data = tiny.TinyModule(width=5), tiny.TinyData()
+    data.setup("fit")
+    return [findings.Subject(module, data, title=str(i)) for i in range(count)]
+
+
+def test_a_first_look_comes_first_and_finer_ones_while_time_is_left(monkeypatch):
+    clock, (subject,) = Clock(monkeypatch), subjects()
+    # 64 examples take 6.4 s a section, 256 25.6 s; after 12.8 + 51.2 s there is no time for 51.2 s more.
+    findings.look([subject], examples=512, budget=100.0, skip=["gradient_noise"])
+    sections = ["hessian", "local_entropy"]
+    assert clock.asked == [(section, size) for size in (64, 256) for section in sections]
+    assert subject.findings.results == {section: (section, 256) for section in sections}
+    assert subject.findings.left == dict.fromkeys(sections, 256)
+
+
+def test_two_checkpoints_are_looked_at_alike_and_without_a_budget_once(monkeypatch):
+    clock, pair = Clock(monkeypatch), subjects(2)
+    findings.look(pair, examples=300, budget=None, skip=["gradient_noise"])
+    assert clock.asked == [("hessian", 300)] * 2 + [("local_entropy", 300)] * 2
+    assert pair[0].findings.left == {}
+    clock.asked.clear()
+    findings.look(pair, examples=300, budget=40.0, skip=["gradient_noise"])
+    assert {size for _, size in clock.asked} == {64}, "25.6 s for each of the two is too much for the 14.4 s left"
+
+
+def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys):
+    take, ends = findings.Subject.measure, {"local_entropy"}
+
+    def measure(self, section, examples):
+        if section in ends:
+            raise KeyboardInterrupt
+        return take(self, section, examples)
+
+    monkeypatch.setattr(findings.Subject, "measure", measure)
+    arguments = ["report", checkpoints[0], *CLASSES, "--examples=24", "--data.examples=32", "--skip", "gradient_noise"]
+    text = main([*arguments, "--output", str(tmp_path / "page.html")]).read_text()
+    assert "largest eigenvalue" in text
+    assert "Not measured, since the look was ended" in text
+    assert "local_entropy: not measured" in capsys.readouterr().out
+    ends.add("hessian")
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--output", str(tmp_path / "none.html")])
+
+
+def test_a_budget_is_positive(checkpoints):
+    with pytest.raises(ValueError, match="budget must be > 0 seconds or None, got -1"):
+        main(["report", checkpoints[0], *CLASSES, "--budget=-1"])
 
 
 @pytest.mark.parametrize(
