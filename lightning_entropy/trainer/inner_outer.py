@@ -212,7 +212,7 @@ class InnerOuterCallback(Callback):
         """Close unfinished loops at the end of training, and keep the state from which a resume goes on."""
         if self._loops is None or self._unclosed is not None or not self._trains:
             return
-        if not any(loop.inner_step for loop in self._loops.loops):
+        if not any(loop.unfinished for loop in self._loops.loops):
             return
         shown = self._loops.shown
         self._loops.resume()

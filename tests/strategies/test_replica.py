@@ -91,6 +91,30 @@ def test_replicas_are_the_reference(tmp_path: Path, method: str, n: int) -> None
     assert any(left != right for left, right in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True))
 
 
+FRAGMENTS = {1: [[0, 1, 2, 3]], 2: [[0], [1, 2, 3]], 3: [[0], [1, 2], [3]]}  # of Net: 35, 7, 21 and 3 weights
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("fragments", "delay", "mixing"), [(1, 0, 0.5), (1, 2, 0.5), (2, 0, 0.0), (2, 1, 0.5), (2, 4, 0.3), (3, 2, 0.5)]
+)
+def test_streaming_replicas_are_the_reference(
+    tmp_path: Path, fragments: int, delay: int, mixing: float, overlap: bool
+) -> None:
+    """At every step, in loops of five: two and three fragments do not divide them, a delay of four is longer."""
+    method = le.streaming_diloco(5, fragments, delay, mixing)
+    ranks = fit(tmp_path, strategy(method, overlap=overlap), 2, max_steps=STEPS)
+    paths = reference.streaming_diloco(
+        start(1)[0], grad, batches=[batches(rank["seen"]) for rank in ranks], steps=STEPS, inner_steps=5,
+        fragments=FRAGMENTS[fragments], delay=delay, mixing=mixing, optimizer=SGD,
+    )  # fmt: skip
+    for rank, path in zip(ranks, paths, strict=True):
+        assert_same(rank["iterates"][:-1], path.iterates[0][:-1], 1e-10)  # the loops are closed in the last
+        assert_same(rank["anchors"][:3], path.anchors[4::5], 1e-10)
+    assert_same(ranks[0]["anchors"], ranks[1]["anchors"], 0)
+    assert all(torch.equal(a, b) for a, b in zip(*(rank["final"].values() for rank in ranks), strict=True))
+
+
 def test_without_elasticity_replicas_are_independent_runs(tmp_path: Path) -> None:
     """Bit for bit: each is a plain loop over its own batches, with noise of its own."""
     relaxation = le.entropy_sgd(4, 0.3, 1e-2)
@@ -107,7 +131,9 @@ def test_without_elasticity_replicas_are_independent_runs(tmp_path: Path) -> Non
         assert_same(recorded["iterates"], iterates, 0)
 
 
-@pytest.mark.parametrize("relaxation", [le.parle(4, 0.1, 0.3), le.elastic_sgd(4, 0.3), le.local_sgd(4)])
+@pytest.mark.parametrize(
+    "relaxation", [le.parle(4, 0.1, 0.3), le.elastic_sgd(4, 0.3), le.local_sgd(4), le.streaming_diloco(4, 2, 1)]
+)
 def test_one_replica_is_the_callback(tmp_path: Path, relaxation: le.Relaxation) -> None:
     ours = fit(tmp_path / "ours", strategy(relaxation), 1)
     callback = fit(tmp_path / "callback", "ddp_fork", 1, callbacks=[le.InnerOuterCallback(relaxation)])
