@@ -325,10 +325,15 @@ class InnerOuter:
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""
         self.inner_step += 1
+        streams = self.relaxation.streams  # or else the loop writes at its end alone, with nothing left to close
+        if streams:
+            self._constraints.note()
         if self.inner_step >= self.relaxation.inner_steps:
             self._outer_step()
         else:
             self._outer.progress(self.inner_step, self.settings)
+        if streams:
+            self._constraints.go_on()
 
     @torch.no_grad()
     def _outer_step(self, *, closing: bool = False) -> None:
@@ -360,16 +365,20 @@ class InnerOuter:
     def restart(self, values: Iterable[Tensor]) -> None:
         """Set x, y and z to other values and forget every momentum, as a replica that has diverged must.
 
+        Where all replicas take the same outer steps and its x is whole, it keeps the momentum of these.
+
         Args:
             values: in the order in which tensors were last given to ``replica_mean``.
         """
         perturbed = self.weights.holds is Holds.OTHER and not self.weights.shown
         self.unperturb(check=False)
+        keeps = self.relaxation.outer_target.common and all(w.anchor.isfinite().all() for w in self.weights)
         for w, x in zip(self.weights, values, strict=False):
             w.anchor.copy_(x)
             w.restart()
             self.optimizer.state.pop(w.param, None)
-        self._outer.load_state_dict(None)
+        if not keeps:
+            self._outer.load_state_dict(None)
         if perturbed:
             self.prepare()
 

@@ -112,7 +112,7 @@ class OuterRule:
         return inner_step > 0
 
     def progress(self, inner_step: int, settings: Settings) -> None:
-        """Do what is due after the k-th inner step of a loop, 0 < k < L."""
+        """Do what is due after the k-th inner step of a loop, 0 < k < L: nothing, unless the method streams."""
 
     def close(self, weights: list[Weight], settings: Settings, outer_step: int, inner_step: int) -> None:
         """Take early the outer step of a loop that ends after k < L steps."""
