@@ -72,6 +72,7 @@ OURS = {
     "local_sgd": le.local_sgd(4),
     "diloco": le.diloco(4),
 }
+STREAMING = le.streaming_diloco(4, 2, 1)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -131,9 +132,7 @@ def test_without_elasticity_replicas_are_independent_runs(tmp_path: Path) -> Non
         assert_same(recorded["iterates"], iterates, 0)
 
 
-@pytest.mark.parametrize(
-    "relaxation", [le.parle(4, 0.1, 0.3), le.elastic_sgd(4, 0.3), le.local_sgd(4), le.streaming_diloco(4, 2, 1)]
-)
+@pytest.mark.parametrize("relaxation", [le.parle(4, 0.1, 0.3), le.elastic_sgd(4, 0.3), le.local_sgd(4), STREAMING])
 def test_one_replica_is_the_callback(tmp_path: Path, relaxation: le.Relaxation) -> None:
     ours = fit(tmp_path / "ours", strategy(relaxation), 1)
     callback = fit(tmp_path / "callback", "ddp_fork", 1, callbacks=[le.InnerOuterCallback(relaxation)])
@@ -141,9 +140,9 @@ def test_one_replica_is_the_callback(tmp_path: Path, relaxation: le.Relaxation) 
     assert all(torch.equal(v, callback[0]["final"][k]) for k, v in ours[0]["final"].items())
 
 
+@pytest.mark.parametrize("relaxation", [le.parle(4, 0.1, 0.5), le.streaming_diloco(4, 2, 3)])
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
-def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any) -> None:
-    relaxation = le.parle(4, 0.1, 0.5)
+def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any, relaxation: le.Relaxation) -> None:
     both = [
         fit(tmp_path / str(overlap), strategy(relaxation, overlap=overlap, communication_dtype=format), 3)
         for overlap in (True, False)
@@ -153,10 +152,10 @@ def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any) 
         assert_same(left["anchors"], right["anchors"], 0)
 
 
-@pytest.mark.parametrize("method", ["anchor", "diloco"])
-def test_two_by_two_is_two_by_one_with_twice_the_batch(tmp_path: Path, method: str) -> None:
-    small = fit(tmp_path / "2x2", strategy(OURS[method], replicas=2), 4, make=lambda: Net(batch=4))
-    large = fit(tmp_path / "2x1", strategy(OURS[method]), 2)
+@pytest.mark.parametrize("relaxation", [OURS["anchor"], OURS["diloco"], STREAMING])
+def test_two_by_two_is_two_by_one_with_twice_the_batch(tmp_path: Path, relaxation: le.Relaxation) -> None:
+    small = fit(tmp_path / "2x2", strategy(relaxation, replicas=2), 4, make=lambda: Net(batch=4))
+    large = fit(tmp_path / "2x1", strategy(relaxation), 2)
     for rank in range(4):
         assert_same(small[rank]["anchors"], large[rank // 2]["anchors"], 1e-10)
         assert_same(small[rank]["anchors"], small[rank // 2 * 2]["anchors"], 0)
@@ -246,7 +245,8 @@ class Poisons(L.Callback):
         if trainer.global_rank == self.rank and trainer.global_step == self.step:
             with torch.no_grad():
                 for p in pl_module.parameters():
-                    p.grad.fill_(float("nan"))
+                    if p.grad is not None:
+                        p.grad.fill_(float("nan"))
                 for b in pl_module.buffers():
                     if b.is_floating_point():
                         b.fill_(float("nan"))
@@ -280,6 +280,21 @@ def test_a_nan_is_left_out_and_put_back(tmp_path: Path, method: str, format: Any
     if format == "float32" and method == "anchor":
         others = [(a + b) / 2 for a, b in zip(ranks[0]["anchors"][1], ranks[2]["anchors"][1], strict=True)]
         torch.testing.assert_close(ranks[1]["started"], others, rtol=0, atol=1e-14)
+
+
+class Freezes(L.Callback):
+    """The first layer stays as it is."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.net[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize("relaxation", [le.diloco(3), le.streaming_diloco(5, 2, 1)])
+@pytest.mark.filterwarnings("ignore:replica 1 has nan or inf")
+def test_a_nan_beside_frozen_weights(tmp_path: Path, relaxation: le.Relaxation) -> None:
+    ranks = fit(tmp_path, strategy(relaxation), 2, callbacks=[Freezes(), Poisons(1, 4)])
+    assert_same(ranks[1]["anchors"], ranks[0]["anchors"], 0)
+    assert all(torch.isfinite(y).all() for step in ranks[1]["iterates"][6:] for y in step)
 
 
 def test_a_nan_is_said(tmp_path: Path) -> None:
