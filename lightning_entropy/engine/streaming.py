@@ -197,7 +197,7 @@ class StreamingRule(OuterRule):
         if fragment in self._under_way:  # after a resume with other fragments, or another delay
             wait_for(self._under_way.pop(fragment)[1])
         for w, y in zip(weights, means_of(weights), strict=True):
-            w.sent, w.fragment = self._of(w.anchor, y), fragment
+            w.sent, w.fragment, w.moved = self._of(w.anchor, y), fragment, False
         self._send(fragment, weights)
 
     def _send(self, fragment: int, weights: list[Weight]) -> None:
@@ -226,5 +226,3 @@ class StreamingRule(OuterRule):
             if mixing > 0:
                 torch._foreach_lerp_(kept, means_of(weights), mixing)
             F.copy_([w.param for w in weights], kept)
-        for w in weights:
-            w.moved = w.moved and mixing > 0
