@@ -144,7 +144,7 @@ class StreamingRule(OuterRule):
 
     @torch.no_grad()
     def close(self, weights: list[Weight], settings: Settings, outer_step: int, inner_step: int) -> None:
-        """Take an outer step with all that a fragment has come since its last one; y ends at x.
+        """Take an outer step with all that a fragment has come since its last one; the parameters hold x, as y, then.
 
         An exchange that is under way, of a part of these steps, is dropped for one of all of them.
         """
@@ -155,8 +155,10 @@ class StreamingRule(OuterRule):
         left = [i for i, p in enumerate(self._phases) if p.unfinished(outer_step, inner_step, self._inner_steps)]
         for i in left:
             self._start(i)
-        for i in left:
-            self._use(i, settings.outer_lr, 0.0)
+        taken = [self._use(i, settings.outer_lr, 0.0) for i in left]
+        if all(taken):
+            F.copy_([w.param for w in self._weights], [w.anchor for w in self._weights])
+            self._weights.rest()
 
     @property
     def under_way(self) -> Collection[int]:
@@ -204,10 +206,14 @@ class StreamingRule(OuterRule):
         steps = [w.sent for w in weights if w.sent is not None]
         self._under_way[fragment] = weights, steps if self._means is None else self._means[fragment](steps)
 
-    def _use(self, fragment: int, lr: float, mixing: float) -> None:
-        """Take the fragment's outer step along the mean, which is waited for, and let y keep its share."""
+    def _use(self, fragment: int, lr: float, mixing: float) -> bool:
+        """Take the fragment's outer step along the mean, which is waited for, and let y keep its share.
+
+        Returns:
+            Whether there was a mean, if there is to be one.
+        """
         if fragment not in self._under_way:  # its first exchange is yet to begin, or it has no weight that trains
-            return
+            return True
         sent, under_way = self._under_way.pop(fragment)
         steps = wait_for(under_way)
         # No step for an x that a user has replaced since, nor with a later exchange, of another fragment, under way.
@@ -215,8 +221,10 @@ class StreamingRule(OuterRule):
         weights = [w for w, valid in zip(sent, current, strict=True) if valid]
         for w in weights:
             w.sent = None
-        if steps is None or not weights:  # y goes on, and the next exchange covers the steps of this one too
-            return
+        if steps is None:  # y goes on, and the next exchange covers the steps of this one too
+            return False
+        if not weights:
+            return True
         common = [step for step, valid in zip(steps, current, strict=True) if valid]
         anchors = [w.anchor for w in weights]
         means: Sequence[Tensor] = torch._foreach_sub(anchors, common)
@@ -226,3 +234,4 @@ class StreamingRule(OuterRule):
             if mixing > 0:
                 torch._foreach_lerp_(kept, means_of(weights), mixing)
             F.copy_([w.param for w in weights], kept)
+        return True

@@ -269,7 +269,7 @@ def streaming_diloco(
     below H. A part's first exchange is of the steps before its first turn, at most H + H P / p of them.
 
     As there is no step after which all parameters hold x, a constraint that is put back after a step (weights that are
-    clamped, say) holds for y, and not for x.
+    clamped, say) holds for y, and for x at the end of training alone.
 
     ``mixing`` is torchft's ``fragment_update_alpha``, and ``delay`` its ``fragment_sync_delay``: the same turns, the
     same numbers. Other optimizers of the module have parts of their own.

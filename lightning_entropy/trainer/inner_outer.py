@@ -252,6 +252,8 @@ class InnerOuterCallback(Callback):
         self._modes = _modes(trainer)
         if self._loops is None or not self.relaxation.has_anchor:
             return
+        if self.relaxation.streams:  # x moves before a loop ends
+            return
         at = [loop.outer_step for loop in self._loops.loops]
         if not any(at) and any(loop.inner_step for loop in self._loops.loops) and "unmoved" not in self._said:
             self._said.add("unmoved")

@@ -133,6 +133,9 @@ def test_a_loop_that_has_just_ended_is_closed_where_a_fragment_has_not() -> None
     assert not torch.equal(x, y[0]) and torch.equal(done, y[1])
     loop.close()
     torch.testing.assert_close(values(loop.anchor), y, rtol=0, atol=1e-15)
+    assert loop.shows_anchor
+    loop.close()  # nothing more to end
+    torch.testing.assert_close(values(loop.anchor), y, rtol=0, atol=1e-15)
 
 
 def test_fragments_follow_the_module_and_not_the_optimizers_groups() -> None:
