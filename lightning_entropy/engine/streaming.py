@@ -151,7 +151,7 @@ class StreamingRule(OuterRule):
         self._closed = True
         self.forget_mean()
         for w in self._weights:
-            w.sent = None
+            w.sent, w.moved = None, w.moved or w.sent is not None
         left = [i for i, p in enumerate(self._phases) if p.unfinished(outer_step, inner_step, self._inner_steps)]
         for i in left:
             self._start(i)

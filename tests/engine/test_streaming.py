@@ -138,6 +138,19 @@ def test_a_loop_that_has_just_ended_is_closed_where_a_fragment_has_not() -> None
     torch.testing.assert_close(values(loop.anchor), y, rtol=0, atol=1e-15)
 
 
+def test_weights_that_are_frozen_while_their_steps_are_under_way_are_closed_with_them() -> None:
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], streaming(4, 1, 2, 0.5))
+    for i in range(2):
+        step(net, optimizer, i)
+    assert list(loop.under_way) == [0]
+    net.a.requires_grad_(False)
+    optimizer.zero_grad()
+    step(net, optimizer, 2)
+    y = values(net.parameters())
+    loop.close()
+    torch.testing.assert_close(values(loop.anchor), y, rtol=0, atol=1e-15)
+
+
 def test_fragments_follow_the_module_and_not_the_optimizers_groups() -> None:
     """The last layer is the first group; each exchange is of one layer, and of both its tensors."""
     net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
