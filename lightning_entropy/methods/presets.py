@@ -260,13 +260,13 @@ def streaming_diloco(
         n - tau:  D <- mean over replicas of x - y, which is begun here and not waited for;
         n:        x <- x - Nesterov(D);  y <- x + alpha (y - x).
 
-    So the largest exchange is of the P-th part of the weights, and is late only if it takes longer than tau steps. x is
-    the same on all replicas, is what is validated and saved, and is the point that the next x - y is measured from: of
-    the tau steps that D does not have, the share alpha counts then. P = 1, tau = 0 and alpha = 0 is :func:`diloco`.
+    So the largest exchange is of about a P-th of the weights, and is waited for only if it takes longer than tau steps.
+    x is the same on all replicas, is what is validated and saved, and is the point that the next x - y is measured from:
+    what y keeps of its own way is in it. P = 1, tau = 0 and alpha = 0 is :func:`diloco`.
 
     Parts are of neighbours in the module, the largest as small as that allows; the paper's are of every n-th layer,
-    three each, which it found a little better. Neither needs H to be a multiple of P, nor tau to be below H / P: only
-    below H. A part's first exchange is of the steps before its first turn, at most H + H P / p of them.
+    three each, which it found a little better. H need not be a multiple of P, nor tau below H / P: only below H. Where
+    an exchange would have begun before the first step, that turn is left out.
 
     As there is no step after which all parameters hold x, a constraint that is put back after a step (weights that are
     clamped, say) holds for y, and for x at the end of training alone.
