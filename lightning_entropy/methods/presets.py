@@ -261,8 +261,8 @@ def streaming_diloco(
         n:        x <- x - Nesterov(D);  y <- x + alpha (y - x).
 
     So the largest exchange is of about a P-th of the weights, and is waited for only if it takes longer than tau steps.
-    x is the same on all replicas, is what is validated and saved, and is the point that the next x - y is measured from:
-    what y keeps of its own way is in it. P = 1, tau = 0 and alpha = 0 is :func:`diloco`.
+    x is the same on all replicas, is what is validated and saved, and is where the next x - y is measured from: what y
+    keeps of its own way is in it. P = 1, tau = 0 and alpha = 0 is :func:`diloco`.
 
     Parts are of neighbours in the module, the largest as small as that allows; the paper's are of every n-th layer,
     three each, which it found a little better. H need not be a multiple of P, nor tau below H / P: only below H. Where
