@@ -18,6 +18,7 @@ from lightning_entropy.methods.presets import (
     parle,
     smoothed_lookahead,
     snoo,
+    streaming_diloco,
     two_timescale,
 )
 from lightning_entropy.methods.pull import Pull
@@ -58,6 +59,7 @@ __all__ = [
     "relax",
     "smoothed_lookahead",
     "snoo",
+    "streaming_diloco",
     "two_timescale",
 ]
 

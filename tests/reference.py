@@ -826,6 +826,82 @@ def diloco(
     return paths
 
 
+def streaming_diloco(
+    params: Params,
+    grad: Grad,
+    *,
+    batches: list[Iterable[Any]],
+    steps: int,
+    inner_steps: int,
+    fragments: list[list[int]],
+    delay: int,
+    mixing: float,
+    optimizer: Optimizer,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
+) -> list[Path]:
+    r"""Run Streaming DiLoCo: every fragment of the weights takes DiLoCo's outer step in its turn, late.
+
+    Fragment p of P has its turn after the steps n with n = t_p mod H, t_p = ceil(H p / P), p = 1, ..., P:
+
+        after step n - tau:  delta_a <- x - y_a, sent;
+        after step n:        delta <- mean_a delta_a;  m <- momentum m + delta;  x <- x - eta (delta + momentum m)
+                             y_a <- (1 - alpha) x + alpha y_a
+
+    Chosen: what would have been sent before the first step is not sent, and that turn is left out; turns are counted as
+    torchft does, by the use (the paper by the start); x - y_a is measured from the x that the last turn left, whatever
+    y_a was mixed to.
+
+    Args:
+        params: the initial x of all workers. Not written to.
+        grad: the mini-batch gradient.
+        batches: for each worker its own, one per step; its length is the number of workers.
+        steps: of every worker.
+        inner_steps: H >= 1.
+        fragments: indices of the parameters of each.
+        delay: tau, in [0, H).
+        mixing: alpha, in [0, 1].
+        optimizer: of the workers. Copied for each, not written to.
+        outer_lr: eta.
+        outer_momentum: of the outer step, Nesterov's.
+
+    Returns:
+        One path per worker. Its anchors are those after every step, the same in all; its iterates those after every
+        step and what follows it, in a single list.
+
+    References:
+        Douillard et al., Streaming DiLoCo, arXiv:2501.18512, Algorithm 2.
+    """
+    streams = [iter(own) for own in batches]
+    paths = [Path([], [[]]) for _ in batches]
+    optimizers = [copy.deepcopy(optimizer) for _ in batches]
+    x = [p.clone() for p in params]
+    ys = [[p.clone() for p in params] for _ in batches]
+    buffers = [torch.zeros_like(p) for p in params]
+    sent: dict[int, list[Tensor]] = {}  # by parameter: of each worker
+    turns = [math.ceil(inner_steps * p / len(fragments)) for p in range(1, len(fragments) + 1)]
+    for n in range(1, steps + 1):
+        for a, stream in enumerate(streams):
+            gradient = _flat(grad(ys[a], next(stream)))
+            ys[a] = _shaped(optimizers[a].step(_flat(ys[a]), gradient), params)
+        for fragment, turn in zip(fragments, turns, strict=True):
+            if (n + delay - turn) % inner_steps == 0:
+                for i in fragment:
+                    sent[i] = [x[i] - y[i] for y in ys]
+        for fragment, turn in zip(fragments, turns, strict=True):
+            if (n - turn) % inner_steps == 0:
+                for i in fragment:
+                    if i in sent:
+                        buffers[i], direction = _momentum(buffers[i], _mean(sent.pop(i)), outer_momentum, True)
+                        x[i] = x[i] - outer_lr * direction
+                        for y in ys:
+                            y[i] = (1 - mixing) * x[i] + mixing * y[i]
+        for path, y in zip(paths, ys, strict=True):
+            path.anchors.append([p.clone() for p in x])
+            path.iterates[0].append([p.clone() for p in y])
+    return paths
+
+
 def gpa_adamw(
     params: Params,
     grad: Grad,

@@ -23,6 +23,10 @@ class Constraints:
     def watch(self) -> None:
         """Begin anew: a step has just been taken."""
         self.forget()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Watch on after :meth:`note`, when the loop itself has written."""
         if self._watched:
             self._versions = {w.param: version(w.param) for w in self._weights}
 

@@ -42,6 +42,8 @@ _LOOP: Rules = {
 _SLOT: Rules = {
     **{key: ("a tensor", lambda v: isinstance(v, Tensor)) for key in ("anchor", "inner", "average", "gradient")},
     "moved": ("a bool", lambda v: isinstance(v, bool)),
+    "sent": ("a tensor", lambda v: isinstance(v, Tensor)),
+    "fragment": ("an int >= 0", _is_count),
 }
 
 

@@ -24,8 +24,9 @@ from lightning_entropy.engine.inner_rules import inner_rules
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
 from lightning_entropy.engine.optimizer_hooks import OptimizerHooks
-from lightning_entropy.engine.outer_rules import OuterFactory, OuterRule, ReplicaMean, zero_first_moments
+from lightning_entropy.engine.outer_rules import OuterFactory, OuterRule, ReplicaMeans, zero_first_moments
 from lightning_entropy.engine.step import Step
+from lightning_entropy.engine.streaming import StreamingRule
 from lightning_entropy.engine.weights import Holds, Weight, Weights
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
@@ -56,7 +57,7 @@ class InnerOuter:
         relaxation: Relaxation,
         *,
         outer: OuterFactory | None = None,
-        replica_mean: ReplicaMean | None = None,
+        replica_mean: ReplicaMeans | None = None,
         seed: int | None = None,
         compile: bool = False,
         names: Mapping[Tensor, str] | None = None,
@@ -72,7 +73,7 @@ class InnerOuter:
             optimizer: the user's. This and the next five are documented at :func:`lightning_entropy.relax`.
             relaxation: the method.
             outer: makes the outer optimizer.
-            replica_mean: mean over replicas.
+            replica_mean: mean over replicas; a sequence has one for each fragment.
             seed: of the noise.
             compile: one compiled pass over memory per inner step.
             names: keys of the parameters in :meth:`state_dict`; without one, a parameter's key is its position.
@@ -102,7 +103,8 @@ class InnerOuter:
         self.measure = False
         self.distances: tuple[Tensor, Tensor] | None = None
         self._seed(torch.initial_seed() if seed is None else check_integer("seed", seed, 0))
-        self._outer = OuterRule(relaxation, self.weights, outer, replica_mean)
+        rule = StreamingRule if relaxation.streams else OuterRule
+        self._outer = rule(relaxation, self.weights, outer, replica_mean)
         native = NativeStep(self.params) if check_bool("compile", compile) else None
         self._inner = inner_rules(relaxation, self.weights, native, self_writing)
         self.perturbs = any(rule.perturbs for rule in self._inner)
@@ -296,7 +298,7 @@ class InnerOuter:
         For the end of training, so that its last steps count. A state saved before goes on as if this had not been.
         Weights that somebody has written since their last step (to keep a constraint) are kept as they are.
         """
-        if not self.inner_step:
+        if not self.unfinished:
             return
         self.unperturb()
         kept = self._constraints.kept()
@@ -310,11 +312,28 @@ class InnerOuter:
             w.anchor.copy_(y)
             w.restart()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether :meth:`close` has something to end."""
+        return self._outer.unfinished(self.outer_step, self.inner_step)
+
+    @property
+    def under_way(self) -> Collection[int]:
+        """The fragments whose exchange has begun and has not been used."""
+        return self._outer.under_way
+
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""
         self.inner_step += 1
+        streams = self.relaxation.streams  # or else the loop writes at its end alone, with nothing left to close
+        if streams:
+            self._constraints.note()
         if self.inner_step >= self.relaxation.inner_steps:
             self._outer_step()
+        else:
+            self._outer.progress(self.inner_step, self.settings)
+        if streams:
+            self._constraints.go_on()
 
     @torch.no_grad()
     def _outer_step(self, *, closing: bool = False) -> None:
@@ -329,9 +348,13 @@ class InnerOuter:
             self.gamma_start = self._measurement.take(weights)
         if self.relaxation.reset_momentum and not closing:
             zero_first_moments(self.optimizer, weights)
+        done = self.outer_step, self.inner_step
         self.inner_step = 0
         self.outer_step += 1
-        self._outer.end(weights, self.settings, at_once=closing)
+        if closing:
+            self._outer.close(weights, self.settings, *done)
+        else:
+            self._outer.end(weights, self.settings)
 
     def settle(self) -> None:
         """Bring x up to date: with an outer step that is not taken yet, and with what was written at rest."""
@@ -342,16 +365,20 @@ class InnerOuter:
     def restart(self, values: Iterable[Tensor]) -> None:
         """Set x, y and z to other values and forget every momentum, as a replica that has diverged must.
 
+        Where all replicas take the same outer steps and its x is whole, it keeps the momentum of these.
+
         Args:
             values: in the order in which tensors were last given to ``replica_mean``.
         """
         perturbed = self.weights.holds is Holds.OTHER and not self.weights.shown
         self.unperturb(check=False)
+        keeps = self.relaxation.outer_target.common and all(w.anchor.isfinite().all() for w in self.weights)
         for w, x in zip(self.weights, values, strict=False):
             w.anchor.copy_(x)
             w.restart()
             self.optimizer.state.pop(w.param, None)
-        self._outer.load_state_dict(None)
+        if not keeps:
+            self._outer.load_state_dict(None)
         if perturbed:
             self.prepare()
 

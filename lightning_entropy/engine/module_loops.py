@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_entropy.engine.forward_hooks import listen
 from lightning_entropy.engine.loop import InnerOuter
-from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMean
+from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMeans
 from lightning_entropy.engine.relax import make_loop
 from lightning_entropy.engine.state_dict_hooks import StateDictHooks
 from lightning_entropy.engine.weights import Substitutes
@@ -35,7 +35,7 @@ class ModuleLoops:
         relaxation: Relaxation,
         *,
         outer: OuterFactory | None = None,
-        replica_mean: Sequence[ReplicaMean] | None = None,
+        replica_mean: Sequence[ReplicaMeans] | None = None,
         seed: int = 0,
         compile: bool = False,
         count_attempts: bool = False,
@@ -49,7 +49,7 @@ class ModuleLoops:
             optimizers: of the trainer.
             relaxation: the method.
             outer: see :func:`lightning_entropy.relax`, also for ``replica_mean``.
-            replica_mean: mean over replicas, one per optimizer: their exchanges run side by side.
+            replica_mean: mean over replicas, one per optimizer (and fragment): their exchanges run side by side.
             seed: of the noise, the same on all ranks that share gradients, >= 0.
             compile: see :func:`lightning_entropy.relax`.
             count_attempts: see :class:`InnerOuter`.

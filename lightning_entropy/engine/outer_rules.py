@@ -1,7 +1,7 @@
 """The outer step: what replicas agree on, and an optimizer over the anchors, fed with the pseudo-gradient."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -20,6 +20,9 @@ OuterFactory = Callable[[list[Tensor]], Optimizer]
 # and the outer step does without a pull, or is put off where it needs the mean.
 Mean = list[Tensor] | None
 ReplicaMean = Callable[[list[Tensor]], Mean | Callable[[], Mean]]
+
+# One for all fragments of the weights, or one for each.
+ReplicaMeans = ReplicaMean | Sequence[ReplicaMean]
 
 
 class OuterRule:
@@ -40,12 +43,13 @@ class OuterRule:
     """
 
     def __init__(
-        self, relaxation: Relaxation, weights: Weights, factory: OuterFactory | None, replica_mean: ReplicaMean | None
+        self, relaxation: Relaxation, weights: Weights, factory: OuterFactory | None, replica_mean: ReplicaMeans | None
     ) -> None:
         self._reset, self._pulls = relaxation.reset, relaxation.rho != 0
         self._weights = weights
         self._step = OuterStep(factory, relaxation.outer_momentum)
-        self._replicas = Replicas(replica_mean, relaxation.outer_target)
+        mean = replica_mean[0] if isinstance(replica_mean, Sequence) else replica_mean
+        self._replicas = Replicas(mean, relaxation.outer_target)
         self._due: tuple[list[Weight], Settings] | None = None  # a step that is counted, and not taken yet
 
     def begin(self) -> None:
@@ -64,7 +68,7 @@ class OuterRule:
         self.begin()
         return [w for w in self._weights if w.moved or self._replicas]
 
-    def end(self, weights: list[Weight], settings: Settings, *, at_once: bool) -> None:
+    def end(self, weights: list[Weight], settings: Settings, *, at_once: bool = False) -> None:
         """End a loop.
 
         Args:
@@ -103,6 +107,22 @@ class OuterRule:
             w.moved = False
         return True
 
+    def unfinished(self, outer_step: int, inner_step: int) -> bool:
+        """Whether steps have been taken, after t outer and k inner ones, that no outer step has followed."""
+        return inner_step > 0
+
+    def progress(self, inner_step: int, settings: Settings) -> None:
+        """Do what is due after the k-th inner step of a loop, 0 < k < L: nothing, unless the method streams."""
+
+    def close(self, weights: list[Weight], settings: Settings, outer_step: int, inner_step: int) -> None:
+        """Take early the outer step of a loop that ends after k < L steps."""
+        self.end(weights, settings, at_once=True)
+
+    @property
+    def under_way(self) -> Collection[int]:
+        """The fragments whose exchange has begun and has not been used."""
+        return ()
+
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""
         self._replicas.forget()
@@ -131,6 +151,8 @@ class OuterRule:
         """Go on from an outer optimizer's state, or without one; a step that was due is not taken."""
         self._due = None
         self._step.load_state_dict(state)
+        for w in self._weights:
+            w.sent = None  # of a method that streams
 
 
 def zero_first_moments(optimizer: Optimizer, weights: Iterable[Weight]) -> None:
@@ -312,7 +334,7 @@ class Replicas:
             return list(torch._foreach_sub([w.anchor for w in weights], steps)), [None] * len(weights)
         targets: Sequence[Tensor | None] = []
         if self._under_way is not None:
-            arrived, self._under_way = _wait(self._under_way), None
+            arrived, self._under_way = wait_for(self._under_way), None
             # An x that a user has replaced since is not pulled to the mean of the old ones.
             targets = [None if w.replaced else target for w, target in zip(weights, arrived or [], strict=False)]
         elif not self._target.early and rho:
@@ -329,8 +351,9 @@ class Replicas:
 
     def _mean_of(self, weights: Sequence[Weight], means: Sequence[Tensor]) -> Mean:
         assert self._mean is not None
-        return _wait(self._mean([self._target.of(w.anchor, z) for w, z in zip(weights, means, strict=True)]))
+        return wait_for(self._mean([self._target.of(w.anchor, z) for w, z in zip(weights, means, strict=True)]))
 
 
-def _wait(mean: Mean | Callable[[], Mean]) -> Mean:
+def wait_for(mean: Mean | Callable[[], Mean]) -> Mean:
+    """Return a mean that has been started."""
     return mean() if callable(mean) else mean

@@ -32,7 +32,7 @@ def relax(
         replica_mean: mean of a list of tensors over replicas: returns the list, or a callable that waits for it (the
             tensors do not change until it is called); or None for the list, where the mean could not be had: the outer
             step then does without the elastic pull, and a step that all replicas take together is put off to the end
-            of the next loop. None: one replica.
+            of the next loop. It is called for one fragment of the weights at a time. None: one replica.
         seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
         compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU, and with plain
             ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes a second or two and

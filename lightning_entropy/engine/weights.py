@@ -33,6 +33,8 @@ class Weight:
     stand_in: Tensor | None = None  # the value that it holds instead of x
     moved: bool = False  # since the last outer step
     replaced: bool = False  # x was, since the mean over replicas was started
+    sent: Tensor | None = None  # the pseudo-gradient whose mean over replicas is under way
+    fragment: int = 0  # with which it was sent
 
     @property
     def inner(self) -> Tensor:
@@ -123,6 +125,12 @@ class Weights:
     def params(self) -> list[Tensor]:
         """All parameters of the optimizer, in its order."""
         return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    @property
+    def in_module_order(self) -> list[Tensor]:
+        """All parameters of the optimizer, in the order of their names where they have some."""
+        place = {p: i for i, p in enumerate(self._names)}
+        return sorted(self.params, key=lambda p: place.get(p, len(place)))
 
     def __iter__(self) -> Iterator[Weight]:
         return iter(self._weights.values())
@@ -245,7 +253,7 @@ class Weights:
         for w, new in zip(weights, changed, strict=True):
             if new:
                 w.anchor.copy_(w.param)
-                w.average = w.kept = w.stand_in = None
+                w.average = w.kept = w.stand_in = w.sent = None
                 w.moved, w.replaced = False, True
         written = {w for w, new in zip(weights, changed, strict=True) if new}
         self.written += [name for name, w in self.named() if w in written]
@@ -325,6 +333,7 @@ class Weights:
                 entry |= {"moved": w.moved, "inner": w.inner}
                 entry |= {} if w.average is None else {"average": w.average}
                 entry |= {} if w.gradient is None else {"gradient": w.gradient}
+                entry |= {} if w.sent is None else {"sent": w.sent, "fragment": w.fragment}
             entries[name] = entry
         return entries
 
@@ -360,7 +369,8 @@ class Weights:
             if "anchor" in entry:
                 w.anchor.copy_(entry["anchor"])
             w.moved = entry.get("moved", False)
-            for key in ("average", "gradient"):
+            w.fragment = entry.get("fragment", 0)
+            for key in ("average", "gradient", "sent"):
                 if key in entry:
                     setattr(w, key, torch.empty_like(w.anchor).copy_(entry[key]))
             if "inner" in entry:

@@ -243,6 +243,63 @@ def diloco(inner_steps: int = 500, outer_lr: Number = 0.7, outer_momentum: float
     )
 
 
+def streaming_diloco(
+    inner_steps: int = 100,
+    fragments: int = 4,
+    delay: int = 4,
+    mixing: float = 0.5,
+    *,
+    outer_lr: Number = 0.7,
+    outer_momentum: float = 0.9,
+) -> Relaxation:
+    r"""Run DiLoCo part by part of the weights, and train on while a part's exchange is under way.
+
+    Streaming DiLoCo, Algorithm 2. Each of P parts has its turn once in H steps, H / P after the one before. With tau
+    the delay and alpha the mixing, for the part whose turn is at step n,
+
+        n - tau:  D <- mean over replicas of x - y, which is begun here and not waited for;
+        n:        x <- x - Nesterov(D);  y <- x + alpha (y - x).
+
+    So the largest exchange is of about a P-th of the weights, and is waited for only if it takes longer than tau steps.
+    x is the same on all replicas, is what is validated and saved, and is where the next x - y is measured from: what y
+    keeps of its own way is in it. P = 1, tau = 0 and alpha = 0 is :func:`diloco`.
+
+    Parts are of neighbours in the module, the largest as small as that allows; the paper's are of every n-th layer,
+    three each, which it found a little better. H need not be a multiple of P, nor tau below H / P: only below H. Where
+    an exchange would have begun before the first step, that turn is left out.
+
+    As there is no step after which all parameters hold x, a constraint that is put back after a step (weights that are
+    clamped, say) holds for y, and for x at the end of training alone.
+
+    ``mixing`` is torchft's ``fragment_update_alpha``, and ``delay`` its ``fragment_sync_delay``: the same turns, the
+    same numbers. Other optimizers of the module have parts of their own.
+
+    Defaults: alpha = 0.5 is the paper's with tau > 1, and it found the loss hardly changed for tau < 5; the outer step
+    is :func:`diloco`'s. P is untuned.
+
+    Args:
+        inner_steps: H, int >= 1.
+        fragments: P, int >= 1.
+        delay: tau, in [0, H).
+        mixing: alpha, in [0, 1]: the share of the local weights that is kept.
+        outer_lr: > 0.
+        outer_momentum: Nesterov momentum, in [0, 1).
+
+    References:
+        Douillard et al., Streaming DiLoCo with overlapping communication, 2025, arXiv:2501.18512; Kale et al., Eager
+        updates for overlapped communication and computation in DiLoCo, 2025, arXiv:2502.12996.
+    """
+    return Relaxation(
+        inner_steps=inner_steps,
+        elastic_target="pseudo_gradient",
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+        fragments=fragments,
+        delay=delay,
+        mixing=mixing,
+    )
+
+
 def snoo(inner_steps: int = 30, outer_lr: Number = 0.7, outer_momentum: float = 0.6) -> Relaxation:
     """Take a Nesterov step along x - y every H steps of one worker: step-K Nesterov outer optimizer.
 

@@ -92,6 +92,13 @@ class Relaxation:
             vector has no such unit. A filter of zeros is not perturbed.
         outer_lr: step size of the outer optimizer, > 0; 1 jumps to z.
         outer_momentum: its Nesterov momentum, in [0, 1).
+        fragments: P, int >= 1. The weights in P parts, in the module's order and as equal in size as that allows; part
+            p = 1, ..., P takes its outer steps at the inner steps ceil(L p / P) of the loop, and sends when it is its
+            turn. With ``elastic_target="pseudo_gradient"``, as the next two.
+        delay: tau, inner steps from the start of a part's exchange to its outer step, in [0, L). Below L, so that x has
+            moved before the next pseudo-gradient is measured from it.
+        mixing: alpha, the share of y that an outer step keeps, y <- x + alpha (y - x), in [0, 1]. 0: y restarts at x;
+            1 is ``reset=False``.
 
     Raises:
         ValueError: a value outside its range, or two options that exclude each other.
@@ -137,9 +144,14 @@ class Relaxation:
     scale: Scale = "absolute"
     outer_lr: Number = 1.0
     outer_momentum: float = 0.0
+    fragments: int = 1
+    delay: int = 0
+    mixing: float = 0.0
 
     def __post_init__(self) -> None:
         check_integer("inner_steps", self.inner_steps, 1)
+        check_integer("fragments", self.fragments, 1)
+        check_integer("delay", self.delay, 0)
         for name in ("reset", "reset_momentum", "coupled", "explicit", "perturb"):
             check_bool(name, getattr(self, name))
         for name, choices in (
@@ -150,6 +162,8 @@ class Relaxation:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         momentum = check_number("outer_momentum", self.outer_momentum, ("in [0, 1)", lambda v: 0 <= v < 1))
         object.__setattr__(self, "outer_momentum", momentum)  # a float, which any checkpoint can hold
+        mixing = check_number("mixing", self.mixing, ("in [0, 1]", lambda v: 0 <= v <= 1))
+        object.__setattr__(self, "mixing", mixing)
         self.at(0)
         self._check_combinations()
 
@@ -176,6 +190,8 @@ class Relaxation:
             )
         if self.outer_target.common and self.rho != 0:
             raise ValueError(f"rho must be 0 with elastic_target={self.elastic_target!r}, got {self.rho!r}")
+        if self.streams:
+            self._check_streaming()
         if not self.perturb:
             return
         if self.width != 0 and self.gamma != 0:
@@ -187,6 +203,23 @@ class Relaxation:
         for name in self.__dataclass_fields__:
             if name not in of_heat and getattr(self, name) != getattr(off, name):
                 raise ValueError(f"{name} has no meaning with perturb=True, got {getattr(self, name)!r}")
+
+    def _check_streaming(self) -> None:
+        off = Relaxation()
+        asked = next(n for n in ("fragments", "delay", "mixing") if getattr(self, n) != getattr(off, n))
+        with_it = f"with {asked} = {getattr(self, asked)}"
+        if not self.outer_target.common:
+            raise ValueError(f"elastic_target must be 'pseudo_gradient' {with_it}, got {self.elastic_target!r}")
+        if self.delay >= self.inner_steps:
+            raise ValueError(
+                f"delay must be below inner_steps = {self.inner_steps}, got {self.delay}: an exchange would begin "
+                "before the last one is used, and send the same steps again"
+            )
+        for name in ("average", "reset", "reset_momentum"):  # of a loop that begins and ends for all weights together
+            if getattr(self, name) != getattr(off, name):
+                raise ValueError(f"{name} must be {getattr(off, name)!r} {with_it}, got {getattr(self, name)!r}")
+        if self.auto_gamma or (isinstance(self.gamma, Pull) and self.mixing):
+            raise ValueError(f"gamma must be a number {with_it}, got {self.gamma!r}: it is of loops that begin at x")
 
     def describe(self) -> dict[str, Any]:
         """Return the fields as plain values that any checkpoint can hold: schedules by their repr or name.
@@ -225,6 +258,11 @@ class Relaxation:
     def outer_target(self) -> OuterTarget:
         """What the outer step asks the replicas for."""
         return OUTER_TARGETS[self.elastic_target]
+
+    @property
+    def streams(self) -> bool:
+        """Whether outer steps are taken part by part, later than their exchange, or keep a share of y."""
+        return self.fragments > 1 or self.delay > 0 or self.mixing > 0
 
     @property
     def auto_gamma(self) -> bool:

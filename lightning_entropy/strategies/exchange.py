@@ -96,6 +96,7 @@ class Coupling:
         notice: whether this rank gives notice in the rounds that it starts from now on.
         noticed: whether any rank has given notice, in the rounds that have been waited for.
         sent: bytes this rank has sent to other replicas, counted as for a ring: 2 (R - 1) / R of the payload.
+        peak: the largest number of bytes that it has sent in one exchange.
         waited: seconds this rank has waited for exchanges to end.
         spread: rms per weight, over replicas, of their distance to the mean in the previous round; None before that.
     """
@@ -119,6 +120,7 @@ class Coupling:
         self.notice = False
         self.noticed = False
         self.sent = 0.0
+        self.peak = 0.0
         self.waited = 0.0
         self.spread: float | None = None
         self.distance: Tensor | None = None  # this replica's, squared, to be summed with the next round
@@ -205,7 +207,8 @@ class Round:
             self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
             self._sum = Sum(values, coupling.links.across, "float32" if whole else coupling.format, memory.share)
         self._residual = values - self._sum.sent if self._compressed and self.finite else memory.residual
-        coupling.sent += 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
+        sent = 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
+        coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)
 
     def _agree_inside(self, flat: Tensor) -> tuple[list[float], float]:
         """Return what the replica's ranks decide together: whether each part counts, and whether they give notice."""

@@ -24,11 +24,12 @@ class OuterStepLog:
         return bool(self._trainer.loggers) and 0 < every <= self._trainer.global_step + 1 - self._last[0]
 
     def write(self, loops: ReplicaLoops) -> None:
-        """Log the metrics of an outer step, and the traffic per training step since the last log."""
+        """Log an outer step's metrics, the largest exchange, and the traffic per training step since the last log."""
         now = (self._trainer.global_step + 1, *loops.traffic())
         steps, sent, waited = (new - old for new, old in zip(now, self._last, strict=True))
         metrics = loops.metrics()
         metrics["entropy/bytes_per_step"] = sent / max(steps, 1)
+        metrics["entropy/peak_bytes"] = loops.peak()
         metrics["entropy/seconds_waited"] = waited / max(steps, 1)
         log_outer_step(self._trainer, metrics)
         self._last = now

@@ -24,7 +24,7 @@ FORMAT = 1  # of ReplicaLoops.state_dict()
 
 
 class ReplicaLoops:
-    """One loop and one stream of exchanges per optimizer, stepped together with the other replicas'. Made on all ranks.
+    """One loop per optimizer, stepped together with the other replicas'. Made on all ranks.
 
     Args:
         module: whose parameters the optimizers hold; the same weights on the ranks of a replica.
@@ -43,7 +43,7 @@ class ReplicaLoops:
 
     Attributes:
         loops: of the optimizers.
-        couplings: their exchanges; none with one replica.
+        couplings: their exchanges, a stream for each optimizer and fragment; none with one replica.
         consensus: of the module.
     """
 
@@ -75,13 +75,15 @@ class ReplicaLoops:
         if grid.replicas > 1:
             self._mean = Coupling(self._open(), overlap=False, meeting=meeting, name="the consensus")
         self._several = grid.replicas > 1 or assembly is not None
-        self.couplings: list[Any] = [self._coupling(i) for i in range(len(optimizers)) if self._several]
+        self.couplings: list[Any] = []
+        self._means: list[list[Any]] = []  # the same, by optimizer
+        self._couple(len(optimizers))
         self.loops = ModuleLoops(
             module,
             optimizers,
             relaxation,
             outer=outer,
-            replica_mean=self.couplings if self._several else None,
+            replica_mean=self._means if self._several else None,
             seed=grid.seed(seed),
             count_attempts=True,
             bystander=bystander,
@@ -105,8 +107,19 @@ class ReplicaLoops:
         self._links.append(links)
         return links
 
-    def _coupling(self, i: int) -> Any:
+    def _couple(self, optimizers: int) -> None:
+        """Open the streams of exchanges of optimizers that have none."""
+        for i in range(len(self._means), optimizers if self._several else 0):
+            own = [self._coupling(i) for _ in range(self._relaxation.fragments)]
+            self._means.append(own)
+            self.couplings += own
+
+    def _of(self, i: int) -> list[Any]:
         """Return the exchanges of the i-th optimizer."""
+        return self._means[i] if self._several else []
+
+    def _coupling(self, i: int) -> Any:
+        """Open a stream of exchanges for the i-th optimizer."""
         if self._assembly is not None:
             return self._elastic_coupling(i)
         return Coupling(
@@ -135,9 +148,11 @@ class ReplicaLoops:
         """Put y into the parameters and start the exchanges that can travel early. All ranks call it together."""
         rounds = [coupling.round for coupling in self.couplings]
         self.loops.prepare()
+        if not self._relaxation.outer_target.early:
+            return
         for i, (coupling, before) in enumerate(zip(self.couplings, rounds, strict=True)):
             if coupling.round is not before:
-                self._notice_divergence(i)
+                self._notice_divergence(i, coupling)
                 self._mend(i)
 
     def count(self, optimizer: Optimizer) -> bool:
@@ -152,22 +167,25 @@ class ReplicaLoops:
         for i, loop in enumerate(self.loops.loops):
             if loop.optimizer is not optimizer:
                 continue
-            before = loop.outer_step
+            before, rounds = loop.outer_step, [coupling.round for coupling in self._of(i)]
             loop.advance()
             stepped = loop.outer_step > before
-            if self.couplings:
-                self.couplings[i].progress()
-                if stepped and not self._relaxation.outer_target.early:
-                    self._notice_divergence(i)
+            for coupling, round in zip(self._of(i), rounds, strict=True):
+                coupling.progress()
+                if coupling.round is not round and not self._relaxation.outer_target.early:
+                    self._notice_divergence(i, coupling)
+            if self._several:
                 self._mend(i)
-                if stepped:  # nobody will ask again: it is of weights that are no more, and holds a copy of them
-                    self.couplings[i].round = None
+            for fragment, coupling in enumerate(self._of(i)):
+                # Nobody will ask again: it is of weights that are no more, and holds a copy of them.
+                if (stepped or self._relaxation.streams) and fragment not in loop.under_way:
+                    coupling.round = None
             return stepped
         return False
 
-    def _notice_divergence(self, i: int) -> None:
+    def _notice_divergence(self, i: int, coupling: Any) -> None:
         """Say so where this replica's weights are not finite in the exchange that has begun."""
-        loop, round = self.loops.loops[i], self.couplings[i].round
+        loop, round = self.loops.loops[i], coupling.round
         if round is not None and not round.finite and i not in self._diverged:
             warnings.warn(
                 f"replica {self._grid.replica} has nan or inf in its weights at outer step {loop.outer_step}: "
@@ -179,9 +197,11 @@ class ReplicaLoops:
     def _mend(self, i: int) -> None:
         """Put a replica that has diverged back to the mean of the others, which is waited for."""
         if i in self._diverged:
-            loop, target = self.loops.loops[i], self._diverged.pop(i).wait()
-            if self._relaxation.outer_target.common:  # x has gone the others' way; y has not
-                target = loop.anchor
+            loop, round = self.loops.loops[i], self._diverged.pop(i)
+            if self._relaxation.outer_target.common:  # x goes the others' way; y has not
+                target = [w.anchor for w in loop.weights]
+            else:
+                target = round.wait()
             if target is None:  # a peer was lost in the exchange: the next one will do
                 return
             loop.restart(target)
@@ -196,8 +216,7 @@ class ReplicaLoops:
         self.loops.resume()
         for loop in self.loops.loops:
             loop.forget_mean()
-        while self._several and len(self.couplings) < len(optimizers):
-            self.couplings.append(self._coupling(len(self.couplings)))
+        self._couple(len(optimizers))
         self._diverged = {}
         self.loops.follow(optimizers)
 
@@ -226,9 +245,11 @@ class ReplicaLoops:
     def metrics(self) -> dict[str, Any]:
         """Return what is logged at outer steps, with the replicas' spread."""
         values = self.loops.metrics()
-        for i, coupling in enumerate(self.couplings):
-            if coupling.spread is not None:
-                values["entropy/spread" if len(self.couplings) == 1 else f"entropy/{i}/spread"] = coupling.spread
+        for i, couplings in enumerate(self._means):
+            spreads = [coupling.spread for coupling in couplings if coupling.spread is not None]
+            if spreads:  # of several fragments, which are of about one size
+                name = "entropy/spread" if len(self._means) == 1 else f"entropy/{i}/spread"
+                values[name] = spreads[0] if len(spreads) == 1 else (sum(s * s for s in spreads) / len(spreads)) ** 0.5
         if self._assembly is not None:
             values["entropy/replicas"] = len(self._assembly.present)
         return values
@@ -237,9 +258,13 @@ class ReplicaLoops:
         """Return the bytes that this rank has sent to other replicas, and the seconds it has waited for theirs."""
         return sum(c.sent for c in self.couplings), sum(c.waited for c in self.couplings)
 
+    def peak(self) -> float:
+        """Return the largest number of bytes that this rank has sent to other replicas in one exchange."""
+        return max((c.peak for c in self.couplings), default=0.0)
+
     def state_dict(self) -> dict[str, Any]:
         """Return this replica's own state, from which :meth:`load_state_dict` goes on exactly."""
-        repeat = self._relaxation.outer_target.early
+        repeat = self._relaxation.outer_target.early or self._relaxation.streams
         return {
             "format": FORMAT,
             "loops": [loop.state_dict(anchor=True) for loop in self.loops.loops],
@@ -261,8 +286,9 @@ class ReplicaLoops:
             return
         check_format("the state of a replica", state, FORMAT)
         self.consensus.load_own(state["module"])
-        for coupling, memory in zip(self.couplings, state["couplings"], strict=True):
-            coupling.load_state_dict(memory)  # before the loops, which may start an exchange
+        if len(state["couplings"]) == len(self.couplings):  # or else fragments has changed, which is said
+            for coupling, memory in zip(self.couplings, state["couplings"], strict=True):
+                coupling.load_state_dict(memory)  # before the loops, which may start an exchange
         self.loops.load_state_dict(state["loops"])
 
     @staticmethod

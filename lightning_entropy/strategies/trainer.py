@@ -63,7 +63,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         x <- outer(x, x - z + rho (x - mean over replicas of x)).
 
     The mean is taken of the anchors as the last outer step left them, so it travels while the inner steps run, with no
-    change in the result (``elastic_target="anchor"``; the other targets wait for it).
+    change in the result (``elastic_target="anchor"``). The other targets wait for it; with :func:`streaming_diloco` it
+    is of a part of the weights and has some steps to arrive.
 
     What you evaluate, save and keep is the consensus: the mean of x over replicas, with floating-point buffers
     averaged. The module holds it from the start of validation, and from the end of an epoch, to the next training
@@ -93,8 +94,9 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
 
     At outer steps, but not more often than the Trainer's ``log_every_n_steps``, it logs what the callbacks log and
     ``entropy/spread`` (rms per weight, over replicas, of x - mean; of the previous outer step),
-    ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
-    (per training step, for exchanges to arrive; on CUDA, as seen by the host).
+    ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step), ``entropy/peak_bytes`` (in its
+    largest exchange so far) and ``entropy/seconds_waited`` (per training step, for exchanges to arrive; on CUDA, as
+    seen by the host).
 
     Saving is a collective, so it does not belong in a signal handler: on SLURM, use
     ``SLURMEnvironment(auto_requeue=False)``.
@@ -467,7 +469,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self._loops is None or self._unclosed is not None or self._trainer.interrupted:
             return
         loops = self._loops.loops
-        if not any(loop.inner_step for loop in loops.loops):
+        if not any(loop.unfinished for loop in loops.loops):
             return
         shown = loops.shown
         loops.resume()

@@ -212,7 +212,7 @@ class InnerOuterCallback(Callback):
         """Close unfinished loops at the end of training, and keep the state from which a resume goes on."""
         if self._loops is None or self._unclosed is not None or not self._trains:
             return
-        if not any(loop.inner_step for loop in self._loops.loops):
+        if not any(loop.unfinished for loop in self._loops.loops):
             return
         shown = self._loops.shown
         self._loops.resume()
@@ -251,6 +251,8 @@ class InnerOuterCallback(Callback):
         self._show()
         self._modes = _modes(trainer)
         if self._loops is None or not self.relaxation.has_anchor:
+            return
+        if self.relaxation.streams:  # x moves before a loop ends
             return
         at = [loop.outer_step for loop in self._loops.loops]
         if not any(at) and any(loop.inner_step for loop in self._loops.loops) and "unmoved" not in self._said:

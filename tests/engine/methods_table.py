@@ -76,6 +76,10 @@ TABLE: dict[str, dict[str, le.Relaxation]] = {
     "elastic_sgd": {"elastic_sgd": le.elastic_sgd(3, 0.5)},
     "local_sgd": {"local_sgd": le.local_sgd(3)},
     "diloco": {"diloco": le.diloco(3)},
+    "streaming_diloco": {
+        "streaming_diloco": le.streaming_diloco(3, 2, 1),
+        "streaming_late": le.streaming_diloco(3, 2, 2, 0.0),
+    },
     "snoo": {"snoo": le.snoo(3)},
     "palsgd": {"palsgd": le.palsgd(3, le.Pull(0.5))},
     "gpa": {"gpa": le.gpa(0.9)},

@@ -146,6 +146,8 @@ STATES: dict[str, Variant] = {
     "parle": (le.parle(3, 0.5, 0.25), "sgd_momentum", {"replica_mean": two_replicas}),
     "parle_code": (le.parle(3, 0.5, 0.25, elastic_target="average"), "sgd", {"replica_mean": two_replicas}),
     "diloco": (le.diloco(3), "adamw", {"replica_mean": two_replicas}),
+    "streaming": (le.streaming_diloco(5, 2, 3), "adamw", {"replica_mean": two_replicas}),
+    "streaming_alone": (le.streaming_diloco(4, 2, 2, 0.3), "sgd_momentum", {}),
     "rprop": (le.lookahead(3), "rprop", {}),
     "smoothed": (METHODS["smoothed"], "sgd_momentum", {}),
     "smoothed_filter": (METHODS["smoothed_filter"], "adamw", {}),

@@ -384,9 +384,33 @@ def test_diloco_with_a_spring_to_the_last_global_x() -> None:
         assert_same(left, right.anchors)
 
 
+adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
+FRAGMENTS = {1: [[0, 1, 2, 3]], 2: [[0], [1, 2, 3]], 3: [[0], [1, 2], [3]]}  # of mlp: 35, 7, 21 and 3 weights
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize(
+    ("fragments", "delay", "mixing"),
+    [
+        (1, 0, 0.5), (1, 3, 0.0), (1, 19, 0.5), (2, 0, 0.0), (2, 0, 0.5), (2, 1, 0.5), (2, 9, 0.0), (2, 10, 0.5),
+        (2, 19, 1.0), (3, 0, 0.3), (3, 2, 0.0), (3, 11, 0.5),
+    ],
+)  # fmt: skip
+def test_streaming_diloco(fragments: int, delay: int, mixing: float, deferred: bool) -> None:
+    """Also with delays above the spacing of the turns, and fragments that do not divide the loop."""
+    data = [batches(STEPS, seed=10 + a) for a in range(2)]
+    ours = Replicas(2).train(le.streaming_diloco(20, fragments, delay, mixing), adamw, data, deferred)
+    theirs = reference.streaming_diloco(
+        start(), grad, batches=data, steps=STEPS, inner_steps=20, fragments=FRAGMENTS[fragments], delay=delay,
+        mixing=mixing, optimizer=reference.AdamW(1e-2),
+    )  # fmt: skip
+    for left, right in zip(ours, theirs, strict=True):
+        assert_same(left, right.anchors[19::20])
+    assert_same(ours[0], ours[1], tolerance=0)
+
+
 # A chain on the smoothed loss: every gradient at perturbed weights, inside spring, noise, average and outer step
 
-adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
 Case = tuple[dict[str, Any], Any, Any]
 SGD, ADAMW = (nesterov, reference.SGD(0.1, 0.9, True)), (adamw, reference.AdamW(1e-2))
 SMOOTHED: dict[str, Case] = {

@@ -22,6 +22,10 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "elastic_sgd": {"inner_steps": 10, "rho": 0.5},
     "local_sgd": {"inner_steps": 10, "elastic_target": "pseudo_gradient"},
     "diloco": {"inner_steps": 500, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.9},
+    "streaming_diloco": {
+        "inner_steps": 100, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.9,
+        "fragments": 4, "delay": 4, "mixing": 0.5,
+    },
     "snoo": {"inner_steps": 30, "elastic_target": "pseudo_gradient", "outer_lr": 0.7, "outer_momentum": 0.6},
     "palsgd": {
         "inner_steps": 500, "gamma": le.Pull(0.5), "elastic_target": "pseudo_gradient", "outer_lr": 0.7,
@@ -76,6 +80,10 @@ def test_a_preset_hands_on_every_argument() -> None:
     assert le.diloco(3, 0.5, 0.1) == le.Relaxation(
         inner_steps=3, outer_lr=0.5, outer_momentum=0.1, elastic_target="pseudo_gradient"
     )
+    assert le.streaming_diloco(3, 2, 1, 0.1, outer_lr=0.5, outer_momentum=0.2) == le.Relaxation(
+        inner_steps=3, fragments=2, delay=1, mixing=0.1, outer_lr=0.5, outer_momentum=0.2,
+        elastic_target="pseudo_gradient",
+    )  # fmt: skip
     assert le.parle(
         3, 0.5, 0.1, 0.2, elastic_target="average", coupled=True, outer_lr=0.3, outer_momentum=0.4
     ) == le.Relaxation(

@@ -63,6 +63,7 @@ BAD_NUMBERS: list[tuple[str, str, list[float]]] = [
     ("outer_lr", "> 0", [0, -1, INF, NAN]),
     ("width", ">= 0", [-1e-9, INF, NAN]),
     ("outer_momentum", r"in \[0, 1\)", [1, -0.1, NAN, INF]),
+    ("mixing", r"in \[0, 1\]", [1.1, -0.1, NAN, INF]),
 ]
 
 
@@ -88,6 +89,13 @@ def test_inner_steps_is_a_positive_int(value: Any, error: type[Exception]) -> No
         le.Relaxation(inner_steps=value)
 
 
+@pytest.mark.parametrize(("name", "least"), [("fragments", 1), ("delay", 0)])
+def test_a_count_is_an_int(name: str, least: int) -> None:
+    for value, error in ((least - 1, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match=rf"^{name} must be an int >= {least}, got {value!r}$"):
+            le.Relaxation(elastic_target="pseudo_gradient", inner_steps=4, **{name: value})
+
+
 @pytest.mark.parametrize("name", ["reset", "reset_momentum", "coupled", "explicit", "perturb"])
 def test_a_switch_is_a_bool(name: str) -> None:
     for value in (1, 0, None, "yes"):
@@ -108,6 +116,21 @@ def test_a_choice_is_one_of_its_words(name: str) -> None:
         ({"coupled": True, "explicit": True}, "coupled and explicit exclude each other"),
         ({"scale": "filter"}, "scale='filter' needs perturb=True or a width"),
         ({"elastic_target": "pseudo_gradient", "rho": 0.5}, "rho must be 0 with elastic_target='pseudo_gradient'"),
+        *(
+            ({option: value}, f"elastic_target must be 'pseudo_gradient' with {option} = {value}, got 'anchor'")
+            for option, value in (("fragments", 2), ("delay", 1), ("mixing", 0.5))
+        ),
+        *(
+            ({"elastic_target": "pseudo_gradient", "inner_steps": 4, **options}, message)
+            for options, message in (
+                ({"delay": 4}, "delay must be below inner_steps = 4, got 4"),
+                ({"delay": 1, "average": 0.5}, "average must be 1.0 with delay = 1, got 0.5"),
+                ({"mixing": 0.5, "reset": False}, "reset must be True with mixing = 0.5, got False"),
+                ({"fragments": 2, "reset_momentum": True}, "reset_momentum must be False with fragments = 2, got True"),
+                ({"fragments": 2, "gamma": "auto"}, "gamma must be a number with fragments = 2, got 'auto'"),
+                ({"mixing": 0.5, "gamma": le.Pull(0.5)}, "gamma must be a number with mixing = 0.5, got Pull"),
+            )
+        ),
         ({"perturb": True}, "gamma must be a finite number > 0 with perturb=True .*, got 0.0"),
         *(
             ({"perturb": True, "gamma": 1.0, **option}, f"{next(iter(option))} has no meaning with perturb=True")

@@ -98,15 +98,21 @@ def test_steps_in_equal_time_are_what_the_link_leaves(task, tmp_path):
     steps = {arm.method: count for arm, count in found.timed_steps(records, seconds).items()}
     assert steps == {"ddp": 6, "local_sgd": 9, "elastic_sgd": 12}  # of 12: half, four fifths, all
     assert {run.steps for run in found.timed_runs({name: {"lr": 1.0} for name in METHODS}, {Arm("ddp", 4): 6})} == {6}
-    assert [METHODS[name].waits for name in ("ddp", "local_sgd", "diloco", "elastic_sgd", "parle")] == [
-        False, True, True, False, False,
-    ]  # fmt: skip
+
+
+def test_what_hides_an_exchange():
+    """Four fragments of four steps each: of 32 steps half."""
+    methods = {"ddp": 1, "local_sgd": 0, "diloco": 0, "streaming_diloco": 0.5, "elastic_sgd": 1, "parle": 1}
+    assert {name: METHODS[name].hidden(32) for name in methods} == methods
+    assert METHODS["streaming_diloco"].hidden(10) == 1
+    assert METHODS["streaming_diloco"].relaxation(3, {"outer_momentum": 0.9}).delay == 2
 
 
 def test_link_seconds():
-    assert link_seconds(0.1, 1e6, 1e8, waits=False) == 0.1
-    assert link_seconds(0.1, 1e6, 1e7, waits=False) == pytest.approx(0.8)
-    assert link_seconds(0.1, 1e6, 1e7, waits=True) == pytest.approx(0.9)
+    assert link_seconds(0.1, 1e6, 1e8, hidden=1) == 0.1
+    assert link_seconds(0.1, 1e6, 1e7, hidden=1) == pytest.approx(0.8)
+    assert link_seconds(0.1, 1e6, 1e7, hidden=0.5) == pytest.approx(0.85)
+    assert link_seconds(0.1, 1e6, 1e7, hidden=0) == pytest.approx(0.9)
 
 
 def test_times_of_steps_are_kept_and_shared_by_arms_of_the_same_inner_step(task, tmp_path):

@@ -47,7 +47,7 @@ def small(file, *configs):
 
 def test_there_is_a_config_for_every_method_and_net():
     methods = ["adamw", "muon", "ema", "lookahead", "snoo", "entropy_sgd"]
-    methods += ["ddp", "local_sgd", "diloco", "elastic_sgd", "elastic_entropy"]
+    methods += ["ddp", "local_sgd", "diloco", "streaming_diloco", "elastic_sgd", "elastic_entropy"]
     assert sorted(f"lm/methods/{method}.yaml" for method in methods) == METHODS
     assert [f"lm/nets/gpt_{size}.yaml" for size in ("10m", "124m", "1m")] == NETS
     here = {path.relative_to(FOLDER).as_posix() for path in FOLDER.glob("lm/**/*.yaml")}

@@ -29,6 +29,7 @@ METHODS: dict[str, le.Relaxation] = {
     "elastic_sgd": le.elastic_sgd(4, 0.5),
     "average": le.Relaxation(inner_steps=3, gamma=0.5, rho=0.3, average=0.5, elastic_target="average"),
     "diloco": le.diloco(3),
+    "streaming": le.streaming_diloco(4, 2, 3),
 }
 FORMATS = ("float32", "float32", "bfloat16", "int8", "int4")
 # What happens to one rank, at some step, by the hook in which it happens.

@@ -30,6 +30,7 @@ METHODS: dict[str, Callable[[int, int | None], le.InnerOuterCallback]] = {
     "two_timescale": lambda n, seed: le.InnerOuterCallback(le.two_timescale(0.5, 0.01), seed=seed),
     "lookahead": lambda n, seed: le.InnerOuterCallback(le.lookahead(n), seed=seed),
     "diloco": lambda n, seed: le.InnerOuterCallback(le.diloco(n), seed=seed),
+    "streaming": lambda n, seed: le.InnerOuterCallback(le.streaming_diloco(n, 2, n - 1), seed=seed),
     "composite": lambda n, seed: le.InnerOuterCallback(
         le.Relaxation(inner_steps=n, gamma=0.5, noise=0.01, average=0.5, width=0.05), seed=seed
     ),

@@ -38,6 +38,14 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "int8": (PARLE, {"communication_dtype": "int8"}, Streaming),
     "int4": (PARLE, {"communication_dtype": "int4"}, Streaming),
     "int4 diloco": (le.diloco(3), {"communication_dtype": "int4"}, Streaming),
+    "streaming": (le.streaming_diloco(4, 2, 3), {}, Streaming),
+    "streaming int8": (le.streaming_diloco(4, 2, 3), {"communication_dtype": "int8"}, Streaming),
+    "streaming int4 blocking": (
+        le.streaming_diloco(4, 3, 2, 0.0),
+        {"communication_dtype": "int4", "overlap": False},
+        Streaming,
+    ),
+    "streaming two optimizers": (le.streaming_diloco(3, 2, 2), {}, Two),
     "int8 average": (le.parle(3, 0.1, 0.3, elastic_target="average"), {"communication_dtype": "int8"}, Streaming),
     "apart": (PARLE, {"independent_init": True}, Streaming),
     "dropout": (PARLE, {}, partial(Loading, dropout=0.3)),
@@ -58,13 +66,14 @@ def assert_goes_on(whole: list[dict[str, Any]], again: list[dict[str, Any]], ste
 @pytest.mark.parametrize(("name", "n"), [*((name, 2) for name in METHODS), ("parle", 3), ("int8", 3)])
 def test_resume_in_the_middle_of_an_inner_loop_and_of_an_epoch(tmp_path: Path, name: str, n: int) -> None:
     relaxation, kwargs, make = METHODS[name]
-    every = 6 if name == "two optimizers" else 5  # global steps: there are three in two batches with two optimizers
+    two = name.endswith("two optimizers")
+    every = 6 if two else 5  # global steps: there are three in two batches with two optimizers
     keep = ModelCheckpoint(tmp_path / "whole", "{step}", every_n_train_steps=every, save_top_k=-1)
     settings: dict[str, Any] = {"make": make, "use_distributed_sampler": False}
     whole = fit(tmp_path / "whole", strategy(relaxation, **kwargs), n, callbacks=[keep], **settings)
     file = tmp_path / "whole" / f"step={every}.ckpt"
     again = fit(tmp_path / "again", strategy(relaxation, **kwargs), n, ckpt_path=file, **settings)
-    assert_goes_on(whole, again, 12 if name == "two optimizers" else 11)
+    assert_goes_on(whole, again, 12 if two else 11)
 
 
 @pytest.mark.processes

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FO
 
 
 PARLE = le.parle(3, 0.1, 0.3, 0.25)
+STREAMING = le.streaming_diloco(4, 2, 3)
 
 
 def mean(ranks: list[dict[str, Any]], key: str) -> list[Tensor]:
@@ -93,18 +94,32 @@ def test_validation_epoch_end_and_the_end_of_fit_see_the_consensus(tmp_path: Pat
         assert torch.equal(ours, theirs)  # what the parent process gets back
 
 
-def test_looking_changes_nothing(tmp_path: Path) -> None:
+def test_fragments_at_different_phases_are_seen_at_their_x(tmp_path: Path) -> None:
+    """The last outer steps', whatever is under way: every replica has the same, and the consensus is it."""
+    kwargs: dict[str, Any] = {"val_check_interval": 5, "limit_val_batches": 2, "make": lambda: Net(bn=True)}
+    ranks = fit(tmp_path, strategy(STREAMING), 2, callbacks=[Looks(tmp_path)], **kwargs)
+    looks = list(zip(*(rank["looks"] for rank in ranks), strict=True))
+    assert {look[0]["inner_step"] for look in looks} - {0}
+    for look in looks:
+        for rank in look:
+            assert all(torch.equal(a, b) for a, b in zip(rank["x"], look[0]["x"], strict=True))
+            torch.testing.assert_close(rank["held"], look[0]["x"], rtol=0, atol=1e-14)
+            torch.testing.assert_close(rank["dict"], look[0]["x"], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("relaxation", [PARLE, STREAMING])
+def test_looking_changes_nothing(tmp_path: Path, relaxation: le.Relaxation) -> None:
     """Validation, checkpoints and epoch ends leave training as it is, bit for bit."""
     busy = fit(
         tmp_path / "busy",
-        strategy(PARLE),
+        strategy(relaxation),
         2,
         make=lambda: Net(bn=True),
         callbacks=[ModelCheckpoint(tmp_path / "busy", every_n_train_steps=2, save_top_k=-1)],
         val_check_interval=5,
         limit_val_batches=2,
     )
-    idle = fit(tmp_path / "idle", strategy(PARLE), 2, make=lambda: Net(bn=True))
+    idle = fit(tmp_path / "idle", strategy(relaxation), 2, make=lambda: Net(bn=True))
     for left, right in zip(busy, idle, strict=True):
         for y, other in zip(left["iterates"], right["iterates"], strict=True):
             assert all(torch.equal(p, q) for p, q in zip(y, other, strict=True))

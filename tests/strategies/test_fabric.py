@@ -43,13 +43,16 @@ def train(fabric: Fabric, epochs: int, state: dict[str, Any] | None = None, modu
     return net, model, optimizer
 
 
-@pytest.mark.parametrize(("n", "replicas"), [(2, "auto"), (4, 2), (1, 1)])
-def test_fabric_is_the_trainer(tmp_path: Path, n: int, replicas: Any) -> None:
+@pytest.mark.parametrize(
+    ("relaxation", "n", "replicas"),
+    [(PARLE, 2, "auto"), (PARLE, 4, 2), (PARLE, 1, 1), (le.streaming_diloco(4, 2, 3), 2, "auto")],
+)
+def test_fabric_is_the_trainer(tmp_path: Path, relaxation: le.Relaxation, n: int, replicas: Any) -> None:
     batch = 8 if n < 4 else 4
 
     def work(rank: int) -> None:
         seed_everything(7, verbose=False)
-        own = ElasticEntropyFabricStrategy(PARLE, replicas=replicas)
+        own = ElasticEntropyFabricStrategy(relaxation, replicas=replicas)
         fabric = launch(own, n)
         net, _, _ = train(fabric, 2, module=Net(batch=batch))
         own.close_loops()
@@ -58,7 +61,7 @@ def test_fabric_is_the_trainer(tmp_path: Path, n: int, replicas: Any) -> None:
         torch.save((shown, [p.detach().clone() for p in net.parameters()]), tmp_path / f"fabric.{rank}.pt")
 
     assert external(n, work) == [""] * n
-    ranks = fit(tmp_path, strategy(PARLE, replicas=replicas), n, make=lambda: Net(batch=batch))
+    ranks = fit(tmp_path, strategy(relaxation, replicas=replicas), n, make=lambda: Net(batch=batch))
     for rank in range(n):
         shown, inner = torch.load(tmp_path / f"fabric.{rank}.pt", weights_only=True)
         assert all(torch.equal(v, ranks[rank]["final"][k]) for k, v in shown.items())

@@ -20,6 +20,7 @@ RELAXATIONS = {
     "average": le.parle(5, 0.1, 0.3, elastic_target="average"),
     "elastic_sgd": le.elastic_sgd(5, 0.5),
     "diloco": le.diloco(5),
+    "streaming": le.streaming_diloco(5, 2, 3),
     "perturbed": le.Relaxation(inner_steps=5, rho=0.5, width=0.01),
 }
 STEPS = {"max_epochs": -1, "max_steps": 3}

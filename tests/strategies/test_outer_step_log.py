@@ -40,6 +40,22 @@ def test_what_is_logged(tmp_path: Path, format: Any) -> None:
     # The weights are float64, which goes as it is; rounded, there is a block for each of the two.
     payload = {"float32": 8 * weights, "bfloat16": 2 * 2 * 1024, "int8": 2 * (1024 + 4)}[format]
     assert sent == pytest.approx((payload + 12) / 4)
+    assert float(rows[-1]["entropy/peak_bytes"]) == payload + 12
+
+
+def test_the_largest_exchange_is_of_the_largest_fragment(tmp_path: Path) -> None:
+    """Of 35 + 7 + 21 + 3 weights in float64: the first tensor's, though all are sent in a loop."""
+    logger = CSVLogger(tmp_path, "logs", "0")
+    fit(tmp_path, strategy(le.streaming_diloco(4, 2, 1)), 2, logger=logger, log_every_n_steps=4)
+    lines = (tmp_path / "logs" / "0" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    rows = [row for row in rows if row["entropy/outer_step"]]
+    assert [int(row["step"]) for row in rows] == [3, 7, 11, 15]
+    for row in rows:
+        assert float(row["entropy/peak_bytes"]) == 8 * 35 + 12
+        assert float(row["entropy/bytes_per_step"]) == (8 * 66 + 2 * 12) / 4
+        assert float(row["entropy/seconds_waited"]) > 0
+    assert all(float(row["entropy/spread"]) > 0 for row in rows[1:])
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [3, 7, 11, 15]), (5, [7, 15]), (6, [7, 15]), (9, [11]), (0, [])])

@@ -72,6 +72,7 @@ OURS = {
     "local_sgd": le.local_sgd(4),
     "diloco": le.diloco(4),
 }
+STREAMING = le.streaming_diloco(4, 2, 1)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -91,6 +92,30 @@ def test_replicas_are_the_reference(tmp_path: Path, method: str, n: int) -> None
     assert any(left != right for left, right in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True))
 
 
+FRAGMENTS = {1: [[0, 1, 2, 3]], 2: [[0], [1, 2, 3]], 3: [[0], [1, 2], [3]]}  # of Net: 35, 7, 21 and 3 weights
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("fragments", "delay", "mixing"), [(1, 0, 0.5), (1, 2, 0.5), (2, 0, 0.0), (2, 1, 0.5), (2, 4, 0.3), (3, 2, 0.5)]
+)
+def test_streaming_replicas_are_the_reference(
+    tmp_path: Path, fragments: int, delay: int, mixing: float, overlap: bool
+) -> None:
+    """At every step, in loops of five: two and three fragments do not divide them, a delay of four is longer."""
+    method = le.streaming_diloco(5, fragments, delay, mixing)
+    ranks = fit(tmp_path, strategy(method, overlap=overlap), 2, max_steps=STEPS)
+    paths = reference.streaming_diloco(
+        start(1)[0], grad, batches=[batches(rank["seen"]) for rank in ranks], steps=STEPS, inner_steps=5,
+        fragments=FRAGMENTS[fragments], delay=delay, mixing=mixing, optimizer=SGD,
+    )  # fmt: skip
+    for rank, path in zip(ranks, paths, strict=True):
+        assert_same(rank["iterates"][:-1], path.iterates[0][:-1], 1e-10)  # the loops are closed in the last
+        assert_same(rank["anchors"][:3], path.anchors[4::5], 1e-10)
+    assert_same(ranks[0]["anchors"], ranks[1]["anchors"], 0)
+    assert all(torch.equal(a, b) for a, b in zip(*(rank["final"].values() for rank in ranks), strict=True))
+
+
 def test_without_elasticity_replicas_are_independent_runs(tmp_path: Path) -> None:
     """Bit for bit: each is a plain loop over its own batches, with noise of its own."""
     relaxation = le.entropy_sgd(4, 0.3, 1e-2)
@@ -107,7 +132,7 @@ def test_without_elasticity_replicas_are_independent_runs(tmp_path: Path) -> Non
         assert_same(recorded["iterates"], iterates, 0)
 
 
-@pytest.mark.parametrize("relaxation", [le.parle(4, 0.1, 0.3), le.elastic_sgd(4, 0.3), le.local_sgd(4)])
+@pytest.mark.parametrize("relaxation", [le.parle(4, 0.1, 0.3), le.elastic_sgd(4, 0.3), le.local_sgd(4), STREAMING])
 def test_one_replica_is_the_callback(tmp_path: Path, relaxation: le.Relaxation) -> None:
     ours = fit(tmp_path / "ours", strategy(relaxation), 1)
     callback = fit(tmp_path / "callback", "ddp_fork", 1, callbacks=[le.InnerOuterCallback(relaxation)])
@@ -115,9 +140,9 @@ def test_one_replica_is_the_callback(tmp_path: Path, relaxation: le.Relaxation) 
     assert all(torch.equal(v, callback[0]["final"][k]) for k, v in ours[0]["final"].items())
 
 
+@pytest.mark.parametrize("relaxation", [le.parle(4, 0.1, 0.5), le.streaming_diloco(4, 2, 3)])
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
-def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any) -> None:
-    relaxation = le.parle(4, 0.1, 0.5)
+def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any, relaxation: le.Relaxation) -> None:
     both = [
         fit(tmp_path / str(overlap), strategy(relaxation, overlap=overlap, communication_dtype=format), 3)
         for overlap in (True, False)
@@ -127,10 +152,10 @@ def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any) 
         assert_same(left["anchors"], right["anchors"], 0)
 
 
-@pytest.mark.parametrize("method", ["anchor", "diloco"])
-def test_two_by_two_is_two_by_one_with_twice_the_batch(tmp_path: Path, method: str) -> None:
-    small = fit(tmp_path / "2x2", strategy(OURS[method], replicas=2), 4, make=lambda: Net(batch=4))
-    large = fit(tmp_path / "2x1", strategy(OURS[method]), 2)
+@pytest.mark.parametrize("relaxation", [OURS["anchor"], OURS["diloco"], STREAMING])
+def test_two_by_two_is_two_by_one_with_twice_the_batch(tmp_path: Path, relaxation: le.Relaxation) -> None:
+    small = fit(tmp_path / "2x2", strategy(relaxation, replicas=2), 4, make=lambda: Net(batch=4))
+    large = fit(tmp_path / "2x1", strategy(relaxation), 2)
     for rank in range(4):
         assert_same(small[rank]["anchors"], large[rank // 2]["anchors"], 1e-10)
         assert_same(small[rank]["anchors"], small[rank // 2 * 2]["anchors"], 0)
@@ -220,7 +245,8 @@ class Poisons(L.Callback):
         if trainer.global_rank == self.rank and trainer.global_step == self.step:
             with torch.no_grad():
                 for p in pl_module.parameters():
-                    p.grad.fill_(float("nan"))
+                    if p.grad is not None:
+                        p.grad.fill_(float("nan"))
                 for b in pl_module.buffers():
                     if b.is_floating_point():
                         b.fill_(float("nan"))
@@ -232,24 +258,43 @@ class Poisons(L.Callback):
 
 
 @pytest.mark.parametrize("format", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("method", ["anchor", "average", "diloco"])
+@pytest.mark.parametrize("method", ["anchor", "average", "diloco", "streaming"])
 @pytest.mark.filterwarnings("ignore:replica 1 has nan or inf")
 def test_a_nan_is_left_out_and_put_back(tmp_path: Path, method: str, format: Any) -> None:
-    relaxation = le.diloco(3) if method == "diloco" else le.parle(3, 0.1, 0.3, elastic_target=method)  # type: ignore[arg-type]
+    common = {"diloco": le.diloco(3), "streaming": le.streaming_diloco(5, 2, 1)}
+    relaxation = common.get(method) or le.parle(3, 0.1, 0.3, elastic_target=method)  # type: ignore[arg-type]
     kwargs: dict[str, Any] = {"make": lambda: Net(bn=True), "limit_val_batches": 2}
     ranks = fit(tmp_path, strategy(relaxation, communication_dtype=format), 3, callbacks=[Poisons(1, 4)], **kwargs)
     for rank in ranks:
         assert all(torch.isfinite(x).all() for step in rank["anchors"] for x in step) or rank is ranks[1]
         assert all(torch.isfinite(v).all() for v in rank["final"].values())
-    # It is poisoned at step 5 of the second loop, and trains on from the others' mean after that loop.
+    # It is poisoned at step 5 of the second loop, and trains on from the others' mean after that loop. Streaming in
+    # loops of five, it is so when a fragment's exchange begins, after step 7.
     # In int8 and int4 an exchange has two halves, and it takes the step after to come back.
     poisoned = ranks[1]["iterates"]
     assert not torch.isfinite(poisoned[4][0]).all()
     assert all(torch.isfinite(y).all() for step in poisoned[6 if format == "float32" else 9 :] for y in step)
     assert torch.isfinite(torch.tensor(list(ranks[0]["metrics"].values()))).all()
+    if method in common:  # all replicas take the same outer steps, with the same momentum
+        assert_same(ranks[1]["anchors"], ranks[0]["anchors"], 0)
     if format == "float32" and method == "anchor":
         others = [(a + b) / 2 for a, b in zip(ranks[0]["anchors"][1], ranks[2]["anchors"][1], strict=True)]
         torch.testing.assert_close(ranks[1]["started"], others, rtol=0, atol=1e-14)
+
+
+class Freezes(L.Callback):
+    """The first layer stays as it is."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.net[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize("relaxation", [le.diloco(3), le.streaming_diloco(5, 2, 1)])
+@pytest.mark.filterwarnings("ignore:replica 1 has nan or inf")
+def test_a_nan_beside_frozen_weights(tmp_path: Path, relaxation: le.Relaxation) -> None:
+    ranks = fit(tmp_path, strategy(relaxation), 2, callbacks=[Freezes(), Poisons(1, 4)])
+    assert_same(ranks[1]["anchors"], ranks[0]["anchors"], 0)
+    assert all(torch.isfinite(y).all() for step in ranks[1]["iterates"][6:] for y in step)
 
 
 def test_a_nan_is_said(tmp_path: Path) -> None:

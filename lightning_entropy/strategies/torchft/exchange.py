@@ -35,6 +35,7 @@ class ElasticCoupling:
         last: the last means that have arrived, if they are kept; empty before.
         last_extras: those of the further tensors; nan where no replica's was finite.
         sent: bytes this replica has sent, counted as for a ring: 2 (R - 1) / R of the payload.
+        peak: the largest number of bytes that it has sent in one exchange.
         waited: seconds it has waited for exchanges to end.
         spread: rms per weight, over replicas, of their distance to the mean in the previous round; None before that.
     """
@@ -58,6 +59,7 @@ class ElasticCoupling:
         self.last: list[Tensor] = []
         self.last_extras: list[Tensor] = []
         self.sent = 0.0
+        self.peak = 0.0
         self.waited = 0.0
         self.spread: float | None = None
         self.distance: Tensor | None = None  # this replica's, squared, to be summed with the next round
@@ -153,7 +155,8 @@ class ElasticRound:
 
     def _mean(self, total: Tensor, replicas: int) -> list[Tensor]:
         coupling = self._coupling
-        coupling.sent += 2 * (1 - 1 / replicas) * self._payload_bytes
+        sent = 2 * (1 - 1 / replicas) * self._payload_bytes
+        coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)
         values, counts, squares = total.split([sum(self._sizes), len(self._sizes), 1])
         if counts[0] == 0:
             raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")

@@ -59,10 +59,16 @@ class Method:
     ema: bool = False
     inner_steps: int | None = None
 
-    @property
-    def waits(self) -> bool:
-        """Whether an outer step waits for its exchange; DDP's is hidden behind its backward pass."""
-        return self.relaxation is not None and self.relaxation(1, _first(self.grid)).elastic_target != "anchor"
+    def hidden(self, inner_steps: int) -> float:
+        """Return behind how many steps' computation the exchange of a step hides, on average.
+
+        None of it where the outer step waits; with fragments, each has the steps of its delay; the anchors have all,
+        and so, which is more than they can have, do DDP's gradients.
+        """
+        relaxation = self.relaxation and self.relaxation(inner_steps, _first(self.grid))
+        if relaxation is None or relaxation.elastic_target == "anchor":
+            return 1.0
+        return min(relaxation.fragments * relaxation.delay / inner_steps, 1.0)
 
 
 def ddp_like(arm: Arm) -> Arm:
@@ -78,6 +84,11 @@ def _nesterov(inner_steps: int, settings: Settings) -> Relaxation:
     return le.diloco(inner_steps, outer_lr=0.7, outer_momentum=settings["outer_momentum"])
 
 
+def _streaming(inner_steps: int, settings: Settings) -> Relaxation:
+    delay = min(4, inner_steps - 1)
+    return le.streaming_diloco(inner_steps, delay=delay, outer_lr=0.7, outer_momentum=settings["outer_momentum"])
+
+
 _OUTER: Any = {"relaxation": _nesterov, "grid": {"outer_momentum": MOMENTA}}
 
 METHODS: dict[str, Method] = {
@@ -91,6 +102,7 @@ METHODS: dict[str, Method] = {
     "muon_ddp": Method("muon", replicated=True),
     "local_sgd": Method(relaxation=lambda inner_steps, _: le.local_sgd(inner_steps), replicated=True),
     "diloco": Method(replicated=True, **_OUTER),
+    "streaming_diloco": Method(replicated=True, relaxation=_streaming, grid={"outer_momentum": MOMENTA}),
     "muon_diloco": Method("muon", replicated=True, **_OUTER),
     "elastic_sgd": Method(relaxation=lambda inner_steps, _: le.elastic_sgd(inner_steps, rho=1.0), replicated=True),
     "parle": Method(relaxation=lambda inner_steps, _: le.parle(inner_steps), replicated=True),

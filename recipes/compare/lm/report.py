@@ -112,10 +112,11 @@ def _replicas(
         loss, sent = _mean(final, arm, "val_loss"), _mean(final, arm, "bytes_per_token")
         ddp = [_mean(final, ddp_like(arm), key) for key in ("val_loss", "bytes_per_token")]
         each = sent * study.task.tokens_per_step / arm.replicas  # bytes a step of a replica
-        waits = METHODS[arm.method].waits
+        hidden = METHODS[arm.method].hidden(arm.inner_steps)
         free = study.task.tokens_per_step / seconds[arm]
         speeds = [
-            study.task.tokens_per_step / link_seconds(seconds[arm], each, bits, waits=waits) for bits in LINKS.values()
+            study.task.tokens_per_step / link_seconds(seconds[arm], each, bits, hidden=hidden)
+            for bits in LINKS.values()
         ]
         cells = [arm.method, arm.replicas, arm.inner_steps or "", arm.format, _settings(chosen[arm.method])]
         cells += [_cell(final, arm), _ratio(loss, ddp[0], "+.2%", 1), _bytes(sent), _ratio(sent, ddp[1], ".2%", 0)]
@@ -162,7 +163,8 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of two; the outer rate is 0.7.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
-        "replica. DDP's bytes are hidden behind its whole step, which is more than it can; latency is left out.",
+        "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
+        "count as of one size; latency is left out.",
         LIGHTNING,
     ]
 

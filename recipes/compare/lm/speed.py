@@ -24,22 +24,21 @@ from recipes.lm.gpt import GPT
 LINKS = {"1 Gbit/s": 1e9, "100 Mbit/s": 1e8}
 
 
-def link_seconds(compute: float, sent: float, bits_per_second: float, *, waits: bool) -> float:
+def link_seconds(compute: float, sent: float, bits_per_second: float, *, hidden: float) -> float:
     """Return the seconds of a training step, on average, of a replica on a link of its own.
 
     Args:
         compute: seconds of the step alone.
         sent: bytes that the replica sends a step, on average.
         bits_per_second: of the link, each way.
-        waits: the replica waits for its exchange. If not, the exchange has all steps until it is needed, or, for
-            DDP, all of the step: more than it can have.
+        hidden: behind how many steps' computation the exchange of a step hides, on average, in [0, 1].
 
     Example:
-        >>> link_seconds(0.1, 1e6, 1e8, waits=True), link_seconds(0.1, 1e6, 1e8, waits=False)
+        >>> link_seconds(0.1, 1e6, 1e8, hidden=0), link_seconds(0.1, 1e6, 1e8, hidden=1)
         (0.18, 0.1)
     """
     transfer = 8 * sent / bits_per_second
-    return compute + transfer if waits else max(compute, transfer)
+    return compute + max(transfer - hidden * compute, 0.0)
 
 
 def step_seconds(task: Task, arms: Sequence[Arm], path: Path, *, rounds: int = 5) -> dict[Arm, float]:

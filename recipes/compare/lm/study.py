@@ -143,8 +143,8 @@ class Study:
             if any(record["bytes_per_token"] != record["bytes_per_token"] for record in own):
                 continue  # it diverged
             sent = own[0]["bytes_per_token"] * self.task.tokens_per_step / replicas
-            waits = METHODS[arm.method].waits
-            share = total / link_seconds(seconds[arm], sent, LINKS[THROTTLED], waits=waits) / self.task.steps
+            hidden = METHODS[arm.method].hidden(arm.inner_steps)
+            share = total / link_seconds(seconds[arm], sent, LINKS[THROTTLED], hidden=hidden) / self.task.steps
             steps[arm] = self.task.steps if share >= SAME else max(1, int(share * self.task.steps))
         return steps
 
