@@ -24,7 +24,7 @@ class Constraints:
         """Begin anew: a step has just been taken."""
         self.forget()
         if self._watched:
-            self._versions = {w.param: version(w.param) for w in self._weights}
+            self._versions = {w.param: version(w.value) for w in self._weights}
 
     def forget(self) -> None:
         """Note nothing until the next step."""
@@ -33,10 +33,10 @@ class Constraints:
     def note(self) -> None:
         """Note what has been written since the step, before the loop itself writes."""
         known = [w for w in self._weights if w.param in self._versions]
-        self._written += [w for w in known if self._versions[w.param] != version(w.param)]
+        self._written += [w for w in known if self._versions[w.param] != version(w.value)]
         self._versions = {}
 
     def kept(self) -> list[tuple[Weight, Tensor]]:
         """Return the weights that have been written since the step, each with a copy of what it holds now."""
         self.note()
-        return [(w, w.param.detach().clone()) for w in self._written]
+        return [(w, w.value.detach().clone()) for w in self._written]

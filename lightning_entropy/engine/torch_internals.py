@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -31,3 +32,13 @@ def running_steps(optimizer: Optimizer) -> int:
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written in place."""
     return tensor._version
+
+
+def splits_last(placement: object) -> bool:
+    """Whether a placement splits what the mesh axes after it have left: FSDP2's, of a tensor-parallel parameter."""
+    return type(placement).__name__ == "_StridedShard"
+
+
+def part_shape(tensor: DTensor) -> tuple[int, ...]:
+    """Return the shape of this rank's part, without autograd's notice."""
+    return tuple(tensor._local_tensor.shape)
