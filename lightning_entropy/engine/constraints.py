@@ -24,7 +24,7 @@ class Constraints:
         """Begin anew: a step has just been taken."""
         self.forget()
         if self._watched:
-            self._versions = {w.param: version(w.value) for w in self._weights}
+            self._versions = {w.param: version(w.param) for w in self._weights}
 
     def forget(self) -> None:
         """Note nothing until the next step."""
@@ -33,7 +33,7 @@ class Constraints:
     def note(self) -> None:
         """Note what has been written since the step, before the loop itself writes."""
         known = [w for w in self._weights if w.param in self._versions]
-        self._written += [w for w in known if self._versions[w.param] != version(w.value)]
+        self._written += [w for w in known if self._versions[w.param] != version(w.param)]
         self._versions = {}
 
     def kept(self) -> list[tuple[Weight, Tensor]]:

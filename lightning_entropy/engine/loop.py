@@ -97,8 +97,8 @@ class InnerOuter:
         """
         if module is None and is_sharded(p for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
-                "module must be given where parameters are sharded (DTensor), got None: relax(..., module=model) drops the "
-                "copies of whole weights that it has gathered before weights are written"
+                "module must be given where parameters are sharded (DTensor), got None: relax(..., module=model) drops "
+                "the copies of whole weights that it has gathered before weights are written"
             )
         self.optimizer = optimizer
         self.relaxation = relaxation

@@ -164,7 +164,7 @@ class Perturbation:
         return [w for w in self._weights if w.param not in self._unchecked]
 
     def _versions_now(self) -> tuple[int, ...]:
-        return tuple(version(w.value) for w in self._checked())
+        return tuple(version(w.param) for w in self._checked())
 
 
 class MeanPerturbation(Perturbation):

@@ -30,8 +30,8 @@ def running_steps(optimizer: Optimizer) -> int:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place."""
-    return tensor._version
+    """Return how often a tensor was written in place, whole or by its part on this rank, which torch counts apart."""
+    return tensor._version + (tensor._local_tensor._version if isinstance(tensor, DTensor) else 0)
 
 
 def splits_last(placement: object) -> bool:

@@ -264,7 +264,7 @@ class Weights:
         shown = [w.anchor if w.stand_in is None else w.stand_in for w in weights]
         changed = differ((w.value, value) for w, value in zip(weights, shown, strict=True))
         # Ranks whose part is as it was follow those whose is not; they meet only where all of them have written.
-        touched = [w for w in weights if w.param is not w.value and version(w.value) != w.shown_version]
+        touched = [w for w in weights if w.param is not w.value and version(w.param) != w.shown_version]
         if touched:
             flags = dict(zip(weights, changed, strict=True))
             found = shards.anywhere([flags[w] for w in touched], [w.param for w in touched])
@@ -281,7 +281,7 @@ class Weights:
 
     def _note_versions(self) -> None:
         for w in self:
-            w.shown_version = version(w.value)
+            w.shown_version = version(w.param)
 
     def hide(self) -> Holds | None:
         """Leave :meth:`show`; the outermost call puts y back, but where a new x was written.

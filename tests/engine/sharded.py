@@ -1,6 +1,8 @@
 """A small net, plain or sharded over ranks, and what a relaxation does with it: the same numbers, whoever has them."""
 
+import copy
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lightning_entropy as le
+from lightning_entropy.engine.shards import part_of, region_of, whole
 
 STEPS = 7
 
@@ -156,6 +159,7 @@ def mapped(state: Any) -> Any:
 
 def resume(scenario: Scenario, saved: Any, steps: int, *, sharded: bool) -> dict[str, Tensor]:
     """Go on from whole tensors in a new net, as another number of ranks would."""
+    saved = copy.deepcopy(saved)  # Adam counts its steps in the tensors that it has loaded
     net = Net(scenario.dtype)
     net.load_state_dict(saved["net"])
     if sharded:
@@ -176,18 +180,70 @@ def resume(scenario: Scenario, saved: Any, steps: int, *, sharded: bool) -> dict
 
 
 def placed(value: Any, p: Tensor) -> Any:
-    from lightning_entropy.engine.shards import part_of, whole
-
     return whole(part_of(value, p).clone(), p) if isinstance(value, Tensor) and value.shape == p.shape else value
+
+
+def sharded_net() -> Net:
+    net = Net()
+    fsdp(net)
+    return net
+
+
+def written() -> list[str]:
+    """Write a number of a weight that rank 0 has, and one of a bias that rank 1 has."""
+    net = sharded_net()
+    scenario = Scenario(le.lookahead(3))
+    optimizer, loop = attach(net, scenario)
+    loss_of(net, 0, scenario.dtype).backward()
+    optimizer.step()
+    with loop.at_anchor(), torch.no_grad():
+        first, last = full(net.first.weight), full(net.last.bias)
+        first[0, 0] += 1.0
+        last[-1] += 1.0
+        net.load_state_dict(
+            {"first.weight": like(first, net.first.weight), "last.bias": like(last, net.last.bias)}, strict=False
+        )
+    return loop.weights.written
+
+
+def like(value: Tensor, p: Tensor) -> Tensor:
+    assert isinstance(p, DTensor)
+    return distribute_tensor(value, p.device_mesh, p.placements)
+
+
+def write_perturbed() -> None:
+    """Write a number that rank 0 alone has, while the weights are perturbed."""
+    net = sharded_net()
+    _, loop = attach(net, Scenario(le.heat(1, width=0.1)))
+    loop.prepare()
+    with torch.no_grad():
+        net.scale.mul_(2)
+    loop.unperturb()
+
+
+def partial_parameter() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    region_of(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
+
+
+def error_of(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "none"
 
 
 def play(rank: int, folder: Path, names: list[str]) -> None:
     """Play scenarios in a process of a group, and write what was seen."""
     os.environ["RANK"] = str(rank)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a linear layer's output is a view
     dist.init_process_group("gloo")
-    told = {}
-    for name in names:
-        told[name] = train(SCENARIOS[name], sharded=True)
+    told: dict[str, Any] = {name: train(SCENARIOS[name], sharded=True) for name in names}
+    told["written"] = written()
+    told["perturbed"] = error_of(write_perturbed)
+    told["no module"] = error_of(lambda: le.relax(torch.optim.SGD(sharded_net().parameters(), 0.1), le.lookahead(2)))
+    told["partial"] = error_of(partial_parameter)
     torch.save(told, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -188,5 +188,7 @@ def _noise(scale: float, seeds: Sequence[Source] | None, i: int) -> tuple[float,
     """Return the size of a parameter's noise and its two keys."""
     if seeds is None:
         return 0.0, 0, 0
-    first = seeds[i][0]
+    source = seeds[i]
+    assert not isinstance(source, Share)
+    first = source[0]
     return scale, first, seed_of(first, 1)

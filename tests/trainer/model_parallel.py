@@ -1,12 +1,12 @@
 """Small fits under Lightning's ModelParallelStrategy, and the same fit by one process with plain tensors."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -90,7 +90,7 @@ def fit(
     strategy: Any = "auto"
     if ranks is not None:
         strategy = ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=distributed)
-    callbacks: list[L.Callback] = [seen, CALLBACKS[name](), ModelCheckpoint(folder, filename="last", save_last=False)]
+    callbacks: list[L.Callback] = [seen, CALLBACKS[name]()]
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks or 1,
@@ -98,6 +98,7 @@ def fit(
         max_epochs=EPOCHS,
         callbacks=callbacks,
         logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -118,6 +119,8 @@ def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def play(rank: int, ranks: int, folder: Path) -> None:
     """Play fits one after another, and write what was seen."""
+    warnings.filterwarnings("ignore", module=r"torch\.(distributed|nn)")  # theirs of views, of files that are there
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     told: dict[str, Any] = {}
     for name in CALLBACKS if ranks == 2 else ["entropy", "outer adam"]:
         for distributed in (True, False):
@@ -125,9 +128,7 @@ def play(rank: int, ranks: int, folder: Path) -> None:
             options: dict[str, Any] = {"ranks": ranks, "distributed": distributed}
             if ranks == 2:
                 told[f"{name} {distributed}"] = fit(at, name, save_at=16, **options)
-            told[f"{name} {distributed} resumed"] = fit(
-                at / str(ranks), name, ckpt_path=at / "middle.ckpt", **options
-            )
+            told[f"{name} {distributed} resumed"] = fit(at / str(ranks), name, ckpt_path=at / "middle.ckpt", **options)
     if ranks == 2:
         told["clipped"] = fit(folder / "clipped", "entropy", ranks=2, gradient_clip_val=0.05)
         told["accumulated"] = fit(folder / "accumulated", "heat", ranks=2, accumulate_grad_batches=2)
