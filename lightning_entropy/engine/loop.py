@@ -26,7 +26,7 @@ from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
 from lightning_entropy.engine.optimizer_hooks import OptimizerHooks
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterRule, ReplicaMean, zero_first_moments
-from lightning_entropy.engine.shards import Gathered, is_sharded, whole
+from lightning_entropy.engine.shards import Gathered, is_sharded, local, whole
 from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.weights import Holds, Weight, Weights
 from lightning_entropy.methods.relaxation import Relaxation
@@ -143,6 +143,13 @@ class InnerOuter:
         """x, a tensor per parameter in the optimizer's order; the parameter itself where it has not moved yet."""
         self.settle()
         return [whole(self.weights[p].anchor, p) if p in self.weights else p.detach() for p in self.params]
+
+    @property
+    @torch.no_grad()
+    def anchor_parts(self) -> list[Tensor]:
+        """:attr:`anchor`, but of sharded parameters this rank's parts."""
+        self.settle()
+        return [self.weights[p].anchor if p in self.weights else local(p).detach() for p in self.params]
 
     @property
     @torch.no_grad()

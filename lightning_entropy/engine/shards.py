@@ -9,8 +9,8 @@ What ranks do together, they do on every rank at once and in one order, as in al
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,6 +191,27 @@ def _sum_over(numbers: Tensor, mesh: DeviceMesh, axes: Dims) -> Tensor:
 def is_sharded(params: Iterable[Tensor]) -> bool:
     """Whether any of the parameters is a DTensor."""
     return any(isinstance(p, DTensor) for p in params)
+
+
+def mapped(state: Any, change: Callable[[str, Tensor], Any], path: str = "") -> Any:
+    """Return a copy of a nested state, of dicts and lists, with other tensors.
+
+    Args:
+        state: that has them.
+        change: of the keys that lead to a tensor, with a slash before each, and the tensor.
+        path: that leads to the state.
+
+    Example:
+        >>> mapped({"a": [torch.tensor(1), 2]}, lambda path, tensor: path)
+        {'a': ['/a/0', 2]}
+    """
+    if isinstance(state, Tensor):
+        return change(path, state)
+    if isinstance(state, Mapping):
+        return {k: mapped(v, change, f"{path}/{k}") for k, v in state.items()}
+    if isinstance(state, list):
+        return [mapped(v, change, f"{path}/{i}") for i, v in enumerate(state)]
+    return state
 
 
 class Gathered:

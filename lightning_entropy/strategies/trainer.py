@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.outer_rules import OuterFactory
+from lightning_entropy.engine.shards import Gathered, is_sharded
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies import checkpoint as replica_files
@@ -28,6 +29,7 @@ from lightning_entropy.strategies.lightning_internals import (
     put_last,
     restore_from,
     set_device_mesh,
+    start_method,
     timeout,
     wrap_in_group,
 )
@@ -36,6 +38,15 @@ from lightning_entropy.strategies.options import ReplicaOptions, register
 from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.replica_ddp import Moment, ReplicaDDPStrategy
+from lightning_entropy.strategies.sharding import (
+    check_sharding,
+    gathered,
+    module_state,
+    optimizer_state,
+    own_parts,
+    sync_shards,
+    with_shards,
+)
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.stopping import JointStop
 from lightning_entropy.strategies.torchft.assembly import Assembly
@@ -302,8 +313,13 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
         assert self.lightning_module is not None
         apart = self.options.independent_init and not self._resumed
+        sharded = check_sharding(self.lightning_module, self.options, self.grid, start_method(self))
         initialize(self.lightning_module, self.grid, self._base_seed, apart=apart)
-        if self.grid.data_parallel > 1:
+        if sharded:
+            assert self.lightning_module.device_mesh is not None
+            across = self.lightning_module.device_mesh.get_group("replica")
+            sync_shards(self.lightning_module, across, self.grid.position)
+        elif self.grid.data_parallel > 1:
             wrap_in_group(self, self._inside)
             super().configure_ddp()
 
@@ -350,6 +366,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         rank_zero_info(f"{type(self).__name__}: {self.options.describe(self.grid)}")
         if self._restored is None:
             return
+        if self._sharded:
+            self._restored = with_shards(self._restored, dict(self.lightning_module.named_parameters()))
         self._loops.load_state_dict(self._restored)
         if "method" in self._restored:
             check_method(self._restored, self._method(), self.options.seed)
@@ -534,6 +552,12 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self._leaving and not dist.is_initialized():
             return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         state = self._left if self._loops is None else self._replica_state(self._loops)
+        sharded, parts = self._sharded, {k: v for k, v in checkpoint.items() if k not in COMMON}
+        if sharded and self._trainer.interrupted:
+            rank_zero_warn(f"{filepath} is not written after an exception: its weights are shards of several ranks")
+            return
+        if sharded and self.grid.replica == 0:
+            checkpoint = gathered(checkpoint, keep=self.is_global_zero)
         if state is None or self._files is None or "optimizer_states" not in checkpoint:
             if self._writes:
                 replica_files.save_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
@@ -543,14 +567,19 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             return
         if self.options.elastic:
             if self._writes:
-                parts = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
-                replica_files.save_whole(self.checkpoint_io, {**checkpoint, **parts}, filepath, storage_options)
+                info = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
+                replica_files.save_whole(self.checkpoint_io, {**checkpoint, **info}, filepath, storage_options)
             return
-        own = {key: value for key, value in checkpoint.items() if key not in COMMON}
-        info = {"counters": ReplicaLoops.counters(state)}
-        whole = {"checkpoint": own, **state}
+        whole = {"checkpoint": parts, **state}
         self._files.save(
-            self.checkpoint_io, checkpoint, whole, info, filepath, storage_options, alone=self._trainer.interrupted
+            self.checkpoint_io,
+            checkpoint,
+            own_parts(whole) if sharded else whole,
+            {"counters": ReplicaLoops.counters(state)},
+            filepath,
+            storage_options,
+            alone=self._trainer.interrupted,
+            sharded=sharded,
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -564,12 +593,31 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
                 info = checkpoint.pop(replica_files.KEY, None)
                 self._restored = None if info is None else {"counters": info["counters"]}
                 return checkpoint
-            self._restored = replica_files.load(checkpoint, checkpoint_path, self.grid, weights_only)
+            self._restored = replica_files.load(
+                checkpoint, checkpoint_path, self.grid, weights_only, sharded=self._sharded
+            )
             checkpoint.update((self._restored or {}).pop("checkpoint", {}))
         return checkpoint
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether the module's parameters are shards: seen when FSDP2 has none of them gathered."""
+        assert self.lightning_module is not None
+        Gathered(self.lightning_module).drop()
+        return is_sharded(self.lightning_module.parameters())
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, of which the file has the whole."""
+        assert self.lightning_module is not None
+        if self._sharded:
+            checkpoint = {"state_dict": module_state(checkpoint["state_dict"], self.lightning_module)}
+        super().load_model_state_dict(checkpoint, strict=strict)
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers, and the random state that they were saved with."""
+        if self._sharded:
+            states = zip(checkpoint["optimizer_states"], self.optimizers, strict=False)
+            checkpoint = {"optimizer_states": [optimizer_state(state, optimizer) for state, optimizer in states]}
         if self._restored is not None:
             check_loadable(self._restored, self.optimizers, checkpoint["optimizer_states"])
         super().load_optimizer_state_dict(checkpoint)

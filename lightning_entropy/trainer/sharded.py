@@ -6,7 +6,7 @@ module and the optimizers in there, and the first rank's callbacks in a file bes
 the optimizers, as one more of them, and in the file stand tensors without numbers in their places.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from lightning_entropy.engine.shards import local, whole
+from lightning_entropy.engine.shards import local, mapped, whole
 from lightning_entropy.trainer.lightning_internals import saves_a_folder
 
 PLACE = "sharded"  # key in a state: which of the checkpoint's optimizers its tensors are
-SEPARATOR = "/"
 
 
 @torch.no_grad()
@@ -37,13 +36,13 @@ def put_away(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
         return
     if not saves_a_folder(trainer.strategy):
         keeps = trainer.is_global_zero
-        states[key] = _mapped(states[key], lambda _, t: _gathered(t, keeps) if isinstance(t, DTensor) else t)
+        states[key] = mapped(states[key], lambda _, t: _gathered(t, keeps) if isinstance(t, DTensor) else t)
         return
     parts = {path: t for path, t in _tensors(states[key]) if isinstance(t, DTensor)}
     if not parts:
         return
     optimizers = checkpoint.setdefault("optimizer_states", [])
-    states[key] = _mapped(
+    states[key] = mapped(
         states[key], lambda path, t: torch.empty(t.shape, dtype=t.dtype, device="meta") if path in parts else t
     ) | {PLACE: len(optimizers)}
     optimizers.append({key: parts})
@@ -68,13 +67,13 @@ def fetch(path: Any, state: Mapping[str, Any], key: str, params: Mapping[str, Te
         return dict(state)
     found = {at: _room(t, at, params) for at, t in _tensors(state) if t.is_meta}
     dcp.load({f"optimizer_{state[PLACE]}": {key: found}}, checkpoint_id=path)
-    filled = _mapped(state, lambda at, t: found.get(at, t))
+    filled = mapped(state, lambda at, t: found.get(at, t))
     return {k: v for k, v in filled.items() if k != PLACE}
 
 
 def _room(like: Tensor, path: str, params: Mapping[str, Tensor]) -> Tensor:
     """Return an empty tensor for one that is without numbers, placed as its parameter is."""
-    named = [params[part] for part in path.split(SEPARATOR) if part in params]
+    named = [params[part] for part in path.split("/") if part in params]
     if not named or named[0].shape != like.shape:
         return torch.empty(like.shape, dtype=like.dtype)
     return whole(torch.empty_like(local(named[0]), dtype=like.dtype), named[0])
@@ -86,15 +85,4 @@ def _tensors(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield path, state
     pairs = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list) else ()
     for name, value in pairs:
-        yield from _tensors(value, f"{path}{SEPARATOR}{name}")
-
-
-def _mapped(state: Any, change: Callable[[str, Tensor], Any], path: str = "") -> Any:
-    """Return a copy of a state with other tensors."""
-    if isinstance(state, Tensor):
-        return change(path, state)
-    if isinstance(state, Mapping):
-        return {k: _mapped(v, change, f"{path}{SEPARATOR}{k}") for k, v in state.items()}
-    if isinstance(state, list):
-        return [_mapped(v, change, f"{path}{SEPARATOR}{i}") for i, v in enumerate(state)]
-    return state
+        yield from _tensors(value, f"{path}/{name}")
