@@ -124,8 +124,8 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         """
         if is_sharded(module.parameters()):
             raise ValueError(
-                f"parameters must not be sharded for {type(self).__name__}, got a DTensor: for sharded replicas use the "
-                "Trainer with ElasticEntropyStrategy"
+                f"parameters must not be sharded for {type(self).__name__}, got a DTensor: for sharded replicas use "
+                "the Trainer with ElasticEntropyStrategy"
             )
         initialize(module, self.grid, self._base_seed, apart=self.options.independent_init)
         if self._inside is None:

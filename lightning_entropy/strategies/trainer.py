@@ -107,6 +107,12 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     ``entropy/bytes_per_step`` (sent by this rank to other replicas per training step) and ``entropy/seconds_waited``
     (per training step, for exchanges to arrive; on CUDA, as seen by the host).
 
+    A replica of several ranks is DDP over them, or sharded by FSDP2: where the module's ``configure_model`` calls
+    ``fully_shard(layer, mesh=self.device_mesh["data_parallel"])`` for layers and for the whole (``device_mesh`` is None
+    outside of a fit, where nothing is to be sharded). Then each rank exchanges its own shards. The main checkpoint has
+    whole weights, gathered on the first rank, and every rank's shards are in a file of its own; with other numbers of
+    ranks training goes on from the consensus. After an exception nothing is saved, as it would take all ranks.
+
     Saving is a collective, so it does not belong in a signal handler: on SLURM, use
     ``SLURMEnvironment(auto_requeue=False)``.
 
@@ -115,7 +121,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
 
     Args:
         relaxation: the method; None: ``parle()``.
-        replicas: R, which divides the number of processes; each replica is then DDP over the others' share of it.
+        replicas: R, which divides the number of processes; each replica is then DDP, or FSDP2, over its share of them.
             ``"auto"``: every process is one.
         data: ``"all"``: every replica sees the whole training set in its own order, as in Parle. ``"shard"``: each
             sees a different R-th of every epoch. Loaders with a distributed sampler of their own are left alone.
@@ -138,7 +144,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
         TypeError: ``relaxation`` is not one.
         MisconfigurationException: at the start of fit: replicas that do not divide the processes; another owner of the
-            loop, or a weight-averaging callback.
+            loop, or a weight-averaging callback; parameters that are sharded over other ranks than their replica's.
 
     References:
         Chaudhari et al., Parle, 2017, arXiv:1707.00424; Zhang et al., Elastic averaging SGD, NeurIPS 2015,
@@ -366,17 +372,17 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         rank_zero_info(f"{type(self).__name__}: {self.options.describe(self.grid)}")
         if self._restored is None:
             return
+        restored, self._restored = self._restored, None
         if self._sharded:
-            self._restored = with_shards(self._restored, dict(self.lightning_module.named_parameters()))
-        self._loops.load_state_dict(self._restored)
-        if "method" in self._restored:
-            check_method(self._restored, self._method(), self.options.seed)
-        if self._restored.get("mid_epoch"):
+            restored = with_shards(restored, dict(self.lightning_module.named_parameters()))
+        self._loops.load_state_dict(restored)
+        if "method" in restored:
+            check_method(restored, self._method(), self.options.seed)
+        if restored.get("mid_epoch"):
             # Making the loader's iterator has drawn a number, as it did at the start of the interrupted epoch.
-            set_rng_state(self._restored["rng"])
+            set_rng_state(restored["rng"])
         else:
-            self._epoch_rng = self._restored.get("rng")
-        self._restored = None
+            self._epoch_rng = restored.get("rng")
 
     def _method(self) -> dict[str, Any]:
         """Return what a resumed run should have in common with this one, as plain values."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ import lightning_entropy as le
 from lightning_entropy.engine.shards import part_of, region_of, whole
 
 STEPS = 7
+NO_FSDP = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6's FSDP2 does not run on a CPU")
 
 
 class Net(nn.Module):

@@ -14,7 +14,7 @@ import lightning_entropy as le
 from lightning_entropy.engine import gaussian, shards
 from lightning_entropy.engine.shards import Region
 from tests.engine import sharded
-from tests.engine.sharded import SCENARIOS
+from tests.engine.sharded import NO_FSDP, SCENARIOS
 from tests.strategies.runs import FORK_WARNINGS, external
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
@@ -32,6 +32,7 @@ def close(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@NO_FSDP
 @pytest.mark.processes
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_have_the_numbers_of_one(told: list[dict[str, Any]], name: str) -> None:
@@ -41,6 +42,7 @@ def test_two_ranks_have_the_numbers_of_one(told: list[dict[str, Any]], name: str
             close(rank[name][key], plain[key])
 
 
+@NO_FSDP
 @pytest.mark.processes
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whole_states_resume_with_another_number_of_ranks(told: list[dict[str, Any]], name: str) -> None:
@@ -49,21 +51,25 @@ def test_whole_states_resume_with_another_number_of_ranks(told: list[dict[str, A
         close(sharded.resume(SCENARIOS[name], rank[name]["saved"], sharded.STEPS, sharded=False), rank[name]["final"])
 
 
+@NO_FSDP
 @pytest.mark.processes
 def test_what_one_rank_alone_sees_written_is_written_for_all(told: list[dict[str, Any]]) -> None:
     assert [rank["written"] for rank in told] == [["1", "6"]] * 2  # by position
 
 
+@NO_FSDP
 @pytest.mark.processes
 def test_weights_written_while_they_are_perturbed_are_an_error_on_every_rank(told: list[dict[str, Any]]) -> None:
     assert all("modified while they were perturbed" in rank["perturbed"] for rank in told)
 
 
+@NO_FSDP
 @pytest.mark.processes
 def test_a_loop_over_shards_asks_for_the_module(told: list[dict[str, Any]]) -> None:
     assert all("module must be given" in rank["no module"] for rank in told)
 
 
+@NO_FSDP
 @pytest.mark.processes
 def test_parts_that_are_yet_to_be_summed_are_refused_as_parameters(told: list[dict[str, Any]]) -> None:
     assert all("must be sharded or replicated" in rank["partial"] for rank in told)

@@ -217,6 +217,7 @@ def play(rank: int, folder: Path) -> None:
         told[f"{name} resumed"] = fit(
             folder / f"{name} resumed", name, sharded=True, ckpt_path=folder / name / "middle.ckpt"
         )
+    warnings.filterwarnings("ignore", message="replica 1 has nan or inf")
     told["lost"] = fit(folder / "lost", "diloco", sharded=True, lose=3)
     told["refused"] = refusals(folder)
     told["interrupted"] = interrupted(folder)

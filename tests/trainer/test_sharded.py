@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.sharded import NO_FSDP
 from tests.strategies.runs import FORK_WARNINGS, external
 from tests.trainer import model_parallel
 from tests.trainer.model_parallel import CALLBACKS
 
-pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
+pytestmark = [pytest.mark.processes, NO_FSDP, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "clipped": ("entropy", {"gradient_clip_val": 0.05}),
