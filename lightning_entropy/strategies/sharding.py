@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -31,6 +31,10 @@ def check_sharding(module: Module, options: ReplicaOptions, grid: Grid, start_me
         MisconfigurationException: they are sharded over other ranks, or some only, or not by ``fully_shard``; or an
             option does not go with it.
     """
+    if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
+        raise MisconfigurationException(
+            f"parameters of a replica must be sharded by fully_shard (FSDP2), got FullyShardedDataParallel: {HOW}"
+        )
     params = dict(module.named_parameters())
     if not is_sharded(params.values()):
         return False

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -63,6 +63,10 @@ class Seen(L.Callback):
         self.path, self.lose = path, lose
         self.sent, self.spread = 0.0, None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        weight = pl_module.net[2].weight
+        self.start = (weight.to_local() if isinstance(weight, DTensor) else weight).detach().clone()
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         self.losses.append(outputs["loss"].item())
         if trainer.global_step == self.lose and trainer.global_rank == 2:  # one of the second replica's shards
@@ -83,11 +87,16 @@ def fit(
     save: bool = False,
     lose: int | None = None,
     ranks: int = 4,
+    own_init: int = 0,
     ckpt_path: Path | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     L.seed_everything(7, verbose=False)
-    net, seen = Net(sharded=sharded), Seen(folder / "middle.ckpt" if save else None, lose)
+    net = Net(sharded=sharded)
+    if own_init:
+        for p in net.parameters():
+            torch.nn.init.normal_(p.data, generator=torch.Generator().manual_seed(own_init))
+    seen = Seen(folder / "middle.ckpt" if save else None, lose)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -106,6 +115,7 @@ def fit(
     if save:
         trainer.save_checkpoint(folder / "end.ckpt")
     return {
+        "start": seen.start,
         "losses": seen.losses,
         "validated": net.validated,
         "final": whole(net.state_dict()),
@@ -140,6 +150,13 @@ class Planned(Net):
         parallelize_module(self.net, self.device_mesh["data_parallel"], plan)
 
 
+class First(Net):
+    """Wrapped in the first FSDP."""
+
+    def configure_model(self) -> None:
+        self.net = FullyShardedDataParallel(self.net, device_id=torch.device("cpu"))
+
+
 class Forked(Net):
     """In a process that was forked from one that waits for its weights."""
 
@@ -154,6 +171,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "world": error_of(folder, Everywhere()),
         "plan": error_of(folder, Planned()),
         "independent_init": error_of(folder, Net(), independent_init=True),
+        "first": error_of(folder, First()),
         "start_method": error_of(folder, Forked()),
     }
 
@@ -219,6 +237,7 @@ def play(rank: int, folder: Path) -> None:
         )
     warnings.filterwarnings("ignore", message="replica 1 has nan or inf")
     told["lost"] = fit(folder / "lost", "diloco", sharded=True, lose=3)
+    told["own init"] = fit(folder / "own init", "diloco", sharded=True, own_init=rank + 1)
     told["refused"] = refusals(folder)
     told["interrupted"] = interrupted(folder)
     told["clipped"] = fit(folder / "clipped", "noise", sharded=True, gradient_clip_val=0.05)

@@ -87,6 +87,12 @@ def test_one_process_goes_on_from_the_file(folder: Path, tmp_path: Path) -> None
     assert trainer.global_step == 16 + 8
 
 
+def test_replicas_start_alike_though_every_rank_has_drawn_its_own(told: list[dict[str, Any]]) -> None:
+    starts = [rank["own init"]["start"] for rank in told]
+    assert torch.equal(starts[0], starts[2])
+    assert torch.equal(starts[1], starts[3])
+
+
 def test_a_shard_that_is_lost_is_its_replicas_loss(told: list[dict[str, Any]]) -> None:
     assert all(t.isfinite().all() for rank in told for t in rank["lost"]["final"].values())
     assert all(torch.tensor(rank["lost"]["losses"][6:]).isfinite().all() for rank in told)
@@ -98,6 +104,7 @@ def test_a_shard_that_is_lost_is_its_replicas_loss(told: list[dict[str, Any]]) -
     [
         ("layer", "all parameters that train must be sharded .* got net.2.weight, net.2.bias that are not"),
         ("world", r"over the ranks of their replica, \[\d, \d\], got \[0, 1, 2, 3\] for net.0.weight"),
+        ("first", "by fully_shard .FSDP2., got FullyShardedDataParallel"),
         ("plan", "by fully_shard, got a tensor-parallel plan"),
         ("independent_init", "independent_init must be False"),
         ("start_method", "start_method must be 'popen' .* got 'fork'"),
