@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lightning_entropy as le
-from lightning_entropy.engine.shards import part_of, region_of, whole
+from lightning_entropy.engine.shards import gradient_of, part_of, region_of, whole
 
 STEPS = 7
 NO_FSDP = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6's FSDP2 does not run on a CPU")
@@ -228,6 +228,17 @@ def partial_parameter() -> None:
     region_of(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
 
 
+def summed_gradient() -> tuple[list[float], list[float]]:
+    """Return the gradient of a replicated parameter that ranks have parts of a sum of, and what it is from then on."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+    p.grad = DTensor.from_local(torch.tensor([1.0, dist.get_rank()]), mesh, [Partial()])
+    with torch.no_grad():
+        gradient = gradient_of(p)
+        assert gradient is not None
+        return gradient.tolist(), p.grad.to_local().tolist()
+
+
 def error_of(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -245,6 +256,7 @@ def play(rank: int, folder: Path, names: list[str]) -> None:
     told["written"] = written()
     told["perturbed"] = error_of(write_perturbed)
     told["no module"] = error_of(lambda: le.relax(torch.optim.SGD(sharded_net().parameters(), 0.1), le.lookahead(2)))
+    told["gradient"] = summed_gradient()
     told["partial"] = error_of(partial_parameter)
     torch.save(told, folder / f"{rank}.pt")
     dist.barrier()

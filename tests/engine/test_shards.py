@@ -75,6 +75,12 @@ def test_parts_that_are_yet_to_be_summed_are_refused_as_parameters(told: list[di
     assert all("must be sharded or replicated" in rank["partial"] for rank in told)
 
 
+@NO_FSDP
+@pytest.mark.processes
+def test_a_gradient_that_is_yet_to_be_summed_is_summed_once(told: list[dict[str, Any]]) -> None:
+    assert [rank["gradient"] for rank in told] == [([2.0, 1.0], [2.0, 1.0])] * 2
+
+
 # Parts, without processes
 
 
