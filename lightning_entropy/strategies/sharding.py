@@ -18,7 +18,9 @@ from lightning_entropy.strategies.options import Grid, ReplicaOptions
 HOW = "in configure_model, call fully_shard(..., mesh=self.device_mesh['data_parallel']) for layers and for the whole"
 
 
-def check_sharding(module: Module, options: ReplicaOptions, grid: Grid, start_method: str) -> bool:
+def check_sharding(
+    module: Module, options: ReplicaOptions, grid: Grid, *, start_method: str, precision: str | None
+) -> bool:
     """Return whether a module's parameters are sharded over the ranks of its replica.
 
     Args:
@@ -26,6 +28,7 @@ def check_sharding(module: Module, options: ReplicaOptions, grid: Grid, start_me
         options: of the replicas.
         grid: where this rank stands.
         start_method: how its process was started.
+        precision: of the Trainer.
 
     Raises:
         MisconfigurationException: they are sharded over other ranks, or some only, or not by ``fully_shard``; or an
@@ -61,6 +64,11 @@ def check_sharding(module: Module, options: ReplicaOptions, grid: Grid, start_me
     if options.independent_init:
         raise MisconfigurationException(
             "independent_init must be False with sharded parameters, got True: no rank can draw a whole weight"
+        )
+    if precision == "16-mixed":
+        raise MisconfigurationException(
+            "precision must be 'bf16-mixed' or full with sharded parameters, got '16-mixed': a gradient scaler would "
+            "look at a rank's own shards alone"
         )
     if start_method != "popen":
         raise MisconfigurationException(

@@ -319,7 +319,13 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
         assert self.lightning_module is not None
         apart = self.options.independent_init and not self._resumed
-        sharded = check_sharding(self.lightning_module, self.options, self.grid, start_method(self))
+        sharded = check_sharding(
+            self.lightning_module,
+            self.options,
+            self.grid,
+            start_method=start_method(self),
+            precision=self._trainer.precision,
+        )
         initialize(self.lightning_module, self.grid, self._base_seed, apart=apart)
         if sharded:
             assert self.lightning_module.device_mesh is not None

@@ -112,14 +112,16 @@ def train(scenario: Scenario, *, sharded: bool, steps: int = STEPS) -> dict[str,
     if sharded:
         scenario.shard(net)
     optimizer, loop = attach(net, scenario)
-    told: dict[str, Any] = {"losses": [], "x": [], "shown": []}
+    told: dict[str, Any] = {"losses": [], "x": [], "shown": [], "distances": []}
     saved: Any = None
+    loop.measure = True
     for step in range(steps):
         optimizer.zero_grad()
         loss = loss_of(net, step, scenario.dtype)
         loss.backward()
         optimizer.step()
         told["losses"].append(loss.item())
+        told["distances"].append([d.item() for d in loop.distances or ()])
         told["x"].append([full(x) for x in loop.anchor])
         with loop.at_anchor(), torch.no_grad():  # which leaves copies of x in FSDP's root
             told["shown"].append(loss_of(net, 100, scenario.dtype).item())

@@ -74,6 +74,7 @@ class Seen(L.Callback):
                 pl_module.net[0].weight.to_local().fill_(float("nan"))
         if self.path is not None and trainer.global_step == SAVE_AT:
             trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path.with_name("weights.ckpt"), weights_only=True)
         loops: Any = trainer.strategy._loops
         self.sent = loops.traffic()[0]
         self.spread = loops.metrics().get("entropy/spread", self.spread)
@@ -165,12 +166,21 @@ class Forked(Net):
         self.trainer.strategy._start_method = "fork"
 
 
+class Half(Net):
+    """With a gradient scaler, which there is on a GPU alone."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.trainer.precision_plugin.precision = "16-mixed"
+
+
 def refusals(folder: Path) -> dict[str, str]:
     return {
         "layer": error_of(folder, Alone()),
         "world": error_of(folder, Everywhere()),
         "plan": error_of(folder, Planned()),
         "independent_init": error_of(folder, Net(), independent_init=True),
+        "precision": error_of(folder, Half()),
         "first": error_of(folder, First()),
         "start_method": error_of(folder, Forked()),
     }

@@ -57,6 +57,8 @@ def test_the_file_has_the_consensus_whole(folder: Path, told: list[dict[str, Any
     if name != "int8":
         close(ours["state_dict"], theirs["state_dict"])
         close(ours["optimizer_states"], theirs["optimizer_states"])
+    weights = torch.load(folder / name / "weights.ckpt", weights_only=True)
+    close(weights["state_dict"], ours["state_dict"])
     end = torch.load(folder / name / "end.ckpt", weights_only=True)
     close(end["state_dict"], told[0][name]["final"])
 
@@ -106,6 +108,7 @@ def test_a_shard_that_is_lost_is_its_replicas_loss(told: list[dict[str, Any]]) -
         ("world", r"over the ranks of their replica, \[\d, \d\], got \[0, 1, 2, 3\] for net.0.weight"),
         ("first", "by fully_shard .FSDP2., got FullyShardedDataParallel"),
         ("plan", "by fully_shard, got a tensor-parallel plan"),
+        ("precision", "precision must be 'bf16-mixed' or full"),
         ("independent_init", "independent_init must be False"),
         ("start_method", "start_method must be 'popen' .* got 'fork'"),
     ],
