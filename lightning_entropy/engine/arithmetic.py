@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_entropy.engine.flat import CHUNK, flat, runs, shaped
 from lightning_entropy.engine.gaussian import SLICE, Source, shake_
+from lightning_entropy.engine.shards import is_sharded, joined_norms
 
 
 def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], stiffness: Sequence[float | Tensor]) -> None:
@@ -212,12 +213,13 @@ def copy_where_written_(anchors: Sequence[Tensor], params: Sequence[Tensor]) -> 
             copy_(xs, [shaped(line, x) if a else line.view(x.shape) for line, x, a in rows])
 
 
-def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor], of: Sequence[Tensor] = ()) -> Tensor:
     """Compute the root mean square per weight of left - right, in the unit of a weight.
 
     Args:
         left: tensors of any shape.
         right: same shapes.
+        of: the parameters that they are this rank's parts of; none: they are whole.
 
     Returns:
         A scalar on the tensors' device; no device is waited for.
@@ -227,14 +229,15 @@ def rms_distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         tensor(1.)
     """
     differences = torch._foreach_sub([a.to(b.dtype) for a, b in zip(left, right, strict=True)], list(right))
-    return norm(differences) / sum(d.numel() for d in differences) ** 0.5
+    return norm(differences, of) / sum(d.numel() for d in of or differences) ** 0.5
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def norm(tensors: Sequence[Tensor], of: Sequence[Tensor] = ()) -> Tensor:
     """Compute the Euclidean norm of all tensors together.
 
     Args:
         tensors: one or more, of any shape.
+        of: the parameters that they are this rank's parts of; none: they are whole. A collective where there are parts.
 
     Returns:
         A scalar on the first tensor's device; no device is waited for.
@@ -243,5 +246,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
-    norms = torch._foreach_norm(list(tensors))
+    norms = list(torch._foreach_norm(list(tensors)))
+    if is_sharded(of):
+        norms = joined_norms(norms, of)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))

@@ -29,12 +29,14 @@ class GammaMeasurement:
 
     def take(self, weights: Sequence[Weight]) -> float | None:
         """Return the measured gamma and reset; None if no weight moved or the result is not finite."""
+        having = [w.param for w in weights if w.gradient is not None]
         gradients = [w.gradient for w in weights if w.gradient is not None]
         count, self.count = self.count, 0
         for w in weights:
             w.gradient = None
         if not gradients:
             return None
-        distance = F.norm(torch._foreach_sub([w.mean for w in weights], [w.anchor for w in weights]))
-        gamma = (F.norm(gradients) / (count * distance)).item()
+        steps = torch._foreach_sub([w.mean for w in weights], [w.anchor for w in weights])
+        distance = F.norm(steps, [w.param for w in weights])
+        gamma = (F.norm(gradients, having) / (count * distance)).item()
         return gamma if 0 < gamma < math.inf else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.arithmetic import Move
 from lightning_entropy.engine.native.step import NativeStep
+from lightning_entropy.engine.shards import gradient_of
 from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.weights import Weight, running_means
 from lightning_entropy.methods.relaxation import Relaxation
@@ -61,10 +62,10 @@ class Coupled:
         Raises:
             ValueError: a sparse gradient, of which the force would make a dense one.
         """
-        grads = [w.param.grad for w in step.weights if w.param.grad is not None]
+        grads = [grad for grad in (gradient_of(w.param) for w in step.weights) if grad is not None]
         if any(grad.is_sparse for grad in grads):
             raise ValueError("coupled must be False where gradients are sparse, got coupled=True")
-        forces = torch._foreach_sub([w.param for w in step.weights], [w.anchor for w in step.weights])
+        forces = torch._foreach_sub([w.value for w in step.weights], [w.anchor for w in step.weights])
         torch._foreach_mul_(forces, gamma)
         if step.grad_scale is not None:
             torch._foreach_mul_(forces, step.grad_scale)
@@ -84,7 +85,7 @@ class Explicit:
     def before_update(self, step: Step, gamma: float) -> None:
         """Take the explicit step, once a step."""
         if step.first:
-            ys, xs = [w.param for w in step.weights], [w.anchor for w in step.weights]
+            ys, xs = [w.value for w in step.weights], [w.anchor for w in step.weights]
             F.attract_(ys, xs, [lr * gamma for lr in step.rates])
 
     def gamma_after(self, gamma: float) -> float:
@@ -160,15 +161,14 @@ class Chain:
             positive = lr.clamp(min=0) if isinstance(lr, Tensor) else max(lr, 0.0)
             stiffness[id(lr)] = positive * gamma if gamma else now.stiffness
             noise[id(lr)] = positive**0.5 * now.noise if now.noise else 0.0
-        params = [w.param for w in weights]
         return Move(
-            params=params,
+            params=[w.value for w in weights],
             anchors=[w.anchor for w in weights],
             averages=averages,
             stiffness=[stiffness[id(lr)] for lr in rates],
             noise=[noise[id(lr)] for lr in rates],
             average=now.average,
-            seeds=step.seeds(params) if now.noise else None,
+            seeds=step.seeds([w.param for w in weights]) if now.noise else None,
         )
 
     def _warn_if_unstable(self, step: Step) -> None:

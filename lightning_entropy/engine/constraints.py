@@ -43,4 +43,4 @@ class Constraints:
     def kept(self) -> list[tuple[Weight, Tensor]]:
         """Return the weights that have been written since the step, each with a copy of what it holds now."""
         self.note()
-        return [(w, w.param.detach().clone()) for w in self._written]
+        return [(w, w.value.detach().clone()) for w in self._written]

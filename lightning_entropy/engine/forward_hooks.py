@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.jit import ScriptModule
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
@@ -28,7 +29,9 @@ class BeforeForward(Hook[ForwardListener]):
 
 
 def listen(module: Module, listener: ForwardListener) -> list[RemovableHandle]:
-    """Register a hook with every submodule that has parameters of its own.
+    """Register a hook with every submodule that has parameters of its own, or gathers those of others (FSDP2).
+
+    There it runs before all other hooks, so that weights are perturbed when they are gathered.
 
     Args:
         module: the whole one.
@@ -37,5 +40,6 @@ def listen(module: Module, listener: ForwardListener) -> list[RemovableHandle]:
     Returns:
         The handles that remove the hooks.
     """
-    having = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
-    return [m.register_forward_pre_hook(BeforeForward(listener)) for m in having if not isinstance(m, ScriptModule)]
+    gathers = {m: isinstance(m, FSDPModule) for m in module.modules() if not isinstance(m, ScriptModule)}
+    having = [m for m in gathers if gathers[m] or next(m.parameters(recurse=False), None) is not None]
+    return [m.register_forward_pre_hook(BeforeForward(listener), prepend=gathers[m]) for m in having]

@@ -7,8 +7,14 @@ Elsewhere a call costs as much as a million numbers. There the parameters lie in
 optimizer's order, and a chunk is drawn by one call, with the parameters in it that do not move: their numbers are not
 used, so that the others' are the same. A chunk has at most 2^25 numbers, or one parameter, which bounds the memory: 128
 MiB for it in float32, as much again for half weights, and three times that for noise in the scale of filters.
+
+A rank that has a part of a parameter draws the whole one's numbers and takes its own, so that they are the same however
+many ranks share it, and ranks need not meet. A part that is a run of rows draws no more than the streams it touches, on
+the CPU: at most 2^21 numbers too many. Else every rank draws as many as if nothing were sharded, and has that memory
+for a moment: of one parameter on the CPU, of a chunk elsewhere.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from lightning_entropy.engine.filters import lengths_of
 from lightning_entropy.engine.flat import flat, is_dense, shaped
+from lightning_entropy.engine.shards import Region
 
 BLOCK = 1 << 20  # weights drawn from one stream of random numbers
 SLICE = (1 << 15) - 16  # weights updated at once while they are in the cache; torch starts no threads for so few
@@ -32,7 +39,15 @@ class Place(NamedTuple):
     size: int
 
 
-Source = Sequence[int] | Place  # the seeds of a parameter's own streams, or its place in a chunk
+class Share(NamedTuple):
+    """What of a whole parameter's noise is that of this rank's part."""
+
+    source: Sequence[int] | Place  # of the whole
+    region: Region
+
+
+# The seeds of a parameter's own streams, or its place in a chunk; or these of the parameter that it is a part of.
+Source = Sequence[int] | Place | Share
 
 
 def has_streams(param: Tensor) -> bool:
@@ -70,16 +85,35 @@ def shake_(
     for y, dtype, s, source in zip(params, dtypes, scales, sources, strict=True):
         if y.numel() == 0:
             continue
-        if isinstance(source, Place):
-            chunk = Place(source.seed, 0, source.size)
-            chunks.setdefault((chunk, y.device), []).append((y, dtype, s, source.start))
+        region, origin = (source.region, source.source) if isinstance(source, Share) else (None, source)
+        if isinstance(origin, Place):
+            chunk = Place(origin.seed, 0, origin.size)
+            chunks.setdefault((chunk, y.device), []).append((y, dtype, s, origin.start, region))
+        elif region is not None:
+            _shake_part_(y, dtype, s, origin, region)
         else:
             blocks = [y] if _varies(s) else _blocks(y)
-            own += [(block, dtype, s, seed) for block, seed in zip(blocks, source, strict=False)]
+            own += [(block, dtype, s, seed) for block, seed in zip(blocks, origin, strict=False)]
     if own:
         _shake_by_streams_(own)
     for (chunk, _), rows in chunks.items():
         _shake_chunk_(chunk, sorted(rows, key=lambda row: row[3]))
+
+
+def _shake_part_(y: Tensor, dtype: torch.dtype, s: float | Tensor, seeds: Sequence[int], region: Region) -> None:
+    """Add to a part what a whole parameter's own streams have for it."""
+    if _varies(s) or y.is_complex():  # a stream for all of it
+        drawn = torch.zeros(region.shape, dtype=dtype)
+        _shake_by_streams_([(drawn, dtype, 1.0, seeds[0])])
+        add_([y], [drawn[region.slices]], s)
+        return
+    size, (start, stop) = math.prod(region.shape), region.span
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    drawn = torch.zeros(min(last * BLOCK, size) - first * BLOCK, dtype=dtype)
+    _shake_by_streams_([(b, dtype, 1.0, seed) for b, seed in zip(drawn.split(BLOCK), seeds[first:last], strict=True)])
+    whole = stop - start == size
+    noise = drawn.view(region.shape)[region.slices] if whole else drawn[start - first * BLOCK : stop - first * BLOCK]
+    add_([y], [noise.view(y.shape) if noise.is_contiguous() else noise], s)
 
 
 # A block of a parameter, the type of the arithmetic, s and the seed of the block's stream.
@@ -167,8 +201,8 @@ def _shake_batches_(queue: deque[list[Job]]) -> None:
             add_([part], [buffer[: part.numel()].normal_(generator=generator).view(part.shape)], s)
 
 
-# A parameter of a chunk, the type of the arithmetic, s and the parameter's first number.
-Row = tuple[Tensor, torch.dtype, float | Tensor, int]
+# A parameter of a chunk, the type of the arithmetic, s, the parameter's first number, and what of it the tensor is.
+Row = tuple[Tensor, torch.dtype, float | Tensor, int, Region | None]
 
 
 def _shake_chunk_(chunk: Place, rows: Sequence[Row]) -> None:
@@ -177,15 +211,20 @@ def _shake_chunk_(chunk: Place, rows: Sequence[Row]) -> None:
     drawn = torch.empty(chunk.size, dtype=dtype, device=device).normal_(generator=_generator(device, chunk.seed))
     alike: dict[object, list[Row]] = {}
     for row in rows:
-        s = row[2]
+        y, _, s, start, region = row
+        if region is not None:
+            line = drawn[start : start + math.prod(region.shape) * (2 if y.is_complex() else 1)]
+            noise = torch.view_as_complex(line.view(*region.shape, 2)) if y.is_complex() else line.view(region.shape)
+            add_([y], [noise[region.slices]], s)
+            continue
         alike.setdefault("tensors" if isinstance(s, Tensor) else s, []).append(row)
     for some in alike.values():
         s = some[0][2]
         sizes = [numbers(y) for y, *_ in some]
-        parts = [drawn.narrow(0, start, size) for size, (*_, start) in zip(sizes, some, strict=True)]
+        parts = [drawn.narrow(0, start, size) for size, (*_, start, _) in zip(sizes, some, strict=True)]
         if isinstance(s, Tensor):
             whole = drawn if sum(sizes) == chunk.size else torch.cat(parts)
-            scales = [scale.reshape(-1) for _, _, scale, _ in some if isinstance(scale, Tensor)]
+            scales = [scale.reshape(-1) for _, _, scale, *_ in some if isinstance(scale, Tensor)]
             filters = tuple((len(of), size // len(of)) for of, size in zip(scales, sizes, strict=True))
             repeats = lengths_of(filters, device)
             whole.mul_(torch.repeat_interleave(torch.cat(scales).to(dtype), repeats, output_size=whole.numel()))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
 from lightning_entropy.engine.optimizer_hooks import OptimizerHooks
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterRule, ReplicaMeans, zero_first_moments
+from lightning_entropy.engine.shards import Gathered, is_sharded, local, whole
 from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.streaming import StreamingRule
 from lightning_entropy.engine.weights import Holds, Weight, Weights
@@ -66,6 +68,7 @@ class InnerOuter:
         self_writing: Collection[Tensor] = (),
         watch_writes: bool = False,
         bystander: Callable[[], bool] = lambda: False,
+        module: Module | None = None,
     ) -> None:
         """Attach to the optimizer.
 
@@ -85,13 +88,19 @@ class InnerOuter:
             watch_writes: note which weights are written after a step, for :meth:`close`.
             bystander: asked at every step whether it passes the loop by: somebody tries the plain optimizer, and will
                 put back what it did.
+            module: see :func:`lightning_entropy.relax`.
 
         Raises:
             TypeError: a seed that is no int, a ``compile`` that is no bool, an outer optimizer that is none, or an
                 optimizer without step hooks.
-            ValueError: the optimizer has a loop already, or a negative seed.
+            ValueError: the optimizer has a loop already, a negative seed, or no ``module`` for sharded parameters.
             RuntimeError: no C++ compiler for ``compile``.
         """
+        if module is None and is_sharded(p for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "module must be given where parameters are sharded (DTensor), got None: relax(..., module=model) drops "
+                "the copies of whole weights that it has gathered before weights are written"
+            )
         self.optimizer = optimizer
         self.relaxation = relaxation
         self.settings = relaxation.at(0)
@@ -109,6 +118,7 @@ class InnerOuter:
         self._inner = inner_rules(relaxation, self.weights, native, self_writing)
         self.perturbs = any(rule.perturbs for rule in self._inner)
         self._constraints = Constraints(self.weights, watched=watch_writes)
+        self._gathered = Gathered(module)
         self._count_attempts = count_attempts
         self._prepare_after_step = prepare_after_step
         self._stepping: Step | None = None
@@ -134,14 +144,21 @@ class InnerOuter:
     def anchor(self) -> list[Tensor]:
         """x, a tensor per parameter in the optimizer's order; the parameter itself where it has not moved yet."""
         self.settle()
-        return [self.weights[p].anchor if p in self.weights else p.detach() for p in self.params]
+        return [whole(self.weights[p].anchor, p) if p in self.weights else p.detach() for p in self.params]
+
+    @property
+    @torch.no_grad()
+    def anchor_parts(self) -> list[Tensor]:
+        """:attr:`anchor`, but of sharded parameters this rank's parts."""
+        self.settle()
+        return [self.weights[p].anchor if p in self.weights else local(p).detach() for p in self.params]
 
     @property
     @torch.no_grad()
     def average(self) -> list[Tensor]:
         """z, a tensor per parameter in the optimizer's order; y where the mean is the last iterate."""
         self.settle()
-        return [self.weights[p].mean if p in self.weights else p.detach() for p in self.params]
+        return [whole(self.weights[p].mean, p) if p in self.weights else p.detach() for p in self.params]
 
     def anchor_of(self, p: Tensor) -> Tensor | None:
         """Return x of one parameter that holds another value in training; None where it holds x, or what is shown."""
@@ -179,6 +196,7 @@ class InnerOuter:
             instead: by parameter, what the outermost call shows in the place of x.
         """
         before = self.weights.holds
+        self._gathered.drop()
         self._constraints.note()
         self.unperturb()
         self._outer.finish()
@@ -187,12 +205,14 @@ class InnerOuter:
     @torch.no_grad()
     def hide(self) -> None:
         """Leave :meth:`at_anchor`. Weights that were perturbed before are perturbed again, by the same noise."""
+        self._gathered.drop()
         if self.weights.hide() is Holds.OTHER:
             self.prepare()
 
     @torch.no_grad()
     def detach(self) -> None:
         """Leave x in the parameters and no hook behind. May be called twice."""
+        self._gathered.drop()
         self.unperturb(check=False)
         self._outer.finish()
         self.weights.detach()
@@ -212,6 +232,7 @@ class InnerOuter:
         """
         if self.weights.shown:
             return
+        self._gathered.drop()
         self._outer.finish()
         self.due = False
         self._constraints.forget()
@@ -300,6 +321,7 @@ class InnerOuter:
         """
         if not self.unfinished:
             return
+        self._gathered.drop()
         self.unperturb()
         kept = self._constraints.kept()
         step = self._step(list(self.weights), [], self._noise)
@@ -327,6 +349,7 @@ class InnerOuter:
         self.inner_step += 1
         streams = self.relaxation.streams  # or else the loop writes at its end alone, with nothing left to close
         if streams:
+            self._gathered.drop()
             self._constraints.note()
         if self.inner_step >= self.relaxation.inner_steps:
             self._outer_step()
@@ -339,10 +362,10 @@ class InnerOuter:
     def _outer_step(self, *, closing: bool = False) -> None:
         weights = self._outer.moving()
         if self.measure and weights and not self.weights.tied:
-            anchors = [w.anchor for w in weights]
+            anchors, params = [w.anchor for w in weights], [w.param for w in weights]
             self.distances = (
-                F.rms_distance([w.inner for w in weights], anchors),
-                F.rms_distance([w.mean for w in weights], anchors),
+                F.rms_distance([w.inner for w in weights], anchors, params),
+                F.rms_distance([w.mean for w in weights], anchors, params),
             )
         if self._measures_gamma:
             self.gamma_start = self._measurement.take(weights)
@@ -358,6 +381,7 @@ class InnerOuter:
 
     def settle(self) -> None:
         """Bring x up to date: with an outer step that is not taken yet, and with what was written at rest."""
+        self._gathered.drop()
         self._outer.finish()
         self.weights.settle()
 
@@ -370,6 +394,7 @@ class InnerOuter:
         Args:
             values: in the order in which tensors were last given to ``replica_mean``.
         """
+        self._gathered.drop()
         perturbed = self.weights.holds is Holds.OTHER and not self.weights.shown
         self.unperturb(check=False)
         keeps = self.relaxation.outer_target.common and all(w.anchor.isfinite().all() for w in self.weights)
@@ -448,6 +473,7 @@ class InnerOuter:
         settings = self.settings
         if state["inner_step"]:  # or else they are read when the loop begins, if it does: a schedule may have ended
             settings = self.relaxation.at(state["outer_step"], state["gamma_start"])
+        self._gathered.drop()
         self.unperturb(check=False)
         self.weights.load_state_dict(state["slots"], before=Holds.OTHER if self.perturbs else None)
         self._outer.load_state_dict(state["outer"])

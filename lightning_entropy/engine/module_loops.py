@@ -12,6 +12,7 @@ from lightning_entropy.engine.forward_hooks import listen
 from lightning_entropy.engine.loop import InnerOuter
 from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMeans
 from lightning_entropy.engine.relax import make_loop
+from lightning_entropy.engine.shards import Gathered
 from lightning_entropy.engine.state_dict_hooks import StateDictHooks
 from lightning_entropy.engine.weights import Substitutes
 from lightning_entropy.methods.relaxation import Relaxation
@@ -75,6 +76,7 @@ class ModuleLoops:
             "watch_writes": True,
             "bystander": bystander,
         }
+        Gathered(module).drop()  # the parameters that have names are then those that the optimizers have
         try:
             for i, optimizer in enumerate(optimizers):
                 self.loops.append(self._attach(i, optimizer))
@@ -95,6 +97,7 @@ class ModuleLoops:
             seed=self._seed + (i << 64),
             names={p: name for name, p in self._module.named_parameters()},
             self_writing={p for m in normed for p in m.parameters(recurse=False)},
+            module=self._module,
             **self._options,
         )
 
@@ -113,6 +116,7 @@ class ModuleLoops:
         Raises:
             ValueError: an optimizer has a loop of its own, or the relaxation cannot work with it.
         """
+        Gathered(self._module).drop()
         known = {id(loop.optimizer): loop for loop in self.loops}
         before, added = self.loops, {}
         try:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.engine.flat import CHUNK, runs
-from lightning_entropy.engine.gaussian import Place, Source, has_streams, numbers, streams
+from lightning_entropy.engine.gaussian import Place, Share, Source, has_streams, numbers, streams
+from lightning_entropy.engine.shards import region_of
 
 
 class NoiseStreams:
@@ -40,16 +41,19 @@ class NoiseStreams:
             step: number of the step, >= 0.
 
         Returns:
-            For each of ``params``, as many seeds as it has streams, or its place in a chunk.
+            For each of ``params``, as many seeds as it has streams, or its place in a chunk; of a parameter that is
+            sharded, those of the whole one and what of it is this rank's.
         """
         devices = [p.device for p in every]
         if devices != self._devices or not all(p in self._first for p in every):
             self._devices = devices
             self._lay_out(every)
         first = self._start + step * self._per_step
-        return [self._source(p, first) for p in params]
+        sources = [self._source(p, first) for p in params]
+        regions = [region_of(p) for p in params]
+        return [s if region is None else Share(s, region) for s, region in zip(sources, regions, strict=True)]
 
-    def _source(self, p: Tensor, first: int) -> Source:
+    def _source(self, p: Tensor, first: int) -> Sequence[int] | Place:
         if p in self._chunks:
             stream, start, size = self._chunks[p]
             return Place(seed_of(first, stream), start, size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_entropy.engine import arithmetic as F
+from lightning_entropy.engine import shards
 from lightning_entropy.engine.weights import Weight, Weights, means_of
 from lightning_entropy.methods.relaxation import Relaxation, Settings
 from lightning_entropy.methods.targets import OuterTarget
@@ -102,7 +103,7 @@ class OuterRule:
         means, pulls = agreed
         self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
         if self._reset:
-            F.copy_([w.param for w in weights], [w.anchor for w in weights])
+            F.copy_([w.value for w in weights], [w.anchor for w in weights])
         for w in weights:
             w.moved = False
         return True
@@ -159,7 +160,7 @@ def zero_first_moments(optimizer: Optimizer, weights: Iterable[Weight]) -> None:
     """Zero the momentum of SGD and its kin, and the first moment of Adam and its kin, in place."""
     states = [optimizer.state.get(w.param, {}) for w in weights]
     moments = [state.get(key) for key in ("momentum_buffer", "exp_avg") for state in states]
-    having = [moment for moment in moments if moment is not None]
+    having = [shards.local(moment) for moment in moments if moment is not None]
     if having:
         torch._foreach_zero_(having)
 
@@ -211,25 +212,34 @@ class OuterStep:
             lr: step size where the optimizer is not the user's.
         """
         anchors = [w.anchor for w in weights]
-        pulled = [x for x, pull in zip(anchors, pulls, strict=True) if pull is not None]
+        having = [w for w, pull in zip(weights, pulls, strict=True) if pull is not None]
         forces = [pull for pull in pulls if pull is not None]
         if self._factory is None and self._momentum == 0:
             # x - (x - z) would not be z to the last bit, nor where z is infinite.
             F.copy_(anchors, means) if lr == 1 else torch._foreach_lerp_(anchors, list(means), lr)
-            if pulled:
-                torch._foreach_add_(pulled, forces, alpha=-lr)
+            if having:
+                torch._foreach_add_([w.anchor for w in having], forces, alpha=-lr)
             return
-        optimizer = self._made(anchors, names)
+        gradients = list(torch._foreach_sub(anchors, list(means)))
+        if having:
+            by_weight = dict(zip(weights, gradients, strict=True))
+            torch._foreach_add_([by_weight[w] for w in having], forces)
+        optimizer = self._made([self._of(w) for w in weights], names)
         if self._factory is None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for x, gradient in zip(anchors, torch._foreach_sub(anchors, list(means)), strict=True):
-            x.grad = gradient
-        if pulled:
-            torch._foreach_add_([x.grad for x in pulled if x.grad is not None], forces)
+        for w, gradient in zip(weights, gradients, strict=True):
+            self._of(w).grad = gradient if self._of(w) is w.anchor else shards.whole(gradient, w.param)
         optimizer.step()
         for w in weights:
-            w.anchor.grad = None
+            self._of(w).grad = None
+
+    def _of(self, w: Weight) -> Tensor:
+        """Return x as the optimizer has it: the whole of it, of which norms and products of matrices are taken.
+
+        The optimizer that is ours goes weight by weight, and gets the parts.
+        """
+        return w.anchor if self._factory is None else w.whole_anchor
 
     def _made(self, anchors: list[Tensor], names: Iterable[tuple[str, Weight]]) -> Optimizer:
         """Return the optimizer, made at the first step, with anchors that came later added."""
@@ -244,10 +254,13 @@ class OuterStep:
             for group, options in zip(self.optimizer.param_groups, self._loaded["options"], strict=True):
                 group.update(options)
             for name, w in names:
+                x = self._of(w)
                 for key, value in self._loaded["state"].get(name, {}).items():
                     # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
-                    moment = isinstance(value, Tensor) and value.shape == w.anchor.shape
-                    self.optimizer.state[w.anchor][key] = value.to(w.anchor.device) if moment else value
+                    if isinstance(value, Tensor) and value.shape == w.param.shape:
+                        value = shards.part_of(value, w.param).to(w.anchor.device)
+                        value = value if x is w.anchor else shards.whole(value, w.param)
+                    self.optimizer.state[x][key] = value
             self._loaded = None
         return self.optimizer
 
@@ -256,7 +269,15 @@ class OuterStep:
         if self.optimizer is None:
             return self._loaded
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {"options": options, "state": {name: dict(self.optimizer.state.get(w.anchor, {})) for name, w in names}}
+        return {"options": options, "state": {name: self._state_of(w) for name, w in names}}
+
+    def _state_of(self, w: Weight) -> dict[str, Any]:
+        assert self.optimizer is not None
+        state = dict(self.optimizer.state.get(self._of(w), {}))
+        parts = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == w.anchor.shape}
+        if self._of(w) is w.anchor:
+            state |= {k: shards.whole(v, w.param) for k, v in parts.items()}
+        return state
 
     def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
         """Refuse the state of another optimizer than this one; what there is no optimizer for is left alone.

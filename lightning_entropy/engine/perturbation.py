@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_entropy.engine import arithmetic as F
+from lightning_entropy.engine import shards
 from lightning_entropy.engine.arithmetic import Move
 from lightning_entropy.engine.filters import all_filter_norms, filters_of
 from lightning_entropy.engine.gaussian import Source
@@ -28,7 +29,8 @@ class Scale(NamedTuple):
 
 def filter_norms(weights: Sequence[Weight]) -> list[Tensor]:
     """Return the norms of the filters of all parameters, ready to broadcast."""
-    return all_filter_norms([w.param for w in weights], [w.anchor.dtype for w in weights])
+    norms = all_filter_norms([w.value for w in weights], [w.anchor.dtype for w in weights])
+    return shards.joined_norms(norms, [w.param for w in weights], by_filter=True)
 
 
 def filter_rms(weights: Sequence[Weight]) -> list[Tensor]:
@@ -109,15 +111,16 @@ class Perturbation:
         assert self._step is not None
         written = check and self._versions != self._versions_now()
         checked = self._checked()
-        held = [w.param.detach().clone() for w in checked] if written else None
+        held = [w.value.detach().clone() for w in checked] if written else None
         self._weights.take_back()
         if held is None:
             return
         self._weights.set_aside()
         self._perturb(self._step)  # the same values
-        lost = any(not torch.equal(w.param, y) for w, y in zip(checked, held, strict=True))
+        lost = [not torch.equal(w.value, y) for w, y in zip(checked, held, strict=True)]
+        lost = shards.anywhere(lost, [w.param for w in checked])
         self._weights.take_back()
-        if lost:
+        if any(lost):
             raise RuntimeError(
                 "the weights were modified while they were perturbed, and the change would be lost: modify them when "
                 "the training batch has ended, inside at_anchor(), or through the module's state_dict() and "
@@ -148,7 +151,7 @@ class Perturbation:
             noise = list(norms)
         self._move_(
             Move(
-                params=[w.param for w in weights],
+                params=[w.value for w in weights],
                 anchors=[w.anchor for w in weights],
                 averages=None,
                 stiffness=[0.0] * len(weights),
@@ -207,6 +210,6 @@ def _leave_mean_gradients(weights: Sequence[Weight], count: int, scale: Tensor |
     torch._foreach_div_(means, count)
     if scale is not None:
         torch._foreach_mul_(means, scale)
-    for w, mean in zip(having, F.copies(means, like=[w.param for w in having]), strict=True):
+    for w, mean in zip(having, F.copies(means, like=[w.value for w in having]), strict=True):
         if w.param.requires_grad:  # and not frozen since
-            w.param.grad = mean
+            w.param.grad = shards.whole(mean, w.param)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch.nn import Module
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_entropy.engine.chain import SPRINGS
@@ -19,6 +20,7 @@ def relax(
     replica_mean: ReplicaMean | None = None,
     seed: int | None = None,
     compile: bool = False,
+    module: Module | None = None,
 ) -> InnerOuter:
     """Attach a relaxation to an optimizer: from now on ``optimizer.step()`` is one inner step.
 
@@ -36,14 +38,18 @@ def relax(
         seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
         compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU, and with plain
             ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes a second or two and
-            a C++ compiler: ``$CXX``, or c++, g++ or clang++. Same law of the noise, other numbers.
+            a C++ compiler: ``$CXX``, or c++, g++ or clang++. Same law of the noise, other numbers; sharded parameters
+            are left to torch.
+        module: whose parameters they are. Needed where they are sharded (``fully_shard``, a tensor-parallel plan), and
+            else without meaning: FSDP2 gathers copies of its weights, which are dropped before weights are written.
 
     Returns:
         The loop.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
+        ValueError: the optimizer has a loop already, the relaxation cannot work with it, or sharded parameters without
+            ``module``.
         RuntimeError: ``compile`` without a C++ compiler that works.
 
     Example:
@@ -58,7 +64,9 @@ def relax(
         >>> w.data  # 3 -> 2 -> 1, then half way back
         tensor([2.])
     """
-    return make_loop(optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed, compile=compile)
+    return make_loop(
+        optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed, compile=compile, module=module
+    )
 
 
 def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> InnerOuter:

@@ -111,7 +111,6 @@ class StreamingRule(OuterRule):
             self._means = list(replica_mean) if isinstance(replica_mean, Sequence) else [replica_mean] * n
         self._inner_steps, self._mixing = relaxation.inner_steps, relaxation.mixing
         self._phases = phases(relaxation.inner_steps, n, relaxation.delay)
-        self._of = relaxation.outer_target.of
         self._under_way: dict[int, tuple[list[Weight], Mean | Callable[[], Mean]]] = {}  # by fragment
         self._interrupted = False  # what was under way is not any more, and is to be sent again
         self._closed = False  # no step has been taken since close()
@@ -157,7 +156,7 @@ class StreamingRule(OuterRule):
             self._start(i)
         taken = [self._use(i, settings.outer_lr, 0.0) for i in left]
         if all(taken):
-            F.copy_([w.param for w in self._weights], [w.anchor for w in self._weights])
+            F.copy_([w.value for w in self._weights], [w.anchor for w in self._weights])
             self._weights.rest()
 
     @property
@@ -198,8 +197,9 @@ class StreamingRule(OuterRule):
             return
         if fragment in self._under_way:  # after a resume with other fragments, or another delay
             wait_for(self._under_way.pop(fragment)[1])
-        for w, y in zip(weights, means_of(weights), strict=True):
-            w.sent, w.fragment, w.moved = self._of(w.anchor, y), fragment, False
+        steps = torch._foreach_sub([w.anchor for w in weights], means_of(weights))
+        for w, step in zip(weights, steps, strict=True):
+            w.sent, w.fragment, w.moved = step, fragment, False
         self._send(fragment, weights)
 
     def _send(self, fragment: int, weights: list[Weight]) -> None:
@@ -233,5 +233,5 @@ class StreamingRule(OuterRule):
             kept = anchors if mixing == 0 else F.copies(anchors)
             if mixing > 0:
                 torch._foreach_lerp_(kept, means_of(weights), mixing)
-            F.copy_([w.param for w in weights], kept)
+            F.copy_([w.value for w in weights], kept)
         return True

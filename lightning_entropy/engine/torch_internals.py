@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -29,5 +30,15 @@ def running_steps(optimizer: Optimizer) -> int:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place."""
-    return tensor._version
+    """Return how often a tensor was written in place, whole or by its part on this rank, which torch counts apart."""
+    return tensor._version + (tensor._local_tensor._version if isinstance(tensor, DTensor) else 0)
+
+
+def splits_last(placement: object) -> bool:
+    """Whether a placement splits what the mesh axes after it have left: FSDP2's, of a tensor-parallel parameter."""
+    return type(placement).__name__ == "_StridedShard"
+
+
+def part_shape(tensor: DTensor) -> tuple[int, ...]:
+    """Return the shape of this rank's part, without autograd's notice."""
+    return tuple(tensor._local_tensor.shape)

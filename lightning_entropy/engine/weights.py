@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_entropy.engine import arithmetic as F
+from lightning_entropy.engine import shards
+from lightning_entropy.engine.torch_internals import version
 
 
 class Holds(Enum):
@@ -23,7 +25,10 @@ class Holds(Enum):
 
 @dataclass(eq=False)
 class Weight:
-    """The state of one parameter, in float32 or the parameter's own wider type."""
+    """The state of one parameter, in float32 or the parameter's own wider type.
+
+    Of a parameter that is sharded over ranks, all but itself is of this rank's part: plain tensors, whatever it is.
+    """
 
     param: Tensor
     anchor: Tensor
@@ -35,11 +40,25 @@ class Weight:
     replaced: bool = False  # x was, since the mean over replicas was started
     sent: Tensor | None = None  # the pseudo-gradient whose mean over replicas is under way
     fragment: int = 0  # with which it was sent
+    shown_version: int = 0  # of the parameter, when x was put into it
+    whole: Tensor | None = None  # see whole_anchor
+
+    @property
+    def value(self) -> Tensor:
+        """What the parameter holds, by reference: itself, or this rank's part of it."""
+        return shards.local(self.param)
+
+    @property
+    def whole_anchor(self) -> Tensor:
+        """The anchor x as the parameter is placed, always the same object: an optimizer's state is by it."""
+        if self.whole is None:
+            self.whole = self.anchor if self.param is self.value else shards.whole(self.anchor, self.param)
+        return self.whole
 
     @property
     def inner(self) -> Tensor:
         """The inner iterate y."""
-        return self.param.detach() if self.kept is None else self.kept
+        return self.value.detach() if self.kept is None else self.kept
 
     @property
     def mean(self) -> Tensor:
@@ -48,7 +67,7 @@ class Weight:
 
     def restart(self) -> None:
         """Set y and z to x."""
-        self.param.copy_(self.anchor)
+        self.value.copy_(self.anchor)
         self.average = self.kept = self.stand_in = None
 
 
@@ -72,8 +91,8 @@ def means_of(weights: Sequence[Weight]) -> list[Tensor]:
 
 def add_gradients(weights: Sequence[Weight], scale: Tensor | None) -> None:
     """Add the parameters' gradients, which are ``scale`` times too large, to their sums."""
-    grads = [w.param.grad for w in weights if w.param.grad is not None]
-    grads = [g.to_dense() if g.is_sparse else g for g in grads]
+    found = [shards.gradient_of(w.param) for w in weights]
+    grads = [g.to_dense() if g.is_sparse else g for g in found if g is not None]
     narrow = [i for i, (w, g) in enumerate(zip(weights, grads, strict=True)) if g.dtype != w.anchor.dtype]
     wide = F.copies([grads[i] for i in narrow], like=[weights[i].anchor for i in narrow])
     for i, g in zip(narrow, wide, strict=True):
@@ -147,7 +166,8 @@ class Weights:
         weight = self._weights.get(p)
         if weight is None:
             wide = torch.promote_types(p.dtype, torch.float32)
-            weight = Weight(p, p.detach().to(wide, copy=True, memory_format=torch.preserve_format))
+            start = shards.local(p).detach()
+            weight = Weight(p, start.to(wide, copy=True, memory_format=torch.preserve_format))
             self._weights[p] = weight
         return weight
 
@@ -167,7 +187,7 @@ class Weights:
         """Return x of a parameter that holds another value in training; None where it holds x, or what is shown."""
         if self.shown or p not in self._weights or self.holds not in (Holds.INNER, Holds.OTHER):
             return None
-        return self._weights[p].anchor
+        return shards.whole(self._weights[p].anchor, p)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -176,9 +196,9 @@ class Weights:
             self.adopt()
         elif self.at_rest:
             same = [w for w in self if w.anchor.dtype == w.param.dtype]
-            F.copy_([w.anchor for w in same], [w.param for w in same])
+            F.copy_([w.anchor for w in same], [w.value for w in same])
             narrow = [w for w in self if w.anchor.dtype != w.param.dtype]
-            F.copy_where_written_([w.anchor for w in narrow], [w.param for w in narrow])
+            F.copy_where_written_([w.anchor for w in narrow], [w.value for w in narrow])
             having = [(w.average, w.anchor) for w in self if w.average is not None]
             F.copy_([z for z, _ in having], [x for _, x in having])
 
@@ -199,14 +219,14 @@ class Weights:
             for w in self:
                 w.kept = w.anchor
         else:
-            for w, y in zip(self, F.copies([w.param for w in self]), strict=True):
+            for w, y in zip(self, F.copies([w.value for w in self]), strict=True):
                 w.kept = y
         self.holds = Holds.OTHER
 
     def take_back(self) -> None:
         """Put y back after :meth:`set_aside`."""
         now = Holds.INNER if self._apart else Holds.ANCHOR
-        kept = [(w.param, w.kept) for w in self if w.kept is not None]
+        kept = [(w.value, w.kept) for w in self if w.kept is not None]
         F.copy_([p for p, _ in kept], [y for _, y in kept])
         for w in self:
             w.kept = None
@@ -232,31 +252,44 @@ class Weights:
             return
         if held is Holds.INNER:
             # All copies before the first write: there may be no memory for them, and parameters may share theirs.
-            for w, y in zip(self, F.copies([w.param for w in self]), strict=True):
+            for w, y in zip(self, F.copies([w.value for w in self]), strict=True):
                 w.kept = y
-            F.copy_([w.param for w in self], [w.anchor for w in self])
+            F.copy_([w.value for w in self], [w.anchor for w in self])
         else:
             self.settle()
         self._before.append((before, held))
         self.holds = Holds.ANCHOR
         for w in self:
             if w.param in instead:
-                w.stand_in = instead[w.param]
-                w.param.copy_(w.stand_in)
+                w.stand_in = shards.part_of(instead[w.param], w.param)
+                w.value.copy_(w.stand_in)
                 self.holds = Holds.OTHER
+        self._note_versions()
 
     def adopt(self) -> None:
         """Take as the new x what was written into a parameter since it was shown; y and z restart there."""
         weights = list(self)
         shown = [w.anchor if w.stand_in is None else w.stand_in for w in weights]
-        changed = differ((w.param, value) for w, value in zip(weights, shown, strict=True))
+        changed = differ((w.value, value) for w, value in zip(weights, shown, strict=True))
+        # Ranks whose part is as it was follow those whose is not; they meet only where all of them have written.
+        touched = [w for w in weights if w.param is not w.value and version(w.param) != w.shown_version]
+        if touched:
+            flags = dict(zip(weights, changed, strict=True))
+            found = shards.anywhere([flags[w] for w in touched], [w.param for w in touched])
+            flags |= dict(zip(touched, found, strict=True))
+            changed = [flags[w] for w in weights]
         for w, new in zip(weights, changed, strict=True):
             if new:
-                w.anchor.copy_(w.param)
+                w.anchor.copy_(w.value)
                 w.average = w.kept = w.stand_in = w.sent = None
                 w.moved, w.replaced = False, True
         written = {w for w, new in zip(weights, changed, strict=True) if new}
         self.written += [name for name, w in self.named() if w in written]
+        self._note_versions()
+
+    def _note_versions(self) -> None:
+        for w in self:
+            w.shown_version = version(w.param)
 
     def hide(self) -> Holds | None:
         """Leave :meth:`show`; the outermost call puts y back, but where a new x was written.
@@ -272,7 +305,7 @@ class Weights:
         self.adopt()
         for w in self:
             if w.kept is not None or w.stand_in is not None:
-                w.param.copy_(w.anchor if w.kept is None else w.kept)
+                w.value.copy_(w.anchor if w.kept is None else w.kept)
             w.kept = w.stand_in = None
         self.holds = held
         return before
@@ -283,7 +316,7 @@ class Weights:
             self.settle()
         if self.holds is Holds.INNER and not self._before:
             for w in self:
-                w.param.copy_(w.anchor)
+                w.value.copy_(w.anchor)
         for w in self:
             w.kept = w.stand_in = None
         self._before = []
@@ -326,14 +359,14 @@ class Weights:
         for name, w in self.named():
             entry: dict[str, Any] = {}
             if anchor or w.anchor.dtype != w.param.dtype:
-                entry["anchor"] = w.anchor
+                entry["anchor"] = shards.whole(w.anchor, w.param)
             if self.tied:
-                entry |= {} if w.gradient is None else {"gradient": w.gradient}
+                entry |= {} if w.gradient is None else {"gradient": shards.whole(w.gradient, w.param)}
             elif self._begun:
-                entry |= {"moved": w.moved, "inner": w.inner}
-                entry |= {} if w.average is None else {"average": w.average}
-                entry |= {} if w.gradient is None else {"gradient": w.gradient}
-                entry |= {} if w.sent is None else {"sent": w.sent, "fragment": w.fragment}
+                entry |= {"moved": w.moved, "inner": shards.whole(w.inner, w.param)}
+                entry |= {} if w.average is None else {"average": shards.whole(w.average, w.param)}
+                entry |= {} if w.gradient is None else {"gradient": shards.whole(w.gradient, w.param)}
+                entry |= {} if w.sent is None else {"sent": shards.whole(w.sent, w.param), "fragment": w.fragment}
             entries[name] = entry
         return entries
 
@@ -357,31 +390,33 @@ class Weights:
             self.adopt()
             for w in self:
                 if w.stand_in is not None:
-                    w.param.copy_(w.anchor)
+                    w.value.copy_(w.anchor)
             self.holds = Holds.ANCHOR
         self._weights = {}
         apart = False
         for name, entry in entries.items():
             p = by_name[name]
-            if "anchor" in entry:
-                p.copy_(entry["anchor"])
+            parts = {k: shards.part_of(t, p) for k, t in entry.items() if isinstance(t, Tensor)}
+            if "anchor" in parts:
+                shards.local(p).copy_(parts["anchor"])
             w = self.track(p)
-            if "anchor" in entry:
-                w.anchor.copy_(entry["anchor"])
+            if "anchor" in parts:
+                w.anchor.copy_(parts["anchor"])
             w.moved = entry.get("moved", False)
             w.fragment = entry.get("fragment", 0)
             for key in ("average", "gradient", "sent"):
-                if key in entry:
-                    setattr(w, key, torch.empty_like(w.anchor).copy_(entry[key]))
-            if "inner" in entry:
+                if key in parts:
+                    setattr(w, key, torch.empty_like(w.anchor).copy_(parts[key]))
+            if "inner" in parts:
                 apart = True
                 if self._before:
-                    w.kept = torch.empty_like(p).copy_(entry["inner"])
+                    w.kept = torch.empty_like(w.value).copy_(parts["inner"])
                 else:
-                    p.copy_(entry["inner"])
+                    w.value.copy_(parts["inner"])
         now = Holds.INNER if apart else Holds.ANCHOR
         if self._before:
             self._before[0] = (before or now, now)
+            self._note_versions()
         else:
             self.holds = now
 

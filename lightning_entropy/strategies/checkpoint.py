@@ -168,6 +168,7 @@ class ReplicaFiles:
         path: Any,
         storage_options: Any = None,
         alone: bool = False,
+        sharded: bool = False,
     ) -> None:
         """Write the ranks' files, then the main one.
 
@@ -179,16 +180,17 @@ class ReplicaFiles:
             path: of the main file.
             storage_options: for ``io``.
             alone: other ranks may not be saving, or not at this step: what there is stays as it is.
+            sharded: a replica's ranks share nothing.
         """
         self._saves += 1  # the same on all ranks, so the token needs no message
         step = checkpoint.get("global_step")  # of a Trainer
         token = f"{self._run}-{self._saves}-{step if isinstance(step, int) else 0}"
         name = self._grid.file
-        own = own if self._grid.position == 0 else {key: own[key] for key in OF_A_RANK if key in own}
+        own = own if sharded or self._grid.position == 0 else {key: own[key] for key in OF_A_RANK if key in own}
         stage({"token": token, "replica": name, **own}, path, name, token)
         self._barrier()
         if self._grid.rank == 0:
-            grid = {"replicas": self._grid.replicas, "data_parallel": self._grid.data_parallel}
+            grid = {"replicas": self._grid.replicas, "data_parallel": self._grid.data_parallel, "sharded": sharded}
             save_whole(io, {**checkpoint, KEY: {**grid, "token": token, **info}}, path, storage_options)
         self._barrier()
         if not alone and type(io) is TorchCheckpointIO:
@@ -200,7 +202,9 @@ class ReplicaFiles:
         self._last[str(path)] = token
 
 
-def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool | None) -> dict[str, Any] | None:
+def load(
+    checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool | None, *, sharded: bool = False
+) -> dict[str, Any] | None:
     """Read this rank's part of a checkpoint that has replicas. A collective.
 
     Args:
@@ -208,6 +212,7 @@ def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool |
         path: the main file.
         grid: where this rank stands.
         weights_only: as for ``torch.load``.
+        sharded: this rank has shards.
 
     Returns:
         The rank's own state, or ``{"counters": ...}`` if all start from the consensus, with a warning that says why;
@@ -224,6 +229,14 @@ def load(checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool |
     start = "all of them start from the consensus, with the momentum of the first"
     if info["replicas"] != grid.replicas:
         rank_zero_warn(f"{path} has {info['replicas']} replicas, and there are {grid.replicas}: {start}")
+        return counters
+    was_sharded, ranks = info.get("sharded", False), info.get("data_parallel", 1)
+    if (was_sharded or sharded) and (was_sharded, ranks) != (sharded, grid.data_parallel):
+        then, now = (
+            f"{'shards' if s else 'whole weights'} of {n} ranks each"
+            for s, n in ((was_sharded, ranks), (sharded, grid.data_parallel))
+        )
+        rank_zero_warn(f"{path} has replicas with {then}, and here they have {now}: {start}")
         return counters
     # Version 0.1 wrote a file a replica; with another number of ranks, what a rank had of its own has no heir.
     names = [f"{grid.replica}"]

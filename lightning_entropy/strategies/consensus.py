@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_entropy.engine.module_loops import ModuleLoops
+from lightning_entropy.engine.shards import whole
 from lightning_entropy.strategies.exchange import Coupling
 
 
@@ -114,7 +115,7 @@ class Consensus:
             if coupling.round is not None:
                 coupling.round.advance()  # others may be waiting for it, and would not come here before it arrives
         params = [p for loop in self._loops.loops for p in loop.params]
-        values = [x for loop in self._loops.loops for x in loop.anchor]
+        values = [x for loop in self._loops.loops for x in loop.anchor_parts]
         if self._every:
             rest = [p for p in self._module.parameters() if p not in set(params)]
             params, values = [*params, *rest], [*values, *(p.detach() for p in rest)]
@@ -129,7 +130,8 @@ class Consensus:
         ]
         self._good_buffers = good
         self._mend(dict(zip(params, means, strict=False)))
-        return list(zip([*params, *buffers], [*means[:n], *good], strict=True))
+        shown = [whole(m, p) for m, p in zip(means, params, strict=False)]
+        return list(zip([*params, *buffers], [*shown, *good], strict=True))
 
     def _mend(self, means: Mapping[Tensor, Tensor]) -> None:
         """Start what is not finite on this replica again: y at its x or else the mean, and buffers at the mean."""
@@ -137,7 +139,7 @@ class Consensus:
         assert self._mean is not None
         loops = self._loops.loops
         lost = [not all(w.inner.isfinite().all() for w in loop.weights) for loop in loops]
-        gone = [not all(x.isfinite().all() for x in loop.anchor) for loop in loops]
+        gone = [not all(x.isfinite().all() for x in loop.anchor_parts) for loop in loops]
         flags = self._mean.links.any_inside([*lost, *gone])
         for loop, y_is_lost, x_is_lost in zip(loops, flags, flags[len(loops) :], strict=False):
             if y_is_lost or x_is_lost:
@@ -160,8 +162,8 @@ class Consensus:
                 return []
             means = {id(x): mean for x, mean in given}
             pairs += [
-                (p, means[id(x)])
-                for p, x in zip(loop.params, loop.anchor, strict=True)
+                (p, whole(means[id(x)], p))
+                for p, x in zip(loop.params, loop.anchor_parts, strict=True)
                 if id(x) in means and not (p in loop.weights and loop.weights[p].replaced)
             ]
         return pairs

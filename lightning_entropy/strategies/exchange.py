@@ -31,15 +31,20 @@ class Links:
         replicas: R, rows of the grid; rank = replica * D + position.
         data_parallel: D, ranks of one replica.
         timeout: after which waiting for a rank that does not answer is an error.
+        sharded: the ranks of a replica have different weights, each its shards, rather than the same.
     """
 
-    def __init__(self, replicas: int, data_parallel: int, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self, replicas: int, data_parallel: int, timeout: timedelta | None = None, *, sharded: bool = False
+    ) -> None:
         rows = [[r * data_parallel + d for d in range(data_parallel)] for r in range(replicas)]
         self.across = own_group([list(column) for column in zip(*rows, strict=True)], timeout)
         self.inside = own_group(rows, timeout) if data_parallel > 1 else None
         self.replicas, self.data_parallel = replicas, data_parallel
         self.position = dist.get_rank() % data_parallel
         self.by_host = dist.get_backend(self.across) == "gloo"
+        self.shares = self.inside is not None and not sharded  # each rank exchanges a part of what all of them have
+        self.sharded = self.inside is not None and sharded
 
     def any_inside(self, flags: Sequence[bool]) -> list[bool]:
         """Return which of the flags are set on any rank of this replica. A collective of the replica."""
@@ -48,6 +53,14 @@ class Links:
         agreed = torch.tensor([float(flag) for flag in flags], device="cpu" if self.by_host else "cuda")
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.inside)
         return [value > 0 for value in agreed.tolist()]
+
+    def sum_inside(self, value: Tensor) -> Tensor:
+        """Return the sum over the shards of this replica. A collective of it, where it has some."""
+        if not self.sharded:
+            return value
+        total = value.detach().to("cpu" if self.by_host else "cuda", copy=True)
+        dist.all_reduce(total, group=self.inside)
+        return total.to(value.device)
 
     def close(self) -> None:
         """Destroy the groups."""
@@ -268,7 +281,8 @@ class Round:
         coupling.spread = None if coupling.distance is None else (squares / counts[0]) ** 0.5
         if self._judged and self.finite:
             squared = [(t.detach() - m).square().sum() for t, m in zip(self._judged, means, strict=False)]
-            coupling.distance = torch.stack(squared).sum() / sum(t.numel() for t in self._judged)
+            total, count = torch.stack(squared).sum(), sum(t.numel() for t in self._judged)
+            coupling.distance = coupling.links.sum_inside(total) / coupling.links.sum_inside(torch.tensor(float(count)))
         return means
 
     def _spread_out(self, counts: list[float], like: Tensor) -> Tensor:
@@ -278,6 +292,8 @@ class Round:
     def _part(self, flat: Tensor) -> Tensor:
         """Return this rank's part of its replica's values, on the device they are sent from."""
         links = self._coupling.links
+        if not links.shares:
+            return flat.to("cpu" if links.by_host else flat.device)
         size = -(-flat.numel() // links.data_parallel)
         padded = torch.nn.functional.pad(flat, (0, size * links.data_parallel - flat.numel()))
         return padded[links.position * size : (links.position + 1) * size].to("cpu" if links.by_host else flat.device)
@@ -285,7 +301,7 @@ class Round:
     def _whole(self, part: Tensor) -> Tensor:
         """Gather the parts of the replica's ranks."""
         links = self._coupling.links
-        if links.inside is None:
+        if not links.shares:
             return part
         parts = [torch.empty_like(part) for _ in range(links.data_parallel)]
         dist.all_gather(parts, part, group=links.inside)

@@ -11,6 +11,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.outer_rules import OuterFactory
+from lightning_entropy.engine.shards import is_sharded
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies import checkpoint as replica_files
@@ -116,7 +117,16 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         return super().distributed_sampler_kwargs if self.options.data == "shard" else own_order(self.grid)
 
     def setup_module(self, module: Module) -> Any:
-        """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
+        """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients.
+
+        Raises:
+            ValueError: the module's parameters are sharded.
+        """
+        if is_sharded(module.parameters()):
+            raise ValueError(
+                f"parameters must not be sharded for {type(self).__name__}, got a DTensor: for sharded replicas use "
+                "the Trainer with ElasticEntropyStrategy"
+            )
         initialize(module, self.grid, self._base_seed, apart=self.options.independent_init)
         if self._inside is None:
             without_gradient_sync(self)

@@ -88,6 +88,11 @@ def confine_sync_batchnorm(strategy: DDPStrategy, group: dist.ProcessGroup | Non
         strategy._layer_sync = None if group is None else GroupSyncBatchNorm(group)
 
 
+def start_method(strategy: DDPStrategy) -> str:
+    """Return how processes are started, where none were from outside: ``DDPStrategy`` keeps it in ``_start_method``."""
+    return strategy._start_method
+
+
 def set_device_mesh(module: LightningModule, mesh: dist.DeviceMesh) -> None:
     """Set what ``LightningModule.device_mesh`` returns, as Lightning's own strategies do."""
     module._device_mesh = mesh

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_entropy.engine.formats import check_format
 from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.engine.outer_rules import OuterFactory
+from lightning_entropy.engine.shards import is_sharded
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
@@ -70,6 +71,7 @@ class ReplicaLoops:
         self._format: Format = communication_dtype
         self._overlap = overlap
         self._links: list[Links] = []
+        self._sharded = is_sharded(p for o in optimizers for group in o.param_groups for p in group["params"])
         # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
         self._mean: Coupling | None = None
         if grid.replicas > 1:
@@ -103,7 +105,7 @@ class ReplicaLoops:
         )
 
     def _open(self) -> Links:
-        links = Links(self._grid.replicas, self._grid.data_parallel, self._exchange_timeout)
+        links = Links(self._grid.replicas, self._grid.data_parallel, self._exchange_timeout, sharded=self._sharded)
         self._links.append(links)
         return links
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from lightning_entropy.strategies.lightning_internals import reset_method
@@ -59,8 +60,11 @@ def initialize_apart(module: Module, seed: int) -> None:
 
 
 def sync_weights(module: Module) -> None:
-    """Overwrite parameters and buffers with rank 0's, in one message a device. A collective of the whole world."""
-    tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
+    """Overwrite parameters and buffers with rank 0's, in one message a device. A collective of the whole world.
+
+    Shards are left as they are: of those rank 0 has its own alone.
+    """
+    tensors = [t.detach() for t in (*module.parameters(), *module.buffers()) if not isinstance(t, DTensor)]
     for device in dict.fromkeys(t.device for t in tensors):
         here = [t for t in tensors if t.device == device]
         # As bytes: gloo does not know every dtype.

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.outer_rules import OuterFactory
+from lightning_entropy.engine.shards import Gathered, is_sharded
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies import checkpoint as replica_files
@@ -28,6 +29,7 @@ from lightning_entropy.strategies.lightning_internals import (
     put_last,
     restore_from,
     set_device_mesh,
+    start_method,
     timeout,
     wrap_in_group,
 )
@@ -36,6 +38,15 @@ from lightning_entropy.strategies.options import ReplicaOptions, register
 from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.replica_ddp import Moment, ReplicaDDPStrategy
+from lightning_entropy.strategies.sharding import (
+    check_sharding,
+    gathered,
+    module_state,
+    optimizer_state,
+    own_parts,
+    sync_shards,
+    with_shards,
+)
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.stopping import JointStop
 from lightning_entropy.strategies.torchft.assembly import Assembly
@@ -98,6 +109,12 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     largest exchange so far) and ``entropy/seconds_waited`` (per training step, for exchanges to arrive; on CUDA, as
     seen by the host).
 
+    A replica of several ranks is DDP over them, or sharded by FSDP2: where the module's ``configure_model`` calls
+    ``fully_shard(layer, mesh=self.device_mesh["data_parallel"])`` for layers and for the whole (``device_mesh`` is None
+    outside of a fit, where nothing is to be sharded). Then each rank exchanges its own shards. The main checkpoint has
+    whole weights, gathered on the first rank, and every rank's shards are in a file of its own; with other numbers of
+    ranks training goes on from the consensus. After an exception nothing is saved, as it would take all ranks.
+
     Saving is a collective, so it does not belong in a signal handler: on SLURM, use
     ``SLURMEnvironment(auto_requeue=False)``.
 
@@ -106,7 +123,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
 
     Args:
         relaxation: the method; None: ``parle()``.
-        replicas: R, which divides the number of processes; each replica is then DDP over the others' share of it.
+        replicas: R, which divides the number of processes; each replica is then DDP, or FSDP2, over its share of them.
             ``"auto"``: every process is one.
         data: ``"all"``: every replica sees the whole training set in its own order, as in Parle. ``"shard"``: each
             sees a different R-th of every epoch. Loaders with a distributed sampler of their own are left alone.
@@ -129,7 +146,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
         TypeError: ``relaxation`` is not one.
         MisconfigurationException: at the start of fit: replicas that do not divide the processes; another owner of the
-            loop, or a weight-averaging callback.
+            loop, or a weight-averaging callback; parameters that are sharded over other ranks than their replica's.
 
     References:
         Chaudhari et al., Parle, 2017, arXiv:1707.00424; Zhang et al., Elastic averaging SGD, NeurIPS 2015,
@@ -304,8 +321,19 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
         assert self.lightning_module is not None
         apart = self.options.independent_init and not self._resumed
+        sharded = check_sharding(
+            self.lightning_module,
+            self.options,
+            self.grid,
+            start_method=start_method(self),
+            precision=self._trainer.precision,
+        )
         initialize(self.lightning_module, self.grid, self._base_seed, apart=apart)
-        if self.grid.data_parallel > 1:
+        if sharded:
+            assert self.lightning_module.device_mesh is not None
+            across = self.lightning_module.device_mesh.get_group("replica")
+            sync_shards(self.lightning_module, across, self.grid.position)
+        elif self.grid.data_parallel > 1:
             wrap_in_group(self, self._inside)
             super().configure_ddp()
 
@@ -352,15 +380,17 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         rank_zero_info(f"{type(self).__name__}: {self.options.describe(self.grid)}")
         if self._restored is None:
             return
-        self._loops.load_state_dict(self._restored)
-        if "method" in self._restored:
-            check_method(self._restored, self._method(), self.options.seed)
-        if self._restored.get("mid_epoch"):
+        restored, self._restored = self._restored, None
+        if self._sharded:
+            restored = with_shards(restored, dict(self.lightning_module.named_parameters()))
+        self._loops.load_state_dict(restored)
+        if "method" in restored:
+            check_method(restored, self._method(), self.options.seed)
+        if restored.get("mid_epoch"):
             # Making the loader's iterator has drawn a number, as it did at the start of the interrupted epoch.
-            set_rng_state(self._restored["rng"])
+            set_rng_state(restored["rng"])
         else:
-            self._epoch_rng = self._restored.get("rng")
-        self._restored = None
+            self._epoch_rng = restored.get("rng")
 
     def _method(self) -> dict[str, Any]:
         """Return what a resumed run should have in common with this one, as plain values."""
@@ -536,6 +566,12 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self._leaving and not dist.is_initialized():
             return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         state = self._left if self._loops is None else self._replica_state(self._loops)
+        sharded, parts = self._sharded, {k: v for k, v in checkpoint.items() if k not in COMMON}
+        if sharded and self._trainer.interrupted:
+            rank_zero_warn(f"{filepath} is not written after an exception: its weights are shards of several ranks")
+            return
+        if sharded and self.grid.replica == 0:
+            checkpoint = gathered(checkpoint, keep=self.is_global_zero)
         if state is None or self._files is None or "optimizer_states" not in checkpoint:
             if self._writes:
                 replica_files.save_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
@@ -545,14 +581,19 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             return
         if self.options.elastic:
             if self._writes:
-                parts = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
-                replica_files.save_whole(self.checkpoint_io, {**checkpoint, **parts}, filepath, storage_options)
+                info = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
+                replica_files.save_whole(self.checkpoint_io, {**checkpoint, **info}, filepath, storage_options)
             return
-        own = {key: value for key, value in checkpoint.items() if key not in COMMON}
-        info = {"counters": ReplicaLoops.counters(state)}
-        whole = {"checkpoint": own, **state}
+        whole = {"checkpoint": parts, **state}
         self._files.save(
-            self.checkpoint_io, checkpoint, whole, info, filepath, storage_options, alone=self._trainer.interrupted
+            self.checkpoint_io,
+            checkpoint,
+            own_parts(whole) if sharded else whole,
+            {"counters": ReplicaLoops.counters(state)},
+            filepath,
+            storage_options,
+            alone=self._trainer.interrupted,
+            sharded=sharded,
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -566,12 +607,31 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
                 info = checkpoint.pop(replica_files.KEY, None)
                 self._restored = None if info is None else {"counters": info["counters"]}
                 return checkpoint
-            self._restored = replica_files.load(checkpoint, checkpoint_path, self.grid, weights_only)
+            self._restored = replica_files.load(
+                checkpoint, checkpoint_path, self.grid, weights_only, sharded=self._sharded
+            )
             checkpoint.update((self._restored or {}).pop("checkpoint", {}))
         return checkpoint
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether the module's parameters are shards: seen when FSDP2 has none of them gathered."""
+        assert self.lightning_module is not None
+        Gathered(self.lightning_module).drop()
+        return is_sharded(self.lightning_module.parameters())
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, of which the file has the whole."""
+        assert self.lightning_module is not None
+        if self._sharded:
+            checkpoint = {"state_dict": module_state(checkpoint["state_dict"], self.lightning_module)}
+        super().load_model_state_dict(checkpoint, strict=strict)
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers, and the random state that they were saved with."""
+        if self._sharded:
+            states = zip(checkpoint["optimizer_states"], self.optimizers, strict=False)
+            checkpoint = {"optimizer_states": [optimizer_state(state, optimizer) for state, optimizer in states]}
         if self._restored is not None:
             check_loadable(self._restored, self.optimizers, checkpoint["optimizer_states"])
         super().load_optimizer_state_dict(checkpoint)

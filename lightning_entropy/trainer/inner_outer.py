@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -17,6 +17,7 @@ from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
+from lightning_entropy.trainer import sharded
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import log_outer_step, of_this_training, training_is_complete
 from lightning_entropy.trainer.resume import check_loadable, check_method, check_state, check_states, shapes_of
@@ -27,13 +28,13 @@ FORMAT = 1  # of InnerOuterCallback.state_dict()
 class InnerOuterCallback(Callback):
     """Run a :class:`Relaxation` on every optimizer of the Trainer: one training step is one inner step.
 
-    Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, and
-    DDP. The weights one keeps are the anchor x: validation, test, ``state_dict()`` and with it every kind of
-    checkpoint, and the module after fit or after an exception hold x. Only code that reads the parameters directly
-    between two training batches of an epoch may find y (with :class:`HeatSmoothing` it finds x there). What
-    ``load_state_dict()`` puts into the module, at any moment, or anyone while x is shown, is the new x. A checkpoint
-    loads without the callback, and one made without it loads with it. A second fit without ``ckpt_path`` starts at
-    t = 0, as it makes new optimizers.
+    Works with automatic and manual optimization, accumulation, clipping, every precision, compiled modules, DDP, and
+    ModelParallelStrategy (FSDP2, tensor-parallel plans), whose ranks compute on their shards. The weights one keeps are
+    the anchor x: validation, test, ``state_dict()`` and with it every kind of checkpoint, and the module after fit or
+    after an exception hold x. Only code that reads the parameters directly between two training batches of an epoch may
+    find y (with :class:`HeatSmoothing` it finds x there). What ``load_state_dict()`` puts into the module, at any
+    moment, or anyone while x is shown, is the new x. A checkpoint loads without the callback, and one made without it
+    loads with it. A second fit without ``ckpt_path`` starts at t = 0, as it makes new optimizers.
 
     When training ends in the middle of a loop, the loop is closed: its outer step comes early, before the last
     validation where the end is known by then (``max_steps``, ``max_epochs``), else when the last epoch ends. A
@@ -60,8 +61,8 @@ class InnerOuterCallback(Callback):
 
     Raises:
         TypeError: ``relaxation`` is not one, or ``outer`` makes no torch optimizer.
-        MisconfigurationException: at the start of fit: under FSDP, DeepSpeed or ModelParallel, whose parameters are
-            shards; beside another owner of the loop; where a parameter is in two optimizers.
+        MisconfigurationException: at the start of fit: under FSDP (the first) or DeepSpeed, which put parameters
+            together in tensors of their own; beside another owner of the loop; where a parameter is in two optimizers.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class InnerOuterCallback(Callback):
         self._resumed: dict[str, Any] = {}  # what this fit goes on from, until its first batch
         self._unclosed: list[dict[str, Any]] | None = None  # the loops' state before they were closed
         self._optimizer_states: list[Any] = []  # of the checkpoint that is being loaded
+        self._loaded_from: Any = None  # path of that checkpoint
         self._trains = True
         self._logged_at = 0  # global step
         self._outer_steps: list[int] = []  # before this batch
@@ -94,10 +96,11 @@ class InnerOuterCallback(Callback):
         """Refuse what cannot work, before anything is trained."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
-                f"strategy must keep whole parameters on every rank for {type(self).__name__} (a single device, ddp), "
-                f"got {type(trainer.strategy).__name__}"
+                f"strategy must keep parameters as tensors of their own for {type(self).__name__} (a single device, "
+                f"ddp, or ModelParallelStrategy with fully_shard), got {type(trainer.strategy).__name__}: to shard the "
+                "model, use ModelParallelStrategy, and call torch's fully_shard in the module's configure_model"
             )
         claim(trainer, self)
         self._validated_at, self._said = [], set()
@@ -117,6 +120,7 @@ class InnerOuterCallback(Callback):
         """
         if self.state_key in checkpoint.get("callbacks", {}):
             check_state(type(self).__name__, checkpoint["callbacks"][self.state_key], FORMAT)
+        self._loaded_from = trainer.ckpt_path
         self._optimizer_states = checkpoint.get("optimizer_states", [])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,7 +150,9 @@ class InnerOuterCallback(Callback):
         )
         self._loops.show()
         if self._state:
-            self._resumed, self._state = self._state, {}
+            params = dict(pl_module.named_parameters())
+            path = trainer.strategy.broadcast(self._loaded_from)
+            self._resumed, self._state = sharded.fetch(path, self._state, self.state_key, params), {}
             check_method(self._resumed, self._method(), self.seed)
             if len(self._resumed["loops"]) == len(trainer.optimizers):
                 self._loops.load_state_dict(self._resumed["loops"])
@@ -344,6 +350,10 @@ class InnerOuterCallback(Callback):
             **self.relaxation.describe(),
             "outer": None if outer is None else f"{outer.__module__}.{outer.__qualname__}",
         }
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make the state one that the strategy can save, where it has shards."""
+        sharded.put_away(trainer, checkpoint, self.state_key)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizers are there; in the middle of a fit, go back to it.

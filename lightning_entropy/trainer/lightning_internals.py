@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 
@@ -25,3 +26,8 @@ def without_iterator(loader: DataLoader[Any]) -> DataLoader[Any]:
     own = copy.copy(loader)
     own._iterator = None
     return own
+
+
+def saves_a_folder(strategy: ModelParallelStrategy) -> bool:
+    """Whether checkpoints are folders to which every rank writes its shards, or else files of the first rank."""
+    return strategy._save_distributed_checkpoint

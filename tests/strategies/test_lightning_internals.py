@@ -287,3 +287,7 @@ def test_handlers_that_are_not_lightnings_are_found(tmp_path: Path) -> None:
     finally:
         run._signal_connector.teardown()
         signal.signal(signal.SIGTERM, before)
+
+
+def test_how_processes_are_started() -> None:
+    assert internals.start_method(DDPStrategy(start_method="fork")) == "fork"

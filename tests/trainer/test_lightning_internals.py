@@ -6,8 +6,14 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_entropy.trainer.lightning_internals import before_batch_transfer, logger_step, without_iterator
+from lightning_entropy.trainer.lightning_internals import (
+    before_batch_transfer,
+    logger_step,
+    saves_a_folder,
+    without_iterator,
+)
 from tests.lightning_modules import LIGHTNING_WARNINGS, Pair, loader, trainer
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
@@ -64,3 +70,8 @@ def test_without_iterator_leaves_the_workers_of_the_original_alone() -> None:
     own = without_iterator(persistent)
     assert persistent._iterator is running
     assert iter(own) is not running
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_whether_a_strategy_saves_a_folder(distributed: bool) -> None:
+    assert saves_a_folder(ModelParallelStrategy(save_distributed_checkpoint=distributed)) is distributed

@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.arithmetic import Move
-from lightning_entropy.engine.gaussian import Source
+from lightning_entropy.engine.gaussian import Share, Source
 from lightning_entropy.engine.native.build import kernel
 from lightning_entropy.engine.noise import seed_of
 from lightning_entropy.engine.optimizer_hooks import has_foreign_hooks
@@ -49,7 +49,7 @@ class NativeStep:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        if any(p.is_cpu for p in params):
+        if any(p.device.type == "cpu" for p in params):
             kernel()
 
     def move_(self, move: Move) -> None:
@@ -59,7 +59,7 @@ class NativeStep:
         for i, (y, x) in enumerate(zip(move.params, move.anchors, strict=True)):
             z, k, s = None if move.averages is None else move.averages[i], move.stiffness[i], move.noise[i]
             taken = False
-            if not isinstance(k, Tensor) and not isinstance(s, Tensor):
+            if not isinstance(k, Tensor) and not isinstance(s, Tensor) and not _is_share(move.seeds, i):
                 taken = rows.take((y, x, z, None, None), *_NO_UPDATE, k / (1 + k), *_noise(s, move.seeds, i))
             if not taken:
                 left.append(i)
@@ -86,6 +86,8 @@ class NativeStep:
         for i, w in enumerate(weights):
             p, k, s, numbers = w.param, move.stiffness[i], move.noise[i], options[w.param]
             if p.grad is None or numbers is None or isinstance(k, Tensor) or isinstance(s, Tensor):
+                continue
+            if w.value is not p:  # a shard, whose gradient and momentum are shards as well
                 continue
             m = optimizer.state.get(p, {}).get("momentum_buffer") if numbers[2] else None
             if numbers[2] and m is None:
@@ -177,9 +179,16 @@ def _sgd_options(group: dict[str, Any]) -> tuple[float, float, float, float] | N
     return group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"])
 
 
+def _is_share(seeds: Sequence[Source] | None, i: int) -> bool:
+    """Whether a parameter's noise is part of another's: the kernel counts from a parameter's first weight."""
+    return seeds is not None and isinstance(seeds[i], Share)
+
+
 def _noise(scale: float, seeds: Sequence[Source] | None, i: int) -> tuple[float, int, int]:
     """Return the size of a parameter's noise and its two keys."""
     if seeds is None:
         return 0.0, 0, 0
-    first = seeds[i][0]
+    source = seeds[i]
+    assert not isinstance(source, Share)
+    first = source[0]
     return scale, first, seed_of(first, 1)
