@@ -1,4 +1,4 @@
-"""The documentation site: ``python -m sphinx -W -q -b html docs build/site``. Everything it needs is in the package's extra ``docs``.
+"""The documentation site: ``python -m sphinx -W --keep-going -q -b html docs build/site``, with the extra ``docs``.
 
 Pages are Markdown (MyST) that reads as well in a repository's viewer; the API comes from the docstrings. Nothing is
 fetched, neither when it is built nor when it is read: furo has its fonts and scripts with it.
@@ -36,8 +36,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 
-autodoc_typehints = "signature"
-autodoc_typehints_format = "short"
+autodoc_typehints = "none"  # the docstrings say type and range
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True

@@ -73,6 +73,7 @@ def test_the_citation_names_this_version_and_this_address() -> None:
     assert citation["version"] == version()
     assert citation["license"] == re.search(r'^license = "(.+)"', project, re.MULTILINE)[1]  # type: ignore[index]
     assert citation["repository-code"] == re.search(r'^Repository = "(.+)"', project, re.MULTILINE)[1]  # type: ignore[index]
+    assert f"version = {{{version()}}}" in (ROOT / "docs/citation.md").read_text()
     released = re.search(r"^## \[(\d.*)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released is not None
     assert released.groups() == (citation["version"], str(citation["date-released"]))

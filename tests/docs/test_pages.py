@@ -61,7 +61,6 @@ def test_a_preset_has_a_card(preset: str) -> None:
     for part in (f"# `{preset}`", "```text\n", "```python\n", "| helped |", "| did nothing", "| costs |"):
         assert part in card
     assert "**Known differences.**" in card and f".. autofunction:: {preset}\n" in card
-    assert f"le.{preset}(" in card or "callbacks=[le." in card or "strategy=" in card
     assert f"[`{preset}`]({preset}.md)" in (ROOT / "docs/methods/index.md").read_text()
 
 
@@ -71,14 +70,19 @@ def test_a_card_is_of_a_preset() -> None:
 
 @pytest.mark.parametrize("module", [le, diagnostics, pde], ids=lambda module: module.__name__)
 def test_every_public_name_is_in_the_api(module: object) -> None:
-    text = "\n".join(path.read_text() for path in [*(ROOT / "docs/api").glob("*.md"), *(ROOT / "docs/methods").glob("*.md")])
+    text = "\n".join(
+        path.read_text() for path in [*(ROOT / "docs/api").glob("*.md"), *(ROOT / "docs/methods").glob("*.md")]
+    )
     documented = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", text, re.MULTILINE))
     assert set(module.__all__) - documented == set()  # type: ignore[attr-defined]
 
 
 def test_every_message_of_the_questions_exists() -> None:
     """A heading that is a message, in code font, is text of the source: with ... where a value stands."""
-    source = "\n".join(strings(path) for path in (*sorted((ROOT / "lightning_entropy").rglob("*.py")), *sorted((ROOT / "recipes").rglob("*.py"))))
+    source = "\n".join(
+        strings(path)
+        for path in (*sorted((ROOT / "lightning_entropy").rglob("*.py")), *sorted((ROOT / "recipes").rglob("*.py")))
+    )
     messages = re.findall(r"^### `(.+)`$", (ROOT / "docs/faq.md").read_text(), re.MULTILINE)
     assert len(messages) >= 20
     for message in messages:
