@@ -1,10 +1,8 @@
 """The documentation says what the code does: its blocks run and print what they say, and nothing public is missing."""
 
 import ast
-import importlib
 import inspect
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
