@@ -2,9 +2,9 @@
 
 from importlib.util import find_spec
 
-# Of the extra; where one is missing, ``python -m recipes.<name>`` ends with this line and no traceback.
-_missing = [
-    n for n in ("torchvision", "sklearn", "matplotlib", "jsonargparse", "pytorch_optimizer") if not find_spec(n)
-]
+_missing = [name for name in ("torchvision", "sklearn", "matplotlib", "pytorch_optimizer") if not find_spec(name)]
 if _missing:
-    raise ModuleNotFoundError(f'the recipes need {", ".join(_missing)}: pip install -e ".[recipes]" in a checkout')
+    # Named after this package, python -m ends with the message; else with a traceback.
+    raise ModuleNotFoundError(
+        f'the recipes need {", ".join(_missing)}: pip install -e ".[recipes]" in a checkout', name="recipes"
+    )
