@@ -78,6 +78,7 @@ def test_a_gamma_with_which_the_weights_cannot_move_is_warned_of(gamma: Any) -> 
         fit(strategy=le.ElasticEntropyStrategy(le.parle(20, gamma=gamma)))
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 5.0, "auto", le.Pull(0.99), le.Scoping(0.01, 1e-3, limit=100.0)])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 9.9, "auto", le.Pull(0.99), le.Scoping(0.01, 1e-3, limit=100.0)])
 def test_a_gamma_that_leaves_room_or_says_its_share_is_not_warned_of(gamma: Any) -> None:
     fit(callbacks=[le.EntropySGD(gamma=gamma)])  # warnings are errors
+    fit(callbacks=[le.EntropySGD(1000, gamma=gamma)])

@@ -58,7 +58,8 @@ def warn_if_pinned(relaxation: Relaxation, optimizers: Sequence[Optimizer]) -> N
     if lr * gamma <= 0:
         return
     share = share_of(lr * gamma, relaxation.inner_steps)
-    if share > PINNED:
+    # Above k = 1, y is never as far from x as one update. In a long loop a weak spring has a large share, too.
+    if share > PINNED and lr * gamma > 1:
         rank_zero_warn(
             f"gamma = {gamma:g} at a learning rate of {lr:g} is a spring that takes back {share:.1%} of a loop's path, "
             "so the weights hardly move. gamma is a stiffness here, 1/gamma of Deep Relaxation and Parle; "
