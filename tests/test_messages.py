@@ -11,6 +11,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
+from lightning_entropy import plan
+from lightning_entropy.launch import __main__ as launch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*isinstance.treespec, LeafSpec.*:",
@@ -82,3 +84,22 @@ def test_a_gamma_with_which_the_weights_cannot_move_is_warned_of(gamma: Any) -> 
 def test_a_gamma_that_leaves_room_or_says_its_share_is_not_warned_of(gamma: Any) -> None:
     fit(callbacks=[le.EntropySGD(gamma=gamma)])  # warnings are errors
     fit(callbacks=[le.EntropySGD(1000, gamma=gamma)])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        (plan.main, ["--params", "124M"], "the following arguments are required: --link, --step"),
+        (plan.main, ["--params", "many", "--link", "1Gbit", "--step", "1s"], "a number of weights such as 124M"),
+        (launch.main, ["train.py"], "the following arguments are required: --replicas"),
+        (launch.main, ["--replicas", "2", "--min-replicas", "3", "train.py"], "must be at most --replicas"),
+    ],
+)
+def test_a_mistake_on_a_command_line_ends_in_two_lines(
+    command: Callable[[list[str]], Any], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(arguments)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2
+    assert words in said[1]
