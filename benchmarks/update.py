@@ -17,6 +17,7 @@ from functools import partial
 import pytorch_optimizer
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from tqdm import tqdm
 
 import lightning_entropy as le
 
@@ -116,20 +117,23 @@ def measure(shapes: list[tuple[int, ...]], rounds: int, repeats: int) -> dict[st
         for _ in range(PERIOD):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, (step, evaluations) in steps.items():
-            start = time.perf_counter()
-            for _ in range(PERIOD * repeats):
-                step()
-            times[name].append((time.perf_counter() - start) / (PERIOD * repeats * evaluations))
+    turns = [(name, *made) for _ in range(rounds) for name, made in steps.items()]
+    # A bar on a terminal alone, between the measurements.
+    for name, step, evaluations in tqdm(turns, unit="turn", leave=False, disable=None):
+        start = time.perf_counter()
+        for _ in range(PERIOD * repeats):
+            step()
+        times[name].append((time.perf_counter() - start) / (PERIOD * repeats * evaluations))
     return times
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of all steps in turn (default: 15)")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds must be >= 1, got {args.rounds}")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n"
     )
@@ -141,7 +145,7 @@ def main() -> None:
         print("| step | ms per gradient | ratio | quartiles |\n| --- | --- | --- | --- |")
         for name, values in times.items():
             ratios = [v / u for v, u in zip(values, unit, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
             print(f"| {name} | {1e3 * statistics.median(values):.2f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
         print()
 

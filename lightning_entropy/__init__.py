@@ -29,7 +29,7 @@ from lightning_entropy.trainer.batchnorm import RefreshBatchNorm
 from lightning_entropy.trainer.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing
 from lightning_entropy.trainer.inner_outer import InnerOuterCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ElasticEntropyFabricStrategy",

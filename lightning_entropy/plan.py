@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_entropy.plan",
+        usage="%(prog)s --params N --link RATE --step TIME [options; --help lists them]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

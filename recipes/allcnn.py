@@ -75,5 +75,6 @@ def _block(before: int, after: int, kernel: int, stride: int = 1) -> tuple[nn.Mo
 
 if __name__ == "__main__":
     from recipes.cli import main
+    from recipes.messages import run
 
-    main()
+    run(main)

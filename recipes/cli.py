@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
@@ -19,7 +19,22 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lightning_entropy  # noqa: F401  registers the strategies, so that a config can name them
 from recipes.classifier import Classifier
 from recipes.data import ImageData
+from recipes.messages import explain
 from recipes.predictions import WritePredictions
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's, whose errors have no usage above them and name what was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the process with the message.
+
+        Raises:
+            SystemExit: with status 2; or jsonargparse's own error, for whoever has asked for it.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, explain(message, getattr(ex, "subcommand_parser", None) or self))
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -99,6 +114,7 @@ def main(args: ArgsType = None) -> RecipeCLI:
         Classifier,
         ImageData,
         args=args,
+        parser_class=Parser,
         seed_everything_default=0,
         # A rerun into the same folder keeps the newer config.
         save_config_kwargs={"overwrite": True},

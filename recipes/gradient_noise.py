@@ -25,6 +25,7 @@ from lightning_entropy.diagnostics import GradientNoiseResult, gradient_noise
 from recipes.allcnn import AllCNN
 from recipes.data import ImageData
 from recipes.limits import argument
+from recipes.messages import Parser, run
 
 
 class SmallAllCNN(L.LightningModule):
@@ -92,7 +93,9 @@ class AtShares(L.Callback):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "python -m recipes.gradient_noise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data", help="where the images are or go")
     parser.add_argument("--source", default="cifar10", help="of recipes.data.ImageData")
     parser.add_argument("--images", type=argument(int, 1, 10**7), help="to train on; default all")
@@ -138,4 +141,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

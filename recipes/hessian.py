@@ -17,6 +17,7 @@ from torchvision import datasets
 
 from lightning_entropy.diagnostics import HessianResult, hessian_spectrum
 from recipes.limits import argument
+from recipes.messages import Parser, run
 
 
 def lenet(*, small: bool = False) -> nn.Module:
@@ -93,7 +94,9 @@ def study(options: argparse.Namespace, *, small: bool) -> HessianResult:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "python -m recipes.hessian", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the images are or go")
     parser.add_argument("--data", choices=("FashionMNIST", "MNIST"), default="FashionMNIST", help="the images")
     parser.add_argument("--images", type=argument(int, 1, 60_000), default=10_000, help="to train on")
@@ -119,4 +122,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

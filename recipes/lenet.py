@@ -58,5 +58,6 @@ class LeNet(nn.Module):
 
 if __name__ == "__main__":
     from recipes.cli import main
+    from recipes.messages import run
 
-    main()
+    run(main)

@@ -8,7 +8,6 @@ rows. Every method gets the same number of gradient evaluations, the same learni
 treatment.
 """
 
-import argparse
 import logging
 import time
 import warnings
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 import lightning_entropy as le
 from recipes.limits import argument
+from recipes.messages import Parser, run
 
 METHODS = {
     "SGD": list,
@@ -40,6 +40,13 @@ METHODS = {
 SIGMAS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 SHARPNESS_AT = 0.3
 COLORS = dict(zip(METHODS, ["#4d4d4d", "#0072b2", "#d55e00", "#009e73"], strict=True))  # Okabe and Ito's palette
+
+READING = """
+Picture: {picture}
+
+Test error and loss: smaller is better. Loss rise: of the training loss when every weight is moved by noise; smaller is
+flatter. A difference within the standard deviations is chance. Next: docs/choose.md says which method when, and
+recipes/README.md has longer comparisons."""
 
 
 class ConvNet(L.LightningModule):
@@ -236,7 +243,9 @@ def picture(results: dict[str, Rows]) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description="SGD against three smoothings of the loss, on a small conv net.")
+    parser = Parser(
+        "python -m recipes.quickstart", description="SGD against three smoothings of the loss, on a small conv net."
+    )
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--root", default="data", help="folder of the data sets (fashion-mnist)")
     parser.add_argument(
@@ -257,8 +266,8 @@ def main(argv: list[str] | None = None) -> None:
                 train(name, data, seed, args.epochs, rows, bar)
     print(f"\n{args.data}, {args.epochs} epochs, {args.seeds} seeds (mean ± standard deviation)\n\n{table(results)}")
     picture(results).savefig(args.out, dpi=150)
-    print(f"\nPicture: {args.out}")
+    print(READING.format(picture=args.out))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -101,5 +101,6 @@ class Block(nn.Module):
 
 if __name__ == "__main__":
     from recipes.cli import main
+    from recipes.messages import run
 
-    main()
+    run(main)

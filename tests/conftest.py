@@ -91,6 +91,7 @@ NAMES = {
     "slow": {
         "test_a_finder_in_a_later_epoch_leaves_no_trace",
         "test_a_loop_is_its_model",
+        "test_a_page_prints_what_it_says",
         "test_a_resume_goes_on_as_if_it_had_not_been_closed",
         "test_every_callback_can_be_written_in_a_yaml_file",
         "test_every_flavour_of_checkpoint_has_x",

@@ -1,5 +1,6 @@
 """The likeliest mistakes of a first contact: each message says what is wrong and what to write instead."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
+from lightning_entropy import plan
+from lightning_entropy.launch import __main__ as launch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*isinstance.treespec, LeafSpec.*:",
@@ -43,16 +47,59 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: le.relax(optimizer(), le.entropy_sgd), r"got entropy_sgd: call the preset, as in entropy_sgd\(\)"),  # type: ignore[arg-type]
     (lambda: le.ElasticEntropyStrategy(le.parle), r"got parle: call the preset, as in parle\(\)"),  # type: ignore[arg-type]
     (lambda: le.InnerOuterCallback(le.HeatSmoothing()), "got HeatSmoothing: HeatSmoothing has one"),  # type: ignore[arg-type]
+    (lambda: fit(callbacks=[le.EntropySGD]), r"^EntropySGD is a class .*write callbacks=\[EntropySGD\(...\)\]"),
+    (lambda: fit(callbacks=[le.EntropySGD(), le.HamiltonJacobi()]), "got EntropySGD and HamiltonJacobi: remove one"),
     (lambda: le.relax(optimizer(), 3), "relaxation must be a Relaxation such as entropy_sgd\\(\\), got int$"),  # type: ignore[arg-type]
 ]
 
 
 @pytest.mark.parametrize(("mistake", "message"), MISTAKES)
 def test_a_mistake_is_told_with_what_to_write_instead(mistake: Callable[[], Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError, AttributeError), match=message):
+    with pytest.raises((ValueError, TypeError, AttributeError, MisconfigurationException), match=message):
         mistake()
 
 
 def test_a_relaxation_has_no_attributes_beyond_its_own() -> None:
     with pytest.raises(AttributeError, match="'Relaxation' object has no attribute 'gama'"):
         le.entropy_sgd().gama  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_a_class_in_the_place_of_a_callback_leaves_the_class_as_it_is() -> None:
+    assert le.EntropySGD().state_key == "EntropySGD"
+    assert not hasattr(le.EntropySGD, "state_key")
+    assert next(iter(inspect.signature(le.EntropySGD).parameters)) == "inner_steps"
+
+
+@pytest.mark.parametrize("gamma", [100.0, le.Scoping(100.0, 1e-3)])
+def test_a_gamma_with_which_the_weights_cannot_move_is_warned_of(gamma: Any) -> None:
+    # BoringModel's learning rate is 0.1: k = 10, and L = 20 steps end at a tenth of one step, 1/200 of the path.
+    words = r"gamma = 100 at a learning rate of 0.1 is a spring that takes back 99.5% of a loop's path.*1/gamma of"
+    with pytest.warns(UserWarning, match=words):
+        fit(callbacks=[le.EntropySGD(gamma=gamma)])
+    with pytest.warns(UserWarning, match=words):
+        fit(strategy=le.ElasticEntropyStrategy(le.parle(20, gamma=gamma)))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 9.9, "auto", le.Pull(0.99), le.Scoping(0.01, 1e-3, limit=100.0)])
+def test_a_gamma_that_leaves_room_or_says_its_share_is_not_warned_of(gamma: Any) -> None:
+    fit(callbacks=[le.EntropySGD(gamma=gamma)])  # warnings are errors
+    fit(callbacks=[le.EntropySGD(1000, gamma=gamma)])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        (plan.main, ["--params", "124M"], "the following arguments are required: --link, --step"),
+        (plan.main, ["--params", "many", "--link", "1Gbit", "--step", "1s"], "a number of weights such as 124M"),
+        (launch.main, ["train.py"], "the following arguments are required: --replicas"),
+        (launch.main, ["--replicas", "2", "--min-replicas", "3", "train.py"], "must be at most --replicas"),
+    ],
+)
+def test_a_mistake_on_a_command_line_ends_in_two_lines(
+    command: Callable[[list[str]], Any], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(arguments)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2
+    assert words in said[1]

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = argparse.ArgumentParser(
         prog="python -m lightning_entropy.launch",
+        usage="%(prog)s --replicas N [options; --help lists them] train.py ARGS",
         description="Train replicas that come and go on this machine. One that dies is started again.",
     )
     found.add_argument("--replicas", type=at_least_one, required=True, help="how many")

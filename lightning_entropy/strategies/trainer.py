@@ -54,7 +54,7 @@ from lightning_entropy.strategies.torchft.internals import check_installed
 from lightning_entropy.strategies.torchft.join import PEER, join, lighthouse_address
 from lightning_entropy.strategies.torchft.status import report
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
-from lightning_entropy.trainer.progress import training_is_complete
+from lightning_entropy.trainer.progress import training_is_complete, warn_if_pinned
 from lightning_entropy.trainer.resume import check_loadable, check_method
 
 SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
@@ -365,6 +365,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         self._joins = None
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
+        warn_if_pinned(self.options.relaxation, self.optimizers)
         self._loops = replica_loops(
             self.lightning_module,
             self.optimizers,

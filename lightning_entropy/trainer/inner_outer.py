@@ -19,10 +19,26 @@ from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer import sharded
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
-from lightning_entropy.trainer.progress import log_outer_step, of_this_training, training_is_complete
+from lightning_entropy.trainer.progress import (
+    log_outer_step,
+    of_this_training,
+    training_is_complete,
+    warn_if_pinned,
+)
 from lightning_entropy.trainer.resume import check_loadable, check_method, check_state, check_states, shapes_of
 
 FORMAT = 1  # of InnerOuterCallback.state_dict()
+
+
+class StateKey:
+    """The state key, which Lightning asks every callback for first; a class in the place of one says what to write."""
+
+    def __get__(self, callback: Callback | None, owner: type) -> str:
+        """Return the class's name, as Lightning's own does."""
+        if callback is None:
+            name = owner.__name__
+            raise AttributeError(f"{name} is a class and no callback yet: write callbacks=[{name}(...)]")
+        return owner.__qualname__
 
 
 class InnerOuterCallback(Callback):
@@ -64,6 +80,8 @@ class InnerOuterCallback(Callback):
         MisconfigurationException: at the start of fit: under FSDP (the first) or DeepSpeed, which put parameters
             together in tensors of their own; beside another owner of the loop; where a parameter is in two optimizers.
     """
+
+    state_key = StateKey()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -138,6 +156,7 @@ class InnerOuterCallback(Callback):
         """Attach: the first moment at which everything is restored and on its device."""
         seed = trainer.strategy.broadcast(initial_seed() if self.seed is None else self.seed)
         check_optimizers(pl_module, trainer.optimizers)
+        warn_if_pinned(self.relaxation, trainer.optimizers)
         self._loops = ModuleLoops(
             pl_module,
             trainer.optimizers,

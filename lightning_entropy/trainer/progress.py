@@ -1,11 +1,15 @@
 """Where a Trainer stands: how long it trains, whether a batch was the last, and at which step it logs."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
+from lightning_entropy.methods.pull import Pull, share_of
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.trainer import lightning_internals
 
@@ -34,6 +38,34 @@ def of_this_training(relaxation: Relaxation, trainer: Trainer) -> Relaxation:
             f"in {relaxation}"
         )
     return relaxation.over(steps)
+
+
+PINNED = 0.95  # of a loop's path taken back, above which y hardly leaves x
+
+
+def warn_if_pinned(relaxation: Relaxation, optimizers: Sequence[Optimizer]) -> None:
+    """Warn of a gamma with which y hardly leaves x: usually a time from a paper, where a stiffness is asked for.
+
+    Args:
+        relaxation: the method; a :class:`Pull` says its share itself.
+        optimizers: whose learning rates count, those that they begin with.
+    """
+    if not (relaxation.has_anchor and relaxation.reset) or relaxation.coupled or isinstance(relaxation.gamma, Pull):
+        return
+    gamma = relaxation.at(0).gamma
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    lr = max((float(group.get("initial_lr", group.get("lr", 0.0))) for group in groups), default=0.0)
+    if lr * gamma <= 0:
+        return
+    share = share_of(lr * gamma, relaxation.inner_steps)
+    # Above k = 1, y is never as far from x as one update. In a long loop a weak spring has a large share, too.
+    if share > PINNED and lr * gamma > 1:
+        rank_zero_warn(
+            f"gamma = {gamma:g} at a learning rate of {lr:g} is a spring that takes back {share:.1%} of a loop's path, "
+            "so the weights hardly move. gamma is a stiffness here, 1/gamma of Deep Relaxation and Parle; "
+            "gamma=Pull(0.5) takes back half",
+            stacklevel=2,
+        )
 
 
 def training_is_complete(trainer: Trainer, batch_idx: int) -> bool:

@@ -19,6 +19,7 @@ from recipes.compare.strength.report import Results
 from recipes.compare.study import Study
 from recipes.data import ImageData
 from recipes.limits import argument
+from recipes.messages import Parser, refusing, run
 
 # What each net is trained on unless the command line says otherwise: the papers' data and weight decay.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,20 +61,21 @@ def main(args: Sequence[str] | None = None) -> Study | LanguageStudy | dict[str,
         compile=options.compile,
         accelerator=options.accelerator,
     )
-    study = Study(
-        task=task,
-        methods=options.methods,
-        lrs=options.lrs,
-        seeds=options.seeds,
-        weight_decays=options.weight_decays or [None],
-        budgets=options.budgets,
-        out=options.out or Path("runs/compare") / options.net,
-        workers=options.workers,
-    )
-    # Once, before anything is trained: downloads, decodes, and finds what is wrong with the data.
-    data = ImageData(**task.data)
-    data.prepare_data()
-    data.setup()
+    with refusing():
+        study = Study(
+            task=task,
+            methods=options.methods,
+            lrs=options.lrs,
+            weight_decays=options.weight_decays or [None],
+            seeds=options.seeds,
+            budgets=options.budgets,
+            out=options.out or Path("runs/compare") / options.net,
+            workers=options.workers,
+        )
+        # Once, before anything is trained: downloads, decodes, and finds what is wrong with the data.
+        data = ImageData(**task.data)
+        data.prepare_data()
+        data.setup()
     search = study.train(study.search_runs())
     final = study.train(study.final_runs(search))
     report(study, search, final)
@@ -82,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> Study | LanguageStudy | dict[str,
 
 
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m recipes.compare",
         epilog="'python -m recipes.compare lm' compares low-communication methods on a language model; its options "
         "are others: 'python -m recipes.compare lm --help'. So are those of 'python -m recipes.compare strength', "
@@ -135,10 +137,11 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder for results (runs/compare/<net>)")
     # Not by this parser, which would print its help with the wrong defaults.
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("net", nargs="?", choices=list(DEFAULTS), default="allcnn")
+    first.add_argument("net", nargs="?", default="allcnn")
     first.add_argument("--small", action="store_true")
     known, _ = first.parse_known_args(args)
-    parser.set_defaults(**DEFAULTS[known.net] | (SMALL[known.net] | {"workers": 2} if known.small else {}))
+    if known.net in DEFAULTS:
+        parser.set_defaults(**DEFAULTS[known.net] | (SMALL[known.net] | {"workers": 2} if known.small else {}))
     return parser.parse_args(args)
 
 
@@ -164,4 +167,4 @@ def _end(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _end)
-    main()
+    run(main)

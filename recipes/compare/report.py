@@ -1,4 +1,4 @@
-"""The results of a study: results.csv, table.md and curves.png."""
+"""The results of a study: results.csv, table.md, task.json, errors.png and curves.png."""
 
 from __future__ import annotations
 
@@ -38,14 +38,20 @@ COLUMNS = (
 
 
 def report(study: Study, search: Sequence[Record], final: Sequence[Record]) -> None:
-    """Write ``results.csv`` (every training), ``table.md`` and ``curves.png`` into the study's folder."""
+    """Write the results into the study's folder.
+
+    They are ``results.csv`` (every training), ``table.md``, ``task.json`` (what was trained on what, and the versions),
+    ``errors.png`` (a dot a method) and ``curves.png``.
+    """
+    task = {"task": asdict(study.task), "versions": final[0]["versions"]}
     for name, text in (
         ("results.csv", results_csv(search, final)),
         ("table.md", table(study, search, final)),
+        ("task.json", json.dumps(task, indent=1) + "\n"),
     ):
         write(study.out / name, lambda file, text=text: file.write(text.encode()))
-    figure = curves(final)
-    write(study.out / "curves.png", lambda file: figure.savefig(file, format="png", dpi=150))
+    for name, figure in (("errors.png", errors(final)), ("curves.png", curves(final))):
+        write(study.out / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))
 
 
 def results_csv(search: Sequence[Record], final: Sequence[Record]) -> str:
@@ -69,7 +75,7 @@ def results_csv(search: Sequence[Record], final: Sequence[Record]) -> str:
 
 
 def table(study: Study, search: Sequence[Record], final: Sequence[Record]) -> str:
-    """Return the tables in Markdown: one for each kind of budget, then the search, then what was run on what."""
+    """Return the tables in Markdown: one for each kind of budget, then the search, then how to read them."""
     parts = []
     chosen = study.chosen(search)
     decays = len(study.weight_decays) > 1
@@ -100,9 +106,6 @@ def table(study: Study, search: Sequence[Record], final: Sequence[Record]) -> st
         )
         parts.append(_search_table(study, search))
     parts.append("\n".join(notes))
-    parts.append(
-        "```json\n" + json.dumps({"task": asdict(study.task), "versions": final[0]["versions"]}, indent=1) + "\n```"
-    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -113,6 +116,34 @@ def edged(value: float | None, tried: Sequence[float | None]) -> str:
     values = [v for v in tried if v is not None]
     edge = "*" if len(values) > 1 and value in (min(values), max(values)) else ""
     return f"{value:g}{edge}"
+
+
+def errors(final: Sequence[Record]) -> Figure:
+    """Draw the test error of every method as a dot with its standard deviation, the best one on top.
+
+    Small dots are the seeds. A method of which a training has diverged stands below the others, without a dot.
+    """
+    arms = dict.fromkeys((record["run"]["method"], record["run"]["budget"]) for record in final)
+    values = {arm: np.array([_get(r, "final.test_error") for r in _of(final, *arm)]) for arm in arms}
+    # Best last: the axis counts upward.
+    order = sorted(values, key=lambda arm: np.nan_to_num(values[arm].mean(), nan=np.inf), reverse=True)
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(order)), layout="constrained")
+    axis = figure.subplots()
+    for y, arm in enumerate(order):
+        seeds = values[arm]
+        if np.isnan(seeds).any():
+            axis.annotate("diverged", (0.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+            continue
+        spread = seeds.std(ddof=1) if len(seeds) > 1 else 0.0
+        axis.errorbar(seeds.mean(), y, xerr=spread, fmt="o", color="C0", markersize=7, capsize=3)
+        axis.plot(seeds, [y] * len(seeds), ".", color="0.6", markersize=4, zorder=0)
+    axis.set_yticks(range(len(order)), [_title(*arm) for arm in order])
+    axis.set_ylim(-0.6, len(order) - 0.4)
+    how = "mean and standard deviation over the seeds"
+    axis.set_xlabel(f"test error, re-estimated statistics (%): left is better\n{how}")
+    axis.grid(axis="x", alpha=0.25, linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def curves(final: Sequence[Record]) -> Figure:

@@ -51,7 +51,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {run.name: run for run in runs}
     pending = [run for name, run in wanted.items() if not (folder / f"{name}.json").exists()]
-    print(f"{len(wanted) - len(pending)} of {len(wanted)} trainings are there", flush=True)
+    if wanted:
+        print(f"{len(wanted)} trainings, of which {len(wanted) - len(pending)} are kept from before", flush=True)
     if workers == 0:
         for run in pending:
             execute(run, folder)
@@ -75,7 +76,7 @@ def _last_line(log: Path) -> str:
 
 def _in_processes(runs: Sequence[Kept], folder: Path, workers: int) -> list[Path]:
     """Train each run in a process, and so with memory, of its own; return the logs of those that failed."""
-    waiting, going, failed, done = list(runs), {}, [], 0
+    waiting, going, failed, done, began = list(runs), {}, [], 0, time.monotonic()
     free = _shares(workers)
     try:
         while waiting or going:
@@ -91,11 +92,25 @@ def _in_processes(runs: Sequence[Kept], folder: Path, workers: int) -> list[Path
                 if process.returncode:
                     failed.append(log)
                 outcome = f"failed, see {log}" if process.returncode else f"{time.monotonic() - since:.0f} s"
-                print(f"[{done}/{len(runs)}] {run}: {outcome}", flush=True)
+                left = (time.monotonic() - began) / done * (len(runs) - done)
+                more = f", about {_duration(left)} to go" if done < len(runs) else ""
+                print(f"[{done}/{len(runs)}] {run}: {outcome}{more}", flush=True)
     finally:
         for process in going:
             process.terminate()
     return failed
+
+
+def _duration(seconds: float) -> str:
+    """Return a time that one reads at a glance.
+
+    Example:
+        >>> _duration(50), _duration(400), _duration(9000)
+        ('50 s', '7 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _shares(workers: int) -> list[list[int]]:

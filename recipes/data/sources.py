@@ -105,10 +105,11 @@ def read_torchvision(source: str, root: str, download: bool) -> Images:
             ) from error
         if not isinstance(error, RuntimeError | OSError):
             raise
-        tried = "its download failed" if download else "download is off"
+        why = f"its download failed ({error})" if download else "download is off"
         raise FileNotFoundError(
-            f"root must hold {source}, got {root}: it is not there and {tried} ({error}). "
-            f"With a network, set download; without one, put {needed} into {Path(root).resolve()}"
+            f"root must hold {source}, got {root}: it is not there and {why}. "
+            f"{'Put' if download else 'Turn it on, or put'} {needed} into {Path(root).resolve()}; the source random "
+            "is for a try without data"
         ) from error
     images = torch.cat([_channels_first(train.data), _channels_first(test.data)])
     labels = torch.cat([torch.as_tensor(train.targets), torch.as_tensor(test.targets)])

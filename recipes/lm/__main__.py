@@ -1,6 +1,7 @@
 """``python -m recipes.lm fit``."""
 
 from recipes.lm.cli import main
+from recipes.messages import run
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from recipes.cli import RecipeCLI
+from recipes.cli import Parser, RecipeCLI
 from recipes.lm.data import TextData
 from recipes.lm.module import LanguageModel
 from recipes.lm.traffic import Traffic
@@ -61,6 +61,7 @@ def main(args: ArgsType = None) -> LanguageModelCLI:
         LanguageModel,
         TextData,
         args=args,
+        parser_class=Parser,
         seed_everything_default=0,
         # A rerun into the same folder keeps the newer config.
         save_config_kwargs={"overwrite": True},

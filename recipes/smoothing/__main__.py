@@ -1,6 +1,5 @@
 """``python -m recipes.smoothing --out smoothing.png``."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 import recipes.smoothing
 from lightning_entropy.pde import local_minima
+from recipes.messages import Parser, run
 from recipes.smoothing.expression import parse
 from recipes.smoothing.film import animate, check_animation
 from recipes.smoothing.picture import draw
@@ -19,9 +19,7 @@ FRAMES = 60
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, draw, and print the numbers of the picture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.smoothing", description=(recipes.smoothing.__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m recipes.smoothing", description=(recipes.smoothing.__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("smoothing.png"), help="picture to write (png, pdf, svg)")
     parser.add_argument("--f", metavar="EXPR", help='your own landscape, such as "x**2 + 1.5*sin(2*pi*x)"')
     parser.add_argument("--domain", type=float, nargs=2, default=(-3.0, 3.0), metavar=("LEFT", "RIGHT"))
@@ -53,4 +51,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -129,8 +129,24 @@ def test_the_command_line_writes_results_tables_and_a_picture(tmp_path, monkeypa
     table = (tmp_path / "table.md").read_text()
     assert "| sgd | 0.01* | 10.50 +- 0.71 | 10.50 +- 0.71 |" in table
     assert "| sam | 19.00 | 10.00 |" in table
-    assert table in capsys.readouterr().out
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    said = capsys.readouterr().out
+    assert table in said and "```json" not in said
+    assert "4 trainings, of which 0 are kept from before" in said
+    assert json.loads((tmp_path / "task.json").read_text())["task"]["net"] == "lenet"
+    for picture in ("curves.png", "errors.png"):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_in_the_picture_the_best_method_is_on_top_and_one_that_diverged_has_no_dot():
+    def record(method, error):
+        return {"run": {"method": method, "budget": "compute"}, "final": {"test_error": error}}
+
+    final = [record("sgd", 12.0), record("sgd", 14.0), record("sam", 10.0), record("sam", 11.0)]
+    axis = report.errors([*final, record("heat", float("nan")), record("heat", 9.0)]).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["heat", "sgd", "sam"]
+    dots = [tuple(line.get_xydata()[0]) for line in axis.lines if line.get_marker() == "o"]
+    assert dots == [(13.0, 1.0), (10.5, 2.0)]
+    assert [text.get_text() for text in axis.texts] == ["diverged"]
 
 
 def test_a_failed_training_is_named_after_the_others_are_done(tmp_path):

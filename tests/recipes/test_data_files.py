@@ -60,7 +60,7 @@ def test_without_a_network_the_error_says_what_to_put_where(tmp_path, source, mo
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     needed = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(source, "MNIST/raw")
-    with pytest.raises(FileNotFoundError, match=f"its download failed.*put .*{needed}.* into {tmp_path}"):
+    with pytest.raises(FileNotFoundError, match=f"its download failed.*[Pp]ut .*{needed}.* into {tmp_path}"):
         ImageData(source, str(tmp_path), cache=str(tmp_path / "cache")).prepare_data()
     with pytest.raises(FileNotFoundError, match="download is off"):
         ImageData(source, str(tmp_path), cache=str(tmp_path / "cache"), download=False).prepare_data()

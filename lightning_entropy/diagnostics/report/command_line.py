@@ -126,7 +126,16 @@ def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None 
     """
     words = sys.argv[1:] if arguments is None else arguments
     words = [re.sub(r"^--(module|data)\.", r"--\1_settings.", word) for word in words]
-    return (parser or _parser()).parse_args(words)
+    parser = parser or _parser()
+    if words and words[0] in ("report", "compare") and not {"--help", "-h"} & set(words):
+        for name, example in (("module", "package.Class"), ("data", "package.DataModule")):
+            if not any(re.match(rf"--{name}(=|$)", word) for word in words):
+                parser.exit(
+                    2,
+                    f"error: {words[0]} needs --{name} {example}, the class that the checkpoint was trained with: a "
+                    "checkpoint holds weights and no code\n",
+                )
+    return parser.parse_args(words)
 
 
 def _parser() -> ArgumentParser:

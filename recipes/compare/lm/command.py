@@ -12,6 +12,7 @@ from recipes.compare.lm.run import Task
 from recipes.compare.lm.speed import step_seconds
 from recipes.compare.lm.study import Study
 from recipes.limits import argument
+from recipes.messages import Parser, refusing
 
 # Minutes on two cores: a tiny net, few steps, one seed, a method of each kind.
 QUICK = {
@@ -34,20 +35,24 @@ QUICK = {
 def main(args: Sequence[str]) -> Study:
     """Run a comparison from the command line, or resume one that was killed."""
     options = parse(args)
-    study = Study(
-        task=Task(
-            net={name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd", "block_size")},
-            files=options.files,
-            batch_size=options.batch_size,
-            val_windows=options.val_windows,
-            steps=options.steps,
-        ),
-        **{name: getattr(options, name) for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "seeds")},
-        vary=options.methods if options.vary is None else options.vary,
-        out=options.out,
-        workers=options.workers,
-    )
-    study.task.data(1, 0).setup()  # finds what is wrong with the text before anything is trained
+    with refusing():
+        study = Study(
+            task=Task(
+                net={name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd", "block_size")},
+                files=options.files,
+                batch_size=options.batch_size,
+                val_windows=options.val_windows,
+                steps=options.steps,
+            ),
+            **{
+                name: getattr(options, name)
+                for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "seeds")
+            },
+            vary=options.methods if options.vary is None else options.vary,
+            out=options.out,
+            workers=options.workers,
+        )
+        study.task.data(1, 0).setup()  # finds what is wrong with the text before anything is trained
     seconds = step_seconds(study.task, study.arms(), study.out / "seconds.json")
     chosen = study.chosen(study.train(study.search_runs()))
     final = study.train(study.final_runs(chosen))
@@ -59,7 +64,7 @@ def main(args: Sequence[str]) -> Study:
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m recipes.compare lm",
         description="Validation loss beside bytes sent, for a small language model, on the CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

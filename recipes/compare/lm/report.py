@@ -1,4 +1,4 @@
-"""The results of a study of the language model: results.csv, table.md and bytes.png."""
+"""The results of a study of the language model: results.csv, table.md, task.json and bytes.png."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ LIGHTNING = (
 def report(
     study: Study, chosen: Chosen, final: Sequence[Record], timed: Sequence[Record], seconds: Mapping[Arm, float]
 ) -> None:
-    """Write ``results.csv`` (every training), ``table.md`` and ``bytes.png`` into the study's folder."""
-    texts = {"results.csv": results_csv(final, timed), "table.md": tables(study, chosen, final, timed, seconds)}
+    """Write ``results.csv`` (every training), ``table.md``, ``task.json`` and ``bytes.png`` into the study's folder."""
+    about = {"task": asdict(study.task)} | {key: final[0][key] for key in ("parameters", "text", "versions")}
+    texts = {
+        "results.csv": results_csv(final, timed),
+        "table.md": tables(study, chosen, final, timed, seconds),
+        "task.json": json.dumps(about, indent=1) + "\n",
+    }
     for name, text in texts.items():
         write(study.out / name, lambda file, text=text: file.write(text.encode()))
     figure = picture(study, final)
@@ -55,14 +60,12 @@ def results_csv(final: Sequence[Record], timed: Sequence[Record]) -> str:
 def tables(
     study: Study, chosen: Chosen, final: Sequence[Record], timed: Sequence[Record], seconds: Mapping[Arm, float]
 ) -> str:
-    """Return the tables in Markdown: replicas at equal tokens and at equal time, one replica, what was run on what."""
+    """Return the tables in Markdown: replicas at equal tokens and at equal time, one replica, how to read them."""
     arms = study.arms()
     parts = [_replicas(study, chosen, [arm for arm in arms if arm.replicas > 1], final, seconds)]
     parts += [_timed(study, final, timed)] if timed else []
     parts += [_alone(chosen, [arm for arm in arms if arm.replicas == 1], final)]
     parts += ["\n".join(_notes(study, final))]
-    about = {"task": asdict(study.task), "parameters": final[0]["parameters"], "text": final[0]["text"]}
-    parts += ["```json\n" + json.dumps(about | {"versions": final[0]["versions"]}, indent=1) + "\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

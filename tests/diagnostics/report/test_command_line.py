@@ -139,6 +139,8 @@ def test_a_budget_is_positive(checkpoints):
     ("arguments", "message"),
     [
         (["report", "none.ckpt", *CLASSES], "File does not exist"),
+        (["report", __file__], "report needs --module package.Class, the class"),
+        (["compare", __file__, __file__, *CLASSES[:2]], "compare needs --data package.DataModule, the class"),
         (["report", __file__, "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
         (["report", __file__, "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
         (["report", __file__, *CLASSES, "--datum.x=1"], "--datum.x=1"),
