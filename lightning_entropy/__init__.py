@@ -28,8 +28,7 @@ from lightning_entropy.strategies import ElasticEntropyFabricStrategy, ElasticEn
 from lightning_entropy.trainer.batchnorm import RefreshBatchNorm
 from lightning_entropy.trainer.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing
 from lightning_entropy.trainer.inner_outer import InnerOuterCallback
-
-__version__ = "0.2.0"
+from lightning_entropy.version import __version__
 
 __all__ = [
     "ElasticEntropyFabricStrategy",
@@ -61,6 +60,7 @@ __all__ = [
     "snoo",
     "streaming_diloco",
     "two_timescale",
+    "__version__",
 ]
 
 # The one effect of the import: strategy="elastic_entropy" is a name. Registering again replaces: re-import is safe.

@@ -31,7 +31,7 @@ def run(*command: str | Path, cwd: Path, path: str = "") -> str:
 
 
 def version() -> str:
-    found = re.search(r'^__version__ = "(.+)"', (ROOT / "lightning_entropy/__init__.py").read_text(), re.MULTILINE)
+    found = re.search(r'^__version__ = "(.+)"', (ROOT / "lightning_entropy/version.py").read_text(), re.MULTILINE)
     assert found is not None
     return found[1]
 

@@ -36,9 +36,8 @@ def wait_for(launcher: subprocess.Popen[str], *files: Path) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("method", ["parle", "diloco"])
-def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path, method: str) -> None:
-    with launch(tmp_path, 3, method, "die") as launcher:
+def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path) -> None:
+    with launch(tmp_path, 3, "parle", "die") as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "replica 1 has ended with SIGKILL: it is started again" in said
@@ -50,11 +49,11 @@ def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(
 
 
 def test_when_all_have_died_another_number_goes_on_from_the_last_consensus(tmp_path: Path) -> None:
-    with launch(tmp_path, 3, "parle", "endless") as launcher:
+    with launch(tmp_path, 3, "diloco", "endless") as launcher:
         wait_for(launcher, *(tmp_path / f"started.{r}" for r in range(3)), tmp_path / "last.ckpt")
         launcher.kill()  # and the replicas with it
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"]
-    with launch(tmp_path, 2, "parle", str(saved + 40)) as launcher:
+    with launch(tmp_path, 2, "diloco", str(saved + 40)) as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "Restored all states" in said

@@ -56,7 +56,7 @@ def test_a_study_of_two_tasks(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "lenet" / "results.csv").read_text().splitlines()) == 1 + 3 * (9 + 3)
     capsys.readouterr()
     compare(["strength", *arguments, "--folder", "images", "--out", str(tmp_path)])
-    assert "27 of 27 trainings are there" in capsys.readouterr().out
+    assert "27 trainings, of which 27 are kept from before" in capsys.readouterr().out
 
 
 def test_one_seed_finds_nothing_and_a_training_that_diverged_is_said(tmp_path):

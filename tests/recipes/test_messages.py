@@ -18,7 +18,7 @@ MISTAKES = [
     ("allcnn", ["fti"], "invalid choice: 'fti' (choose from"),
     ("lm", ["fit", "--data.fles", "x"], "unrecognized arguments: --data.fles x. Did you mean --data.files?"),
     ("compare", ["alcnn"], "argument net: invalid choice: 'alcnn'"),
-    ("compare", ["lenet", "--methods", "sdg"], "method must be one of sgd, ema, .*, got sdg"),
+    ("compare", ["lenet", "--methods", "sdg"], "method must be one of sgd, stopped, .*, got sdg"),
     ("compare", ["lenet", "--methods", "sgd", "sgd"], "methods must be different ones"),
     ("compare", ["lenet", "--epohcs", "3"], "unrecognized arguments: --epohcs 3. Did you mean --epochs?"),
     ("compare", ["lenet", "--epochs", "x"], "argument --epochs: must be an integer in"),

@@ -36,10 +36,10 @@ def test_a_short_run_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_short_run_with_replicas_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--replicas", "--rounds", "16", "--seed", "2"]) == 0, capsys.readouterr().out
+    assert main(["--replicas", "--rounds", "6", "--seed", "2"]) == 0, capsys.readouterr().out
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[0] == "all"
-    assert sum(map(int, last[1:])) == 16
+    assert sum(map(int, last[1:])) == 6
 
 
 def first_of_replicas(kind: str) -> int:

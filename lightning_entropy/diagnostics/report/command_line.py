@@ -14,9 +14,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import Path_fr
 
-from lightning_entropy import __version__
 from lightning_entropy.diagnostics.report.findings import ESTIMATORS, SECTIONS, VALLEY, Subject, look
 from lightning_entropy.diagnostics.report.page import page, unfinished, verdict
+from lightning_entropy.version import __version__
 
 _DESCRIPTION = """How flat is the minimum, how loud and how round is the noise, did SGD walk in circles.
 
