@@ -28,7 +28,7 @@ from lightning_entropy.strategies import ElasticEntropyFabricStrategy, ElasticEn
 from lightning_entropy.trainer.batchnorm import RefreshBatchNorm
 from lightning_entropy.trainer.callbacks import EntropySGD, HamiltonJacobi, HeatSmoothing
 from lightning_entropy.trainer.inner_outer import InnerOuterCallback
-from lightning_entropy.version import __version__
+from lightning_entropy.version import __version__ as __version__
 
 __all__ = [
     "ElasticEntropyFabricStrategy",
@@ -60,7 +60,6 @@ __all__ = [
     "snoo",
     "streaming_diloco",
     "two_timescale",
-    "__version__",
 ]
 
 # The one effect of the import: strategy="elastic_entropy" is a name. Registering again replaces: re-import is safe.

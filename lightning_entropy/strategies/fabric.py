@@ -49,6 +49,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
         communication_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
         overlap: False waits for every exchange at once.
+        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
         **kwargs: of Fabric's ``DDPStrategy``, and of ``DistributedDataParallel`` inside a replica.
 
     Raises:
@@ -66,6 +67,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
         seed: int | None = None,
         communication_dtype: Format = "float32",
         overlap: bool = True,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         self.options = ReplicaOptions(
@@ -77,6 +79,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
             seed,
             communication_dtype,
             overlap,
+            compile,
         )
         super().__init__(**kwargs)
         self._loops: ReplicaLoops | None = None
@@ -92,6 +95,7 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
     seed = property(attrgetter("options.seed"))
     communication_dtype = property(attrgetter("options.communication_dtype"))
     overlap = property(attrgetter("options.overlap"))
+    compile = property(attrgetter("options.compile"))
 
     @property
     def grid(self) -> Grid:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
+from lightning_entropy.methods.validation import check_bool
 from lightning_entropy.strategies.compression import FORMATS, Format
 
 REPLICA = "REPLICA_GROUP_ID"  # in the environment of a job that is one replica
@@ -86,6 +87,7 @@ class ReplicaOptions:
     seed: int | None
     communication_dtype: Format
     overlap: bool
+    compile: bool = False
     membership: Literal["static", "torchft"] = "static"
     min_replicas: int = 1
 
@@ -102,6 +104,7 @@ class ReplicaOptions:
             raise ValueError(f"data must be 'all' or 'shard', got {self.data!r}")
         if self.communication_dtype not in FORMATS:
             raise ValueError(f"communication_dtype must be one of {FORMATS}, got {self.communication_dtype!r}")
+        check_bool("compile", self.compile)
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         if self.membership not in ("static", "torchft"):

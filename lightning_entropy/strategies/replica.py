@@ -36,6 +36,7 @@ class ReplicaLoops:
         seed: common to all ranks, >= 0.
         communication_dtype: of what is sent.
         overlap: False waits for every exchange at once.
+        compile: an inner step in one compiled pass over memory.
         apart: parameters that no optimizer has may differ between replicas.
         timeout: of the exchanges.
         meeting: waits for other ranks.
@@ -59,6 +60,7 @@ class ReplicaLoops:
         seed: int,
         communication_dtype: Format,
         overlap: bool,
+        compile: bool = False,
         apart: bool,
         timeout: timedelta | None,
         meeting: Meeting,
@@ -88,6 +90,7 @@ class ReplicaLoops:
             replica_mean=self._means if self._several else None,
             seed=grid.seed(seed),
             count_attempts=True,
+            compile=compile,
             bystander=bystander,
         )
         if assembly is not None:
@@ -340,6 +343,7 @@ def replica_loops(
         seed=seed,
         communication_dtype=options.communication_dtype,
         overlap=options.overlap,
+        compile=options.compile,
         apart=options.independent_init,
         timeout=timeout,
         meeting=meeting,

@@ -41,6 +41,7 @@ class ReplicaDDPStrategy(WatchedDDPStrategy):
     seed = property(attrgetter("options.seed"))
     communication_dtype = property(attrgetter("options.communication_dtype"))
     overlap = property(attrgetter("options.overlap"))
+    compile = property(attrgetter("options.compile"))
     membership = property(attrgetter("options.membership"))
     min_replicas = property(attrgetter("options.min_replicas"))
 

@@ -134,6 +134,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes, ``"int8"`` a quarter and ``"int4"`` an
             eighth, with the rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
+        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
         membership: ``"static"``: the replicas are this job's processes, from its start to its end. ``"torchft"``: every
             job is one, of one process, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.
         min_replicas: with torchft, how many must meet; fewer wait, and say so.
@@ -144,7 +145,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
 
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
-        TypeError: ``relaxation`` is not one.
+        TypeError: ``relaxation`` is not one, or ``compile`` no bool.
+        RuntimeError: at the start of fit: no C++ compiler for ``compile``.
         MisconfigurationException: at the start of fit: replicas that do not divide the processes; another owner of the
             loop, or a weight-averaging callback; parameters that are sharded over other ranks than their replica's.
 
@@ -165,6 +167,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         seed: int | None = None,
         communication_dtype: Format = "float32",
         overlap: bool = True,
+        compile: bool = False,
         membership: Literal["static", "torchft"] = "static",
         min_replicas: int = 1,
         **kwargs: Any,
@@ -178,6 +181,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             seed,
             communication_dtype,
             overlap,
+            compile,
             membership,
             min_replicas,
         )
@@ -201,6 +205,11 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     def _fitting(self) -> bool:
         # The process that started others for the fit has no part in it, and may have let go of the module since.
         return dist.is_initialized() and self._trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def bytes_sent(self) -> float:
+        """What this rank has sent to other replicas at the outer steps of the fit that goes on; 0 outside of one."""
+        return self._loops.traffic()[0] if self._loops else 0.0
 
     # Set-up
 

@@ -34,7 +34,7 @@ def bytes_sent(trainer: L.Trainer) -> float:
     """Return the bytes that this rank has sent to others in this fit so far."""
     strategy, ranks = trainer.strategy, trainer.world_size
     if isinstance(strategy, le.ElasticEntropyStrategy):
-        return strategy._loops.traffic()[0] if strategy._loops else 0.0
+        return strategy.bytes_sent
     if isinstance(strategy, DDPStrategy):
         weights = sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad)
         return trainer.global_step * 2 * (ranks - 1) / ranks * 4 * weights

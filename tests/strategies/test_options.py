@@ -55,6 +55,7 @@ ARGUMENTS = {
     "seed": 3,
     "communication_dtype": "int8",
     "overlap": False,
+    "compile": True,
 }
 
 

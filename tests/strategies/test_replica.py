@@ -308,3 +308,26 @@ def test_nan_everywhere_is_an_error(tmp_path: Path) -> None:
     callbacks: list[L.Callback] = [Poisons(0, 4), Poisons(1, 4)]
     with pytest.raises(Exception, match="the weights of every replica are nan or inf"):
         fit(tmp_path, strategy(PARLE), 2, callbacks=callbacks)
+
+
+class Single(Net):
+    """In float32, which the compiled step is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.float()
+
+    def training_step(self, batch: Any, i: int) -> Tensor:
+        return super().training_step((batch[0].float(), batch[1]), i)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_compiled_step_has_the_same_numbers_but_for_its_noise(tmp_path: Path, noise: float) -> None:
+    method = le.parle(4, outer_lr=0.1, outer_momentum=0.9) if not noise else le.entropy_sgd(4, noise=noise)
+    eager, compiled = (
+        fit(tmp_path / str(on), strategy(method, compile=on), 2, make=Single, max_epochs=1)[0]["final"]
+        for on in (False, True)
+    )
+    same = [torch.allclose(eager[name], compiled[name], rtol=1e-5, atol=1e-6) for name in eager]
+    assert all(same) if not noise else not any(same)
