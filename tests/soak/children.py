@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 HANG = "hang"
+GRACE = 2.0  # seconds in which a child that hangs writes where
 
 
 @dataclass
@@ -49,13 +50,11 @@ def in_child(work: Callable[[], Any], folder: Path, *, limit: float) -> Ended:
     """
     folder.mkdir(parents=True)
     context: Any = multiprocessing.get_context("fork")
-    process = context.Process(target=_child, args=(work, folder))
+    process = context.Process(target=_child, args=(work, folder, limit))
     process.start()
-    process.join(limit)
+    process.join(limit + GRACE)
     code: int | str = HANG
     if process.is_alive():
-        os.kill(process.pid, signal.SIGABRT)  # faulthandler prints where it is
-        process.join(5)
         process.kill()
         process.join()
     else:
@@ -65,7 +64,7 @@ def in_child(work: Callable[[], Any], folder: Path, *, limit: float) -> Ended:
     return Ended(code, said, torch.load(result, weights_only=True) if result.exists() else None)
 
 
-def _child(work: Callable[[], Any], folder: Path) -> None:
+def _child(work: Callable[[], Any], folder: Path, limit: float) -> None:
     scratch = folder / "scratch"
     scratch.mkdir()
     os.environ["TMPDIR"], tempfile.tempdir = str(scratch), str(scratch)  # a killed child removes nothing
@@ -74,6 +73,7 @@ def _child(work: Callable[[], Any], folder: Path) -> None:
         os.dup2(said.fileno(), number)
     sys.stdout = sys.stderr = said
     faulthandler.enable(said)
+    faulthandler.dump_traceback_later(limit, file=said)  # where it hangs, if it does
     warnings.resetwarnings()
     warnings.simplefilter("always")
     # Whatever the parent does with its warnings (a test runner keeps them).
