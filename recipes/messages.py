@@ -64,7 +64,7 @@ def explain(message: str, parser: argparse.ArgumentParser) -> str:
         try --help lists the options
     """
     options = [option for action in parser._actions for option in action.option_strings]
-    found = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+    found = re.search(r"[Uu]nrecognized arguments: (--[^\s=]+)", message)  # jsonargparse has had both
     meant = _closest(found[1], options) if found else None
     found = re.search(r"File does not exist: '(.+)'", message)
     if found:

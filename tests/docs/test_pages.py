@@ -44,6 +44,7 @@ def test_files_of_pages_can_be_imported_and_others_are_not_run() -> None:
         assert len(written) == len(re.findall(r"^```python\n", page.read_text(), re.MULTILINE)), page
 
 
+@pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils")  # of old ones
 def test_commands_of_the_pages_exist() -> None:
     for page in PAGES:
         for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):

@@ -15,6 +15,7 @@ from recipes.cli import RecipeCLI, main
 from recipes.compare.__main__ import _parse
 from recipes.compare.lm.command import parse as parse_lm
 from recipes.compare.methods import Method
+from recipes.compare.strength.command import parse as parse_strength
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -296,8 +297,8 @@ def test_the_readmes_trainings_take_a_step(command, fit_alone, tmp_path, monkeyp
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "recipes.compare" in line])
 def test_the_readmes_comparisons_are_understood(command):
     arguments = shlex.split(command)[3:]
-    if arguments[0] == "lm":
-        assert parse_lm(arguments[1:]).methods
+    if arguments[0] in ("lm", "strength"):
+        assert {"lm": parse_lm, "strength": parse_strength}[arguments[0]](arguments[1:]).methods
     else:
         assert [Method.parse(label) for label in _parse(arguments).methods]
 

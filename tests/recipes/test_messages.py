@@ -14,19 +14,19 @@ ALLCNN = ["fit", "--config", "recipes/configs/nets/allcnn.yaml", "--config", "re
 
 MISTAKES = [
     ("allcnn", ["fit", "--config", "recipes/configs/nets/alcnn.yaml"], "alcnn.yaml'. Did you mean allcnn.yaml?"),
-    ("allcnn", [*ALLCNN, "--data.rot", "x"], "unrecognized arguments: --data.rot x. Did you mean --data.root?"),
+    ("allcnn", [*ALLCNN, "--data.rot", "x"], "nrecognized arguments: --data.rot x. Did you mean --data.root?"),
     ("allcnn", ["fti"], "invalid choice: 'fti' (choose from"),
-    ("lm", ["fit", "--data.fles", "x"], "unrecognized arguments: --data.fles x. Did you mean --data.files?"),
+    ("lm", ["fit", "--data.fles", "x"], "nrecognized arguments: --data.fles x. Did you mean --data.files?"),
     ("compare", ["alcnn"], "argument net: invalid choice: 'alcnn'"),
     ("compare", ["lenet", "--methods", "sdg"], "method must be one of sgd, stopped, .*, got sdg"),
     ("compare", ["lenet", "--methods", "sgd", "sgd"], "methods must be different ones"),
-    ("compare", ["lenet", "--epohcs", "3"], "unrecognized arguments: --epohcs 3. Did you mean --epochs?"),
+    ("compare", ["lenet", "--epohcs", "3"], "nrecognized arguments: --epohcs 3. Did you mean --epochs?"),
     ("compare", ["lenet", "--epochs", "x"], "argument --epochs: must be an integer in"),
     ("compare", ["lenet", "--source", "folder", "--root", "/nowhere"], "root must hold train/ and test/"),
-    ("compare", ["lm", "--setps", "3"], "unrecognized arguments: --setps 3. Did you mean --steps?"),
-    ("quickstart", ["--epohcs", "1"], "unrecognized arguments: --epohcs 1. Did you mean --epochs?"),
-    ("hessian", ["--imags", "1"], "unrecognized arguments: --imags 1. Did you mean --images?"),
-    ("smoothing", ["--oot", "x.png"], "unrecognized arguments: --oot x.png. Did you mean --out?"),
+    ("compare", ["lm", "--setps", "3"], "nrecognized arguments: --setps 3. Did you mean --steps?"),
+    ("quickstart", ["--epohcs", "1"], "nrecognized arguments: --epohcs 1. Did you mean --epochs?"),
+    ("hessian", ["--imags", "1"], "nrecognized arguments: --imags 1. Did you mean --images?"),
+    ("smoothing", ["--oot", "x.png"], "nrecognized arguments: --oot x.png. Did you mean --out?"),
 ]
 
 

@@ -23,9 +23,9 @@ _DESCRIPTION = """How flat is the minimum, how loud and how round is the noise, 
 A first look takes a minute (--budget), on few examples first; the page is written as it grows, and Ctrl+C keeps it.
 
 The module's hyper-parameters come from the checkpoint (save_hyperparameters), or else, like the data's, from the
-config.yaml that LightningCLI left one or two folders above it, or from --config; --module.NAME=VALUE and
---data.NAME=VALUE add to them. Estimators take --hessian.NAME=VALUE, --local_entropy.NAME=VALUE and
---gradient_noise.NAME=VALUE.
+config.yaml that LightningCLI left one or two folders above it, or from --config, which alone may name classes;
+--module.NAME=VALUE and --data.NAME=VALUE add to them. Estimators take --hessian.NAME=VALUE,
+--local_entropy.NAME=VALUE and --gradient_noise.NAME=VALUE.
 
   python -m lightning_entropy.diagnostics report best.ckpt --module recipes.classifier.Classifier
       --data recipes.data.ImageData --data.source=cifar10 --data.root=data
@@ -52,45 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     loss = None if options.loss is None else _instance(parser, "--loss", options.loss, object)
     paths = [options.checkpoint] if command == "report" else [options.first, options.second]
     paths = [Path(str(path)) for path in paths]
-    given_config = None if options.config is None else Path(str(options.config))
-    datamodule = _configured(data_class, "data", _config(paths[0], given_config), options.data_settings or {})
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    module_settings = options.module_settings or {}
-    subjects: list[Subject] = []
-    for path, title in zip(paths, _titles(paths), strict=True):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config = _config(path, given_config)
-        saved = checkpoint.get("hyper_parameters", {})
-        if "_instantiator" in saved:  # a LightningCLI's: it would import what the file names
-            values = {name: value for name, value in saved.items() if not name.startswith("_")}
-            module = module_class(**{**_plain(values, "the checkpoint's hyper-parameters"), **module_settings})
-            module.load_state_dict(checkpoint["state_dict"])
-        elif saved or config is None:
-            module = module_class.load_from_checkpoint(path, map_location=device, **module_settings)
-        else:
-            module = _configured(module_class, "model", config, module_settings)
-            module.load_state_dict(checkpoint["state_dict"])
-        subjects.append(
-            Subject(
-                module.to(device),
-                datamodule,
-                title=title,
-                split=options.split,
-                loss=loss,
-                batch_dim=options.batch_dim,
-                mode=options.mode,
-                seed=options.seed,
-                checkpoint=checkpoint,
-                settings={name: dict(options[name].as_dict()) for name in ESTIMATORS},
-            )
-        )
+    try:
+        subjects = _subjects(options, paths, module_class, data_class, loss)
+    except Refused as error:
+        parser.error(str(error))
     findings = [subject.findings for subject in subjects]
     output = Path(options.output)
     source = (
         f"Measured on {datetime.now():%Y-%m-%d} with lightning_entropy {__version__} and torch {torch.__version__} on "
-        f"{device}: module {options.module}, data {options.data}, split {options.split}, seed {options.seed}."
+        f"{_device(options)}: module {options.module}, data {options.data}, split {options.split}, seed {options.seed}."
     )
 
     def write() -> None:
@@ -110,6 +80,53 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         print(verdict(*findings))
     print(f"wrote {output}")
     return output
+
+
+def _subjects(options: Namespace, paths: list[Path], module_class: Any, data_class: Any, loss: Any) -> list[Subject]:
+    """Make the data and every checkpoint's module, as the configurations and the command line say.
+
+    Raises:
+        Refused: a file that nobody has named would import something.
+    """
+    given = None if options.config is None else Path(str(options.config))
+    trusted = given is not None
+    datamodule = _configured(data_class, "data", _config(paths[0], given), options.data_settings or {}, trusted=trusted)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    module_settings = options.module_settings or {}
+    subjects: list[Subject] = []
+    for path, title in zip(paths, _titles(paths), strict=True):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = _config(path, given)
+        saved = checkpoint.get("hyper_parameters", {})
+        if "_instantiator" in saved and not trusted:  # a LightningCLI's: it would import what the file names
+            values = {name: value for name, value in saved.items() if not name.startswith("_")}
+            module = module_class(**{**_plain(values, "the checkpoint's hyper-parameters"), **module_settings})
+            module.load_state_dict(checkpoint["state_dict"])
+        elif config is None or (saved and not trusted):
+            module = module_class.load_from_checkpoint(path, map_location=_device(options), **module_settings)
+        else:
+            module = _configured(module_class, "model", config, module_settings, trusted=trusted)
+            module.load_state_dict(checkpoint["state_dict"])
+        subjects.append(
+            Subject(
+                module.to(_device(options)),
+                datamodule,
+                title=title,
+                split=options.split,
+                loss=loss,
+                batch_dim=options.batch_dim,
+                mode=options.mode,
+                seed=options.seed,
+                checkpoint=checkpoint,
+                settings={name: dict(options[name].as_dict()) for name in ESTIMATORS},
+            )
+        )
+    return subjects
+
+
+def _device(options: Namespace) -> str:
+    return str(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None = None) -> Namespace:
@@ -152,7 +169,7 @@ def _parser() -> ArgumentParser:
                 type=dict[str, Any] | None,
                 help=f"arguments of the {name}'s class, each as --{name}.NAME=VALUE",
             )
-        command.add_argument("--config", type=Path_fr, help="a LightningCLI's config.yaml")
+        command.add_argument("--config", type=Path_fr, help="a LightningCLI's config.yaml, whose classes are imported")
         command.add_argument(
             "--loss", type=str | None, help="import path of a callable (module, batch) -> scalar; null: cross entropy"
         )
@@ -208,29 +225,53 @@ def _config(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
     return None if path is None else yaml.safe_load(path.read_text())
 
 
-def _configured(cls: Any, section: str, config: dict[str, Any] | None, settings: dict[str, Any]) -> Any:
+def _configured(
+    cls: Any, section: str, config: dict[str, Any] | None, settings: dict[str, Any], *, trusted: bool = False
+) -> Any:
     """Return an object of a class, from its section of a LightningCLI's configuration and more settings.
 
+    Args:
+        cls: the class.
+        section: of the configuration.
+        config: the configuration.
+        settings: in the place of its values.
+        trusted: it was named on the command line, and may name classes for arguments.
+
     Raises:
-        ValueError: the section names another class for an argument, which would run code that nobody asked for.
+        Refused: the section of another one does, which would run code that nobody asked for.
     """
     values = dict((config or {}).get(section) or {})
     if "class_path" in values:
         values = dict(values.get("init_args") or {})
-    return cls(**_plain({**values, **settings}, f"the configuration's section {section!r}"))
+    values |= settings
+    if not trusted:
+        return cls(**_plain(values, f"the configuration's section {section!r}"))
+    sys.path.insert(0, "")
+    try:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "it", fail_untyped=False)
+        # The first name is that of newer versions, which deprecate the second.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        return instantiate(parser.parse_object({"it": values})).it
+    finally:
+        sys.path.remove("")
+
+
+class Refused(ValueError):
+    """What is asked for would import what nobody has named; the message says what to do."""
 
 
 def _plain(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the values if none of them names a class.
 
     Raises:
-        ValueError: one does. A file that lies beside a checkpoint, or in it, imports nothing.
+        Refused: one does. A file that lies beside a checkpoint, or in it, imports nothing.
     """
     for name, value in values.items():
         if _names_a_class(value):
-            raise ValueError(
-                f"{where} must hold plain values, got a class_path in {name!r}: classes are imported from the command "
-                "line alone. Measure such a module from a script, with the functions of lightning_entropy.diagnostics"
+            raise Refused(
+                f"{where} must hold plain values, got a class_path in {name!r}: a file that lies beside a checkpoint "
+                "imports nothing. If you trust it, name it: --config FILE"
             )
     return values
 

@@ -41,6 +41,8 @@ VALLEY: dict[str, Any] = {
 
 # Examples of the first look; each of the next ones has four times as many.
 FIRST, GROWTH = 64, 4
+# What else grows with the examples, to what it is set to at the last look.
+GROWING = {"local_entropy": ("samples", "warmup", "draws")}
 
 
 @dataclass
@@ -112,9 +114,11 @@ class Subject:
         self._checkpoint = checkpoint or {}
         self.findings = Findings(title)
 
-    def measure(self, section: str, examples: int) -> Result:
-        """Run the estimator of a section."""
-        return ESTIMATORS[section](self._module, self._data, examples=examples, **self._given, **self._own[section])
+    def measure(self, section: str, examples: int, share: float = 1.0) -> Result:
+        """Run the estimator of a section, with a share of the draws that it is to have at the last look."""
+        own = dict(self._own[section])
+        own |= {name: max(2, round(share * own[name])) for name in GROWING.get(section, ()) if share < 1}
+        return ESTIMATORS[section](self._module, self._data, examples=examples, **self._given, **own)
 
     def recording(self) -> TrajectoryResult | None:
         """Analyse the path that a callback has left in the checkpoint, if one has."""
@@ -132,8 +136,8 @@ def look(
     """Measure one or two checkpoints: on few examples first, then on more and more while time is left.
 
     All are measured alike: a look that only some of them could have counts for none. What the next look takes is told
-    from the last one of its section, in proportion to the examples. The first look is taken whatever it takes. Ctrl+C
-    ends the looking, and what was found stays.
+    from the last one of its section, in proportion to the examples, and to the draws where they grow too. The first
+    look is taken whatever it takes. Ctrl+C ends the looking, and what was found stays.
 
     Args:
         subjects: To be measured, in turn; their ``findings`` are filled.
@@ -159,12 +163,13 @@ def look(
         for size in [examples] if budget is None else sizes(examples):
             for section in sorted(set(ESTIMATORS) - skip, key=lambda name: (took.get(name, (0, 0.0))[1], name)):
                 before, seconds = took.get(section, (size, 0.0))
-                if time.monotonic() + seconds * size / before > end:
+                power = 2 if section in GROWING else 1
+                if time.monotonic() + seconds * (size / before) ** power > end:
                     for subject in subjects:
                         subject.findings.left[section] = before
                     continue
                 start = time.monotonic()
-                results = [subject.measure(section, size) for subject in subjects]
+                results = [subject.measure(section, size, size / examples) for subject in subjects]
                 took[section] = size, time.monotonic() - start
                 for subject, result in zip(subjects, results, strict=True):
                     subject.findings.results[section] = result

@@ -74,13 +74,14 @@ class Clock:
     """Estimators that take a second for every ten examples, and remember what they were asked for."""
 
     def __init__(self, monkeypatch):
-        self.now, self.asked = 100.0, []
+        self.now, self.asked, self.draws = 100.0, [], None
         monkeypatch.setattr(findings.time, "monotonic", lambda: self.now)
         for section in ("hessian", "local_entropy"):
             monkeypatch.setitem(findings.ESTIMATORS, section, functools.partial(self.estimate, section))
 
-    def estimate(self, section, module, data, *, examples, **_):
+    def estimate(self, section, module, data, *, examples, draws=None, **_):
         self.asked.append((section, examples))
+        self.draws = self.draws if draws is None else draws
         self.now += examples / 10
         return (section, examples)
 
@@ -93,12 +94,14 @@ def subjects(count=1):
 
 def test_a_first_look_comes_first_and_finer_ones_while_time_is_left(monkeypatch):
     clock, (subject,) = Clock(monkeypatch), subjects()
-    # 64 examples take 6.4 s a section, 256 25.6 s; after 12.8 + 51.2 s there is no time for 51.2 s more.
-    findings.look([subject], examples=512, budget=100.0, skip=["gradient_noise"])
-    sections = ["hessian", "local_entropy"]
-    assert clock.asked == [(section, size) for size in (64, 256) for section in sections]
-    assert subject.findings.results == {section: (section, 256) for section in sections}
-    assert subject.findings.left == dict.fromkeys(sections, 256)
+    # 64 examples take 6.4 s a section, 256 take 25.6 s; of local entropy, whose draws grow too, 102.4 s are expected.
+    # After 12.8 + 51.2 s there is time for the Hessian's 51.2 s, and then none for 102.4 s.
+    findings.look([subject], examples=512, budget=145.0, skip=["gradient_noise"])
+    assert clock.draws == 4, "half of eight, at 256 of 512 examples"
+    first = [(section, size) for size in (64, 256) for section in ("hessian", "local_entropy")]
+    assert clock.asked == [*first, ("hessian", 512)]
+    assert subject.findings.results == {"hessian": ("hessian", 512), "local_entropy": ("local_entropy", 256)}
+    assert subject.findings.left == {"local_entropy": 256}
 
 
 def test_two_checkpoints_are_looked_at_alike_and_without_a_budget_once(monkeypatch):
@@ -107,6 +110,7 @@ def test_two_checkpoints_are_looked_at_alike_and_without_a_budget_once(monkeypat
     assert clock.asked == [("hessian", 300)] * 2 + [("local_entropy", 300)] * 2
     assert pair[0].findings.left == {}
     clock.asked.clear()
+    assert clock.draws == 8
     findings.look(pair, examples=300, budget=40.0, skip=["gradient_noise"])
     assert {size for _, size in clock.asked} == {64}, "25.6 s for each of the two is too much for the 14.4 s left"
 
@@ -114,10 +118,10 @@ def test_two_checkpoints_are_looked_at_alike_and_without_a_budget_once(monkeypat
 def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys):
     take, ends = findings.Subject.measure, {"local_entropy"}
 
-    def measure(self, section, examples):
+    def measure(self, section, examples, share):
         if section in ends:
             raise KeyboardInterrupt
-        return take(self, section, examples)
+        return take(self, section, examples, share)
 
     monkeypatch.setattr(findings.Subject, "measure", measure)
     arguments = ["report", checkpoints[0], *CLASSES, "--examples=24", "--data.examples=32", "--skip", "gradient_noise"]
@@ -197,3 +201,26 @@ def test_a_configuration_beside_a_checkpoint_imports_nothing(tmp_path, section, 
     )
     assert found == {"n": 3, "m": 4}
     assert "evil_module" not in sys.modules
+
+
+def test_a_configuration_that_is_named_may_name_classes(checkpoints, tmp_path):
+    """As LightningCLI writes it, for a module whose arguments are objects."""
+    config = tmp_path / "config.yaml"
+    config.write_text("model:\n  width: 5\ndata:\n  examples: 32\n")
+    values = {"model": {"class_path": "any.Name", "init_args": {"net": {"class_path": "torch.nn.ReLU"}}}}
+    assert isinstance(command._configured(Holder, "model", values, {}, trusted=True).net, torch.nn.ReLU)
+    text = main(["report", checkpoints[0], *CLASSES, "--config", str(config), "--examples=24", "--output",
+                 str(tmp_path / "p.html"), "--skip", "gradient_noise", "local_entropy"]).read_text()  # fmt: skip
+    assert "largest eigenvalue" in text
+
+
+class Holder:
+    def __init__(self, net: torch.nn.Module) -> None:
+        self.net = net
+
+
+def test_a_configuration_that_may_not_is_refused_in_a_line(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_config", lambda *_: {"data": {"x": {"class_path": "a.B"}}})
+    with pytest.raises(SystemExit):
+        main(["report", checkpoints[0], *CLASSES])
+    assert "If you trust it, name it: --config FILE" in capsys.readouterr().err
