@@ -252,7 +252,7 @@ def _configured(
         parser.add_class_arguments(cls, "it", fail_untyped=False)
         # The first name is that of newer versions, which deprecate the second.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        return instantiate(parser.parse_object({"it": values})).it
+        return instantiate(parser.parse_object({"it": values}))["it"]
     finally:
         sys.path.remove("")
 
