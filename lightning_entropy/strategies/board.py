@@ -1,10 +1,12 @@
 """What ranks tell each other without a collective: a store on rank 0, which a thread of every rank writes and reads."""
 
+import os
 import socket
 import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -161,13 +163,12 @@ def listening_store(host: str, timeout: timedelta) -> dist.TCPStore:
             listener.close()
             continue
         # The store owns the socket from here on. Older versions of torch take it without libuv alone.
-        return dist.TCPStore(
-            host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timeout,
-            master_listen_fd=listener.detach(),
-            use_libuv=False,
-        )
+        master: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "timeout": timeout}
+        kept = os.dup(listener.fileno())
+        try:
+            store = dist.TCPStore(host, port, master_listen_fd=listener.detach(), **master)
+        except NotImplementedError:
+            return dist.TCPStore(host, port, master_listen_fd=kept, use_libuv=False, **master)
+        os.close(kept)
+        return store
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
