@@ -164,7 +164,7 @@ def look(
             for section in sorted(set(ESTIMATORS) - skip, key=lambda name: (took.get(name, (0, 0.0))[1], name)):
                 before, seconds = took.get(section, (size, 0.0))
                 power = 2 if section in GROWING else 1
-                if time.monotonic() + seconds * (size / before) ** power > end:
+                if section in took and time.monotonic() + seconds * (size / before) ** power > end:
                     for subject in subjects:
                         subject.findings.left[section] = before
                     continue
@@ -176,8 +176,9 @@ def look(
                 grown()
     except KeyboardInterrupt:
         for section in set(ESTIMATORS) - skip:
-            for subject in subjects:
-                subject.findings.left[section] = took.get(section, (0, 0.0))[0]
+            seen = took.get(section, (0, 0.0))[0]
+            for subject in subjects if seen < examples else ():
+                subject.findings.left[section] = seen
         if not any(subject.findings.results for subject in subjects):
             raise
 

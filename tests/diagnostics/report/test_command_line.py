@@ -115,6 +115,12 @@ def test_two_checkpoints_are_looked_at_alike_and_without_a_budget_once(monkeypat
     assert {size for _, size in clock.asked} == {64}, "25.6 s for each of the two is too much for the 14.4 s left"
 
 
+def test_a_first_look_is_taken_whatever_the_one_before_took(monkeypatch):
+    clock, (subject,) = Clock(monkeypatch), subjects()
+    findings.look([subject], examples=512, budget=1.0, skip=["gradient_noise"])
+    assert clock.asked == [("hessian", 64), ("local_entropy", 64)]
+
+
 def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys):
     take, ends = findings.Subject.measure, {"local_entropy"}
 
