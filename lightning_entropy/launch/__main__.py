@@ -2,9 +2,9 @@
 
     python -m lightning_entropy.launch --replicas 4 --min-replicas 2 train.py ARGS
 
-The script builds its Trainer with ``devices=1`` and ``strategy=ElasticEntropyStrategy(..., membership="torchft")``, and
-every replica runs it. One that dies is started again and joins the others. On a cluster, start a lighthouse and the
-jobs by its own means instead.
+The script builds its Trainer with ``strategy=ElasticEntropyStrategy(..., membership="torchft")``, and every replica
+runs it. One that dies is started again and joins the others. On a cluster, start a lighthouse and the jobs by its own
+means instead.
 """
 
 import argparse
@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
         description="Train replicas that come and go on this machine. One that dies is started again.",
     )
     found.add_argument("--replicas", type=at_least_one, required=True, help="how many")
+    found.add_argument(
+        "--devices", type=at_least_one, default=1, help="GPUs that a replica sees, where there are any (default: 1)"
+    )
     found.add_argument("--min-replicas", type=at_least_one, default=1, help="fewer do not train (default: 1)")
     found.add_argument(
         "--heartbeat-timeout",
@@ -68,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     script = ["-m", options.script] if options.module else [options.script]
     with tempfile.TemporaryDirectory(prefix="lightning-entropy-") as folder:
-        jobs = start([sys.executable, *script, *options.arguments], options.replicas, address, Path(folder))
+        command = [sys.executable, *script, *options.arguments]
+        jobs = start(command, options.replicas, options.devices, address, Path(folder))
         try:
             return Jobs(jobs, say, every=10.0 if sys.stderr.isatty() else 60.0).run()
         finally:

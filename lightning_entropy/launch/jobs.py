@@ -92,35 +92,40 @@ class Jobs:
         return failed[0] if failed else 0
 
 
-def devices(replicas: int, visible: str | None, count: int) -> list[str | None]:
-    """Return for every replica which CUDA device it sees; None: what the launcher sees.
+def devices(replicas: int, each: int, visible: str | None, count: int) -> list[str | None]:
+    """Return for every replica which CUDA devices it sees; None: what the launcher sees.
 
     Args:
         replicas: how many.
+        each: devices of one.
         visible: ``CUDA_VISIBLE_DEVICES`` of the launcher; None: unset.
-        count: how many devices it sees.
+        count: how many devices it sees; where they are fewer than needed, replicas share them.
 
     Example:
-        >>> devices(3, "4,6", 2), devices(2, None, 0)
-        (['4', '6', '4'], [None, None])
+        >>> devices(3, 1, "4,6", 2), devices(2, 2, None, 4), devices(2, 1, None, 0)
+        (['4', '6', '4'], ['0,1', '2,3'], [None, None])
     """
     names = [str(i) for i in range(count)] if visible is None else visible.split(",")[:count]
-    return [names[r % count] if count else None for r in range(replicas)]
+    if not count:
+        return [None] * replicas
+    seen = [dict.fromkeys(names[(r * each + i) % count] for i in range(each)) for r in range(replicas)]
+    return [",".join(some) for some in seen]
 
 
-def start(command: list[str], replicas: int, lighthouse: str, folder: Path) -> list[Job]:
+def start(command: list[str], replicas: int, each: int, lighthouse: str, folder: Path) -> list[Job]:
     """Start a job for every replica.
 
     Args:
         command: of a job.
         replicas: how many.
+        each: devices of one.
         lighthouse: its address.
         folder: for the files in which they report.
     """
     import torch
 
     jobs = []
-    seen = devices(replicas, os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+    seen = devices(replicas, each, os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
     for replica, device in enumerate(seen):
         status = folder / f"{replica}.json"
         environment = {

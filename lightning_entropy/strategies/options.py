@@ -148,11 +148,12 @@ class ReplicaOptions:
             >>> options.describe(Grid(0, 2, 2))
             "2 replicas x 1 process; each sees all data, so an epoch is 2 passes over it (data='shard' makes it one)"
         """
+        processes = f"{grid.data_parallel} process{'es' if grid.data_parallel > 1 else ''}"
         if self.elastic:
             return (
-                f"replica {grid.replica}, a job of its own; it sees all data, and meets the others where there are any"
+                f"replica {grid.replica}, a job of its own ({processes}); it sees all data, and meets the others where "
+                "there are any"
             )
-        processes = f"{grid.data_parallel} process{'es' if grid.data_parallel > 1 else ''}"
         if grid.replicas == 1:
             return f"1 replica x {processes}, and nothing to tie it to: ask for more devices or fewer processes each"
         who = f"{grid.replicas} replicas x {processes}"

@@ -19,6 +19,7 @@ from lightning_entropy.strategies.exchange import Coupling, Links, Meeting, Roun
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
 from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.consensus import ElasticConsensus
+from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.exchange import ElasticCoupling
 
 FORMAT = 1  # of ReplicaLoops.state_dict()
@@ -65,7 +66,7 @@ class ReplicaLoops:
         timeout: timedelta | None,
         meeting: Meeting,
         bystander: Callable[[], bool] = lambda: False,
-        assembly: Assembly | None = None,
+        assembly: Assembly | Delegation | None = None,
     ) -> None:
         self._relaxation, self._grid, self._assembly = relaxation, grid, assembly
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
@@ -331,7 +332,7 @@ def replica_loops(
     timeout: timedelta | None,
     meeting: Meeting,
     bystander: Callable[[], bool] = lambda: False,
-    assembly: Assembly | None = None,
+    assembly: Assembly | Delegation | None = None,
 ) -> ReplicaLoops:
     """Return the loops of this rank's optimizers, as the options say; for the arguments see :class:`ReplicaLoops`."""
     return ReplicaLoops(

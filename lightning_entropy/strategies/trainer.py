@@ -50,6 +50,7 @@ from lightning_entropy.strategies.sharding import (
 from lightning_entropy.strategies.start import initialize, rng_state, seed_apart, set_rng_state
 from lightning_entropy.strategies.stopping import JointStop
 from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.internals import check_installed
 from lightning_entropy.strategies.torchft.join import PEER, join, lighthouse_address
 from lightning_entropy.strategies.torchft.status import report
@@ -136,7 +137,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         overlap: False waits for every exchange at once. The result is the same.
         compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
         membership: ``"static"``: the replicas are this job's processes, from its start to its end. ``"torchft"``: every
-            job is one, of one process, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.
+            job is one, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.
         min_replicas: with torchft, how many must meet; fewer wait, and say so.
         **kwargs: of Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout`` (after which a rank that does
             not answer counts as gone; 60 s with torchft), ``start_method``, ``checkpoint_io`` (writes the main
@@ -198,7 +199,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         self._unclosed: dict[str, Any] | None = None  # this replica's state before its loops were closed
         self._epoch_rng: dict[str, Any] | None = None  # of a checkpoint from an epoch's last batch, until the next one
         self._stop: JointStop | None = None  # of the fit, with several replicas
-        self._assembly: Assembly | None = None  # of the fit, where replicas come and go
+        self._assembly: Assembly | Delegation | None = None  # of the fit, where replicas come and go
         self._joins: dict[str, Any] | None = None  # the checkpoint of a replica that was there when this one came
 
     @property
@@ -219,11 +220,6 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             raise MisconfigurationException(f"{type(self).__name__} needs CPU or CUDA devices, got mps")
         super().setup_environment()
         self.grid.check(MisconfigurationException)
-        if self.options.elastic and self.world_size > 1:
-            raise MisconfigurationException(
-                f"membership='torchft' needs one process a job, which is one replica, got {self.world_size}: start "
-                "more jobs"
-            )
         self._watch(self.grid)
         if not self._fitting:
             return
@@ -241,7 +237,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         """Number the process; where every job is a replica, only the first's is the one that writes and prints."""
         super().set_world_ranks()
         if self.options.elastic:
-            number_process(self.grid.replica)
+            number_process(self.grid.replica * self.world_size + self.global_rank)
 
     @property
     def is_global_zero(self) -> bool:
@@ -289,26 +285,36 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     def _join(self) -> None:
         """Meet the other replicas, and take the state of one that is training."""
         assert self.lightning_module is not None
+        lighthouse = lighthouse_address()
         limit = timeout(self)
         assert limit is not None
-        self._assembly = Assembly(
-            self.grid.replica,
-            lighthouse_address(),
-            min_replicas=self.options.min_replicas,
-            timeout=limit,
-            check=self._end_if_told,
-        )
+        alone = self.world_size == 1
+        assembly: Assembly | None = None
+        if self.global_rank == 0:
+            assembly = Assembly(
+                self.grid.replica,
+                lighthouse,
+                min_replicas=self.options.min_replicas,
+                timeout=limit,
+                check=self._end_if_told if alone else lambda: None,
+            )
+        self._assembly = assembly
+        if not alone:
+            self._assembly = Delegation(assembly, check=self._end_if_told, meeting=self._meeting, timeout=limit)
+        assert self._assembly is not None
         state = join(self._assembly, self.lightning_module)
         self._joins = None
         if state is not None:
             self._joins = state["checkpoint"]
             self._restored = state["position"]
             restore_from(self._trainer, state["checkpoint"])
-            print(f"replica {self.grid.replica} joins at step {state['checkpoint']['global_step']}", flush=True)
+            if self.global_rank == 0:
+                print(f"replica {self.grid.replica} joins at step {state['checkpoint']['global_step']}", flush=True)
 
     def _end_if_told(self) -> None:
         """End a wait for other replicas, who may never come, when this job is told to end."""
-        if self._trainer.received_sigterm:
+        assert self._assembly is not None
+        if any(self._assembly.agree([self._trainer.received_sigterm])):
             raise SIGTERMException
 
     @property
@@ -321,9 +327,13 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         """Whether a replica waits for this one's state: it must not be waited for then, as it would be in a meeting."""
         return self._assembly is not None and self._assembly.wants_state
 
-    def _give_state(self) -> None:
-        """Give a replica that has come what ``fit(ckpt_path=...)`` would load."""
-        if self._waited_for and self._loops is not None:
+    def _give_state(self, *, now: bool = True) -> None:
+        """Give a replica that has come what ``fit(ckpt_path=...)`` would load.
+
+        Args:
+            now: False: only learn whether one waits for it.
+        """
+        if self._assembly is not None and self._loops is not None and self._assembly.asks() and now:
             self._trainer.save_checkpoint(PEER)
 
     def configure_ddp(self) -> None:
@@ -372,6 +382,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self._tries:
             return
         self._joins = None
+        if isinstance(self._assembly, Delegation):
+            self._assembly.check_start(self._trainer.global_step)
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
         warn_if_pinned(self.options.relaxation, self.optimizers)
@@ -441,7 +453,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self._loops.count(optimizer):
             if self._loops.loops.loops[0].measure:
                 self._log.write(self._loops)
-            if self._assembly is not None:
+            if self._assembly is not None and self.global_rank == 0:
                 report(self._trainer.global_step + 1, self._loops.metrics())
         return output
 
@@ -472,8 +484,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     def training_batch_ended(self, batch_idx: int) -> None:
         """Close the loops if this was the last batch, before the last validation and checkpoint; or stop here."""
         self._moment = Moment.CALLBACKS
-        if not self._trainer.is_last_batch:  # from there on Lightning resumes right once, and at the epoch's end always
-            self._give_state()
+        # From an epoch's last batch on Lightning resumes right once, and at the epoch's end always.
+        self._give_state(now=not self._trainer.is_last_batch)
         if training_is_complete(self._trainer, batch_idx):
             self._close()
         else:

@@ -48,6 +48,19 @@ def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(
         torch.testing.assert_close(other, weights[0], rtol=0, atol=0)
 
 
+def test_of_replicas_of_two_ranks_one_rank_is_killed_and_its_replica_joins_again(tmp_path: Path) -> None:
+    with launch(tmp_path, 2, "diloco", "die", "2") as launcher:
+        said, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, said
+    assert "replica 0, a job of its own (2 processes)" in said
+    assert "replica 1 has ended with SIGKILL: it is started again" in said
+    assert said.count("replica 1 joins at step") == 1
+    results = [torch.load(tmp_path / f"final.{name}.pt") for name in ("0", "0-1", "1", "1-1")]
+    assert {step for step, _ in results} == {int((tmp_path / "stop").read_text())}
+    for _, other in results[1:]:
+        torch.testing.assert_close(other, results[0][1], rtol=0, atol=0)
+
+
 def test_when_all_have_died_another_number_goes_on_from_the_last_consensus(tmp_path: Path) -> None:
     with launch(tmp_path, 3, "diloco", "endless") as launcher:
         wait_for(launcher, *(tmp_path / f"started.{r}" for r in range(3)), tmp_path / "last.ckpt")

@@ -1,6 +1,7 @@
-"""A script for the launcher: ``training.py FOLDER METHOD PLAN``, with a plan of "die", "endless" or a number of steps.
+"""A script for the launcher: ``training.py FOLDER METHOD PLAN [DEVICES]``.
 
-"die": replica 1 is killed once after step 45, and all end together, 60 steps after it has joined again.
+A plan is "die", "endless" or a number of steps. "die": the last rank of replica 1 is killed once after step 45, and all
+end together, 60 steps after it has joined again.
 """
 
 import os
@@ -43,10 +44,11 @@ class Plan(L.Callback):
         step, stop = trainer.global_step, self.folder / "stop"
         if step >= 5:
             (self.folder / f"started.{REPLICA}").touch()
-        if self.dies and step >= 45:
+        if self.dies and step >= 45 and trainer.global_rank == trainer.world_size - 1:
             (self.folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if REPLICA == "1" and not self.dies and (self.folder / "died").exists() and not stop.exists():
+        begins = REPLICA == "1" and trainer.global_rank == 0 and not self.dies
+        if begins and (self.folder / "died").exists() and not stop.exists():
             part = self.folder / "stop.part"
             part.write_text(str(step + 60))
             part.replace(stop)
@@ -58,19 +60,20 @@ class Plan(L.Callback):
             file.write(f"{type(exception).__name__}\n")
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        torch.save((trainer.global_step, module.state_dict()), self.folder / f"final.{REPLICA}.pt")
+        rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
+        torch.save((trainer.global_step, module.state_dict()), self.folder / f"final.{REPLICA}{rank}.pt")
 
 
 METHODS = {"parle": le.parle(inner_steps=4), "diloco": le.diloco(inner_steps=4)}
 
 
-def main(folder: str, method: str, plan: str) -> None:
+def main(folder: str, method: str, plan: str, devices: str = "1") -> None:
     torch.manual_seed(int(REPLICA))  # which the replicas that begin later give up for the first's
     inputs, targets = torch.randn(64, 5), torch.randint(3, (64,))
     keep = ModelCheckpoint(folder, "at", every_n_train_steps=20, save_last=True, enable_version_counter=False)
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=int(devices),
         strategy=ElasticEntropyStrategy(METHODS[method], membership="torchft"),
         max_epochs=-1,
         max_steps=int(plan) if plan.isdecimal() else -1,

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -112,6 +112,13 @@ class Encounter:
         self.error: Exception | None = None
         self.over = threading.Event()
         self._assembly = assembly
+        self._since: float | None = None  # it is waited for
+        self._patience = PATIENCE
+
+    @property
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` returns at once."""
+        return self.over.is_set()
 
     def wait(self) -> Met | None:
         """Wait until it is over and return what it has brought; None: a peer was lost in the middle.
@@ -119,15 +126,22 @@ class Encounter:
         Raises:
             ValueError: this replica trains another model than most.
         """
-        since, patience = time.monotonic(), PATIENCE
-        while not self.over.wait(TICK):
+        while not self.look():
             self._assembly.check()
-            if time.monotonic() - since > patience:
-                self._assembly.explain()
-                patience *= 2
         if self.error is not None:
             raise self.error
         return self.met
+
+    def look(self) -> bool:
+        """Wait for a second at most, and return whether it is over. After some it is said for what it waits."""
+        if self._since is None:
+            self._since = time.monotonic()
+        if self.over.wait(TICK):
+            return True
+        if time.monotonic() - self._since > self._patience:
+            self._assembly.explain()
+            self._patience *= 2
+        return False
 
 
 class Closed(Exception):
@@ -189,9 +203,15 @@ class Assembly:
 
     # Asked for by the training
 
+    speaks = True  # this rank sends the payload; see Delegation
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Return which of the flags are set on any rank of this replica: it is one rank."""
+        return list(flags)
+
     def exchange(
         self,
-        payload: Tensor,
+        payload: Tensor | None,
         *,
         stream: int = 0,
         version: int = -1,
@@ -225,6 +245,10 @@ class Assembly:
     def wants_state(self) -> bool:
         """Whether a replica that joins waits for this one's state."""
         return self._asked_for is not None
+
+    def asks(self) -> bool:
+        """Return ``wants_state``."""
+        return self.wants_state
 
     def give_state(self, state: dict[str, Any]) -> None:
         """Give a replica that joins this one's state, as it is now."""

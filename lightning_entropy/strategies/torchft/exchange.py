@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_entropy.strategies.exchange import DIVERGED, flatten, unflatten
 from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.delegation import Delegation
 
 
 class ElasticCoupling:
@@ -42,7 +43,7 @@ class ElasticCoupling:
 
     def __init__(
         self,
-        assembly: Assembly,
+        assembly: Assembly | Delegation,
         stream: int,
         *,
         overlap: bool = True,
@@ -110,16 +111,19 @@ class ElasticRound:
         flat = flatten([*tensors, *self._extras])
         self._sizes = [sum(t.numel() for t in tensors), *(extra.numel() for extra in self._extras)]
         parts = flat.split(self._sizes)
-        counts = torch.stack([part.isfinite().all() for part in parts]).to(flat.dtype)
-        for part, counted in zip(parts, counts.tolist(), strict=True):
-            if not counted:
+        lost = coupling.assembly.agree([not bool(part.isfinite().all()) for part in parts])
+        for part, left_out in zip(parts, lost, strict=True):
+            if left_out:
                 part.zero_()
-        self.finite = bool(counts[0])
+        self.finite = not lost[0]
         distance = flat.new_zeros(1)
         if self.finite and coupling.distance is not None:
             distance[0] = coupling.distance
-        payload = torch.cat([flat, counts, distance]).cpu()
-        self._payload_bytes = payload.numel() * payload.element_size()
+        self._payload_bytes, payload = 0, None
+        if coupling.assembly.speaks:
+            counts = flat.new_tensor([float(not left_out) for left_out in lost])
+            payload = torch.cat([flat, counts, distance]).cpu()
+            self._payload_bytes = payload.numel() * payload.element_size()
         self._encounter = coupling.assembly.exchange(
             payload, stream=coupling.stream, version=coupling.version, common=coupling.common
         )
@@ -127,7 +131,7 @@ class ElasticRound:
     @property
     def arrived(self) -> bool:
         """Whether :meth:`wait` returns at once."""
-        return self._encounter.over.is_set()
+        return self._waited or self._encounter.arrived
 
     def wait(self) -> list[Tensor] | None:
         """Wait for the means and return them; None if there are none. May be called again.

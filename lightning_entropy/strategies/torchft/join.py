@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import Module
 
 from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.delegation import Delegation
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 PEER = "a replica that joins"  # the path of a checkpoint that goes to one
@@ -27,7 +28,7 @@ def lighthouse_address() -> str:
     return address
 
 
-def join(assembly: Assembly, module: Module) -> dict[str, Any] | None:
+def join(assembly: Assembly | Delegation, module: Module) -> dict[str, Any] | None:
     """Meet the others for the first time.
 
     Args:
@@ -42,7 +43,7 @@ def join(assembly: Assembly, module: Module) -> dict[str, Any] | None:
         if met is None:
             continue
         if met.begins:
-            if assembly.wants_state:
+            if assembly.asks():
                 assembly.give_state({"weights": module.state_dict()})
             return None
         try:

@@ -1,6 +1,6 @@
 """A replica whose meetings are with nobody, over at once, and lost if one likes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,12 +15,10 @@ from lightning_entropy.strategies.torchft.assembly import Assembly, Met, Record
 class Round:
     """A meeting of this replica alone, which is over at once; None: a peer was lost in it."""
 
+    arrived = True
+
     def __init__(self, met: Met | None) -> None:
         self.met = met
-        self.over = self
-
-    def is_set(self) -> bool:
-        return True
 
     def wait(self) -> Met | None:
         return self.met
@@ -35,9 +33,13 @@ class Alone:
 
     present = (0,)
     loses = False
+    speaks = True
 
     def __init__(self) -> None:
         self.asked = 0
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
 
     def exchange(self, payload: Tensor, *, stream: int, version: int, common: Callable[[], Any]) -> Round:
         self.asked += 1
