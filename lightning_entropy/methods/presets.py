@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.pull import Pull
 from lightning_entropy.methods.relaxation import Gamma, Number, Relaxation, Scale
 from lightning_entropy.methods.schedules import Scoping
@@ -13,6 +14,7 @@ HEAT_GAMMA = 1e4
 HALF_PULL = Pull(0.5)
 
 
+@named
 def lookahead(inner_steps: int = 5, outer_lr: Number = 0.5) -> Relaxation:
     """Step toward where k steps of the optimizer lead: x <- x + outer_lr (y_k - x).
 
@@ -29,6 +31,7 @@ def lookahead(inner_steps: int = 5, outer_lr: Number = 0.5) -> Relaxation:
     return Relaxation(inner_steps=inner_steps, outer_lr=outer_lr)
 
 
+@named
 def entropy_sgd(
     inner_steps: int = 20,
     gamma: Gamma = ENTROPY_SCOPING,
@@ -75,6 +78,7 @@ def entropy_sgd(
     )
 
 
+@named
 def hamilton_jacobi(
     inner_steps: int = 20,
     gamma: Gamma = ENTROPY_SCOPING,
@@ -114,6 +118,7 @@ def hamilton_jacobi(
     )
 
 
+@named
 def heat(
     inner_steps: int = 1, gamma: Number | None = None, *, width: Number | None = None, scale: Scale = "absolute"
 ) -> Relaxation:
@@ -147,6 +152,7 @@ def heat(
     return Relaxation(inner_steps=inner_steps, width=width, perturb=True, scale=scale)
 
 
+@named
 def smoothed_lookahead(
     inner_steps: int = 20, outer_lr: Number = 0.3, width: Number = 0.1, *, scale: Scale = "relative"
 ) -> Relaxation:
@@ -171,6 +177,7 @@ def smoothed_lookahead(
     return Relaxation(inner_steps=inner_steps, outer_lr=outer_lr, width=width, scale=scale)
 
 
+@named
 def two_timescale(gamma: Gamma = 1.0, noise: Number = 0.0, outer_lr: Number = 0.1) -> Relaxation:
     """Let x follow y slowly while y keeps moving: dx = gamma (y - x) ds, y fast and never reset.
 
@@ -190,6 +197,7 @@ def two_timescale(gamma: Gamma = 1.0, noise: Number = 0.0, outer_lr: Number = 0.
     return Relaxation(inner_steps=1, gamma=gamma, noise=noise, reset=False, outer_lr=outer_lr)
 
 
+@named
 def elastic_sgd(inner_steps: int = 10, rho: Number = 0.5) -> Relaxation:
     """Train replicas apart and pull each to their mean: x <- y - rho (x - mean x) every L steps.
 
@@ -209,6 +217,7 @@ def elastic_sgd(inner_steps: int = 10, rho: Number = 0.5) -> Relaxation:
     return Relaxation(inner_steps=inner_steps, rho=rho)
 
 
+@named
 def local_sgd(inner_steps: int = 10) -> Relaxation:
     """Average the replicas' weights every H steps: x <- mean of y over replicas.
 
@@ -221,6 +230,7 @@ def local_sgd(inner_steps: int = 10) -> Relaxation:
     return Relaxation(inner_steps=inner_steps, elastic_target="pseudo_gradient")
 
 
+@named
 def diloco(inner_steps: int = 500, outer_lr: Number = 0.7, outer_momentum: float = 0.9) -> Relaxation:
     """Feed the replicas' mean pseudo-gradient x - y_H to Nesterov SGD.
 
@@ -243,6 +253,7 @@ def diloco(inner_steps: int = 500, outer_lr: Number = 0.7, outer_momentum: float
     )
 
 
+@named
 def streaming_diloco(
     inner_steps: int = 100,
     fragments: int = 4,
@@ -300,6 +311,7 @@ def streaming_diloco(
     )
 
 
+@named
 def snoo(inner_steps: int = 30, outer_lr: Number = 0.7, outer_momentum: float = 0.6) -> Relaxation:
     """Take a Nesterov step along x - y every H steps of one worker: step-K Nesterov outer optimizer.
 
@@ -320,6 +332,7 @@ def snoo(inner_steps: int = 30, outer_lr: Number = 0.7, outer_momentum: float = 
     return diloco(inner_steps, outer_lr, outer_momentum)
 
 
+@named
 def palsgd(
     inner_steps: int = 500, gamma: Gamma = HALF_PULL, outer_lr: Number = 0.7, outer_momentum: float = 0.9
 ) -> Relaxation:
@@ -349,6 +362,7 @@ def palsgd(
     )
 
 
+@named
 def gpa(averaging: float = 0.9) -> Relaxation:
     r"""Average the primal iterates at every step: generalized primal averaging with one coefficient m.
 
@@ -377,6 +391,7 @@ def gpa(averaging: float = 0.9) -> Relaxation:
     return diloco(1, 1 - m, m)
 
 
+@named
 def parle(
     inner_steps: int = 25,
     gamma: Gamma = PARLE_GAMMA,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.pull import Pull
 from lightning_entropy.methods.schedules import AUTO, Scoping, Starting, Warmup, Widening, in_outer_steps
 from lightning_entropy.methods.targets import OUTER_TARGETS, OuterTarget
@@ -307,6 +308,10 @@ class Relaxation:
             value = value(t)
             name = f"{name}(t={t})"
         return check_number(name, value, rule)
+
+
+# A dataclass writes its own.
+Relaxation.__init__ = named(Relaxation.__init__)  # type: ignore[method-assign]
 
 
 def _plain(value: Any) -> Any:

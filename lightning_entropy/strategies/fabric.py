@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any, Literal
 
 from lightning.fabric.strategies import DDPStrategy
@@ -27,13 +26,13 @@ from lightning_entropy.strategies.lightning_internals import (
 )
 from lightning_entropy.strategies.liveness import Heartbeat, meeting, watch
 from lightning_entropy.strategies.loaders import own_order
-from lightning_entropy.strategies.options import Grid, ReplicaOptions, register
+from lightning_entropy.strategies.options import Grid, OptionAttributes, ReplicaOptions, check_arguments, register
 from lightning_entropy.strategies.rendezvous import join_after_restart
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.start import initialize, seed_apart
 
 
-class ElasticEntropyFabricStrategy(DDPStrategy):
+class ElasticEntropyFabricStrategy(OptionAttributes, DDPStrategy):
     """``Fabric(strategy="elastic_entropy")``: see :class:`lightning_entropy.ElasticEntropyStrategy`.
 
     Set up the module and its optimizers together and once: ``fabric.setup(module, optimizer)``. Evaluate the consensus
@@ -81,21 +80,11 @@ class ElasticEntropyFabricStrategy(DDPStrategy):
             overlap,
             compile,
         )
+        check_arguments(type(self), DDPStrategy, kwargs)
         super().__init__(**kwargs)
         self._loops: ReplicaLoops | None = None
         self._module: Module | None = None
         self._heartbeat: Heartbeat | None = None
-
-    # Public attributes; the code itself reads the options.
-    relaxation = property(attrgetter("options.relaxation"))
-    replicas = property(attrgetter("options.replicas"))
-    data = property(attrgetter("options.data"))
-    independent_init = property(attrgetter("options.independent_init"))
-    outer = property(attrgetter("options.outer"))
-    seed = property(attrgetter("options.seed"))
-    communication_dtype = property(attrgetter("options.communication_dtype"))
-    overlap = property(attrgetter("options.overlap"))
-    compile = property(attrgetter("options.compile"))
 
     @property
     def grid(self) -> Grid:

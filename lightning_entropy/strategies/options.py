@@ -1,15 +1,19 @@
 """What both strategies take, written once: arguments, their checks, the grid of replicas, seeds, registered names."""
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
+from lightning_entropy.methods.arguments import check_names
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool
 from lightning_entropy.strategies.compression import FORMATS, Format
@@ -168,6 +172,39 @@ class ReplicaOptions:
             broadcast: returns rank 0's value on all ranks.
         """
         return int(broadcast(torch.initial_seed() if self.seed is None else self.seed))
+
+
+class OptionAttributes:
+    """The options as public attributes of a strategy; the code itself reads ``options``."""
+
+    options: ReplicaOptions
+    relaxation = property(attrgetter("options.relaxation"))
+    replicas = property(attrgetter("options.replicas"))
+    data = property(attrgetter("options.data"))
+    independent_init = property(attrgetter("options.independent_init"))
+    outer = property(attrgetter("options.outer"))
+    seed = property(attrgetter("options.seed"))
+    communication_dtype = property(attrgetter("options.communication_dtype"))
+    overlap = property(attrgetter("options.overlap"))
+    compile = property(attrgetter("options.compile"))
+
+
+def check_arguments(strategy: type, parent: type, given: Iterable[str]) -> None:
+    """Raise an error for an argument that neither a strategy, nor Lightning's, nor ``DistributedDataParallel`` has.
+
+    Lightning's takes what it does not know for ``DistributedDataParallel``, which is not made of a replica of one rank.
+
+    Args:
+        strategy: ours.
+        parent: Lightning's.
+        given: names of arguments.
+
+    Raises:
+        TypeError: an argument that there is not.
+    """
+    signatures = [inspect.signature(kind) for kind in (strategy, parent, DistributedDataParallel)]
+    names = [name for signature in signatures for name in signature.parameters]
+    check_names(strategy.__name__, given, [name for name in names if name not in ("kwargs", "module")])
 
 
 # Under which names a strategy is registered; a hyphen is what many write first.

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_entropy.strategies.options import Grid, ReplicaOptions
+from lightning_entropy.strategies.options import Grid, OptionAttributes, ReplicaOptions, check_arguments
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 
 
@@ -19,7 +20,7 @@ class Moment(Enum):
     CALLBACKS = auto()  # when callbacks see the end of a batch
 
 
-class ReplicaDDPStrategy(WatchedDDPStrategy):
+class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
     """DDP over all ranks, except in a training batch: there nothing may be asked of other replicas.
 
     Args:
@@ -29,19 +30,10 @@ class ReplicaDDPStrategy(WatchedDDPStrategy):
 
     def __init__(self, options: ReplicaOptions, **kwargs: Any) -> None:
         self.options = options
+        check_arguments(type(self), DDPStrategy, kwargs)
         super().__init__(**kwargs)
         self._moment = Moment.BETWEEN
 
-    # Public attributes; the code itself reads the options.
-    relaxation = property(attrgetter("options.relaxation"))
-    replicas = property(attrgetter("options.replicas"))
-    data = property(attrgetter("options.data"))
-    independent_init = property(attrgetter("options.independent_init"))
-    outer = property(attrgetter("options.outer"))
-    seed = property(attrgetter("options.seed"))
-    communication_dtype = property(attrgetter("options.communication_dtype"))
-    overlap = property(attrgetter("options.overlap"))
-    compile = property(attrgetter("options.compile"))
     membership = property(attrgetter("options.membership"))
     min_replicas = property(attrgetter("options.min_replicas"))
 

@@ -2,6 +2,7 @@
 
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
+from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.presets import ENTROPY_SCOPING
 from lightning_entropy.methods.relaxation import Gamma, Number, Scale
 from lightning_entropy.trainer.inner_outer import InnerOuterCallback
@@ -35,6 +36,7 @@ class EntropySGD(InnerOuterCallback):
         TypeError: an argument of another type.
     """
 
+    @named
     def __init__(
         self,
         inner_steps: int = 20,
@@ -84,6 +86,7 @@ class HamiltonJacobi(InnerOuterCallback):
         TypeError: an argument of another type.
     """
 
+    @named
     def __init__(
         self,
         inner_steps: int = 20,
@@ -134,6 +137,7 @@ class HeatSmoothing(InnerOuterCallback):
         TypeError: an argument of another type.
     """
 
+    @named
     def __init__(
         self,
         inner_steps: int = 1,

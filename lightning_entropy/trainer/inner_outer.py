@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_entropy.engine.module_loops import ModuleLoops
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
+from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer import sharded
@@ -83,6 +84,7 @@ class InnerOuterCallback(Callback):
 
     state_key = StateKey()  # type: ignore[assignment]
 
+    @named
     def __init__(
         self,
         relaxation: Relaxation,

@@ -1,0 +1,79 @@
+"""Arguments by another name: the literature's, or misspelt."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What papers and other packages call our arguments; the first that a function has is meant.
+MEANT = {
+    "L": ("inner_steps",),
+    "H": ("inner_steps",),
+    "K": ("inner_steps",),
+    "k": ("inner_steps",),
+    "la_steps": ("inner_steps",),
+    "sync_every": ("inner_steps",),
+    "langevin_iters": ("inner_steps",),
+    "alpha": ("average", "mixing", "outer_lr"),
+    "la_alpha": ("outer_lr",),
+    "lr": ("outer_lr",),
+    "eta": ("outer_lr",),
+    "momentum": ("outer_momentum",),
+    "scope": ("gamma",),
+    "eps": ("noise",),
+    "epsilon": ("noise",),
+    "sigma": ("width", "noise", "gamma"),
+    "std": ("width", "gamma"),
+    "radius": ("width", "gamma"),
+    "tau": ("delay",),
+    "elasticity": ("rho",),
+}
+
+
+def named(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function say what was meant by a keyword argument that it does not have; for a class, its ``__init__``.
+
+    Example:
+        >>> @named
+        ... def parle(inner_steps=25, gamma=1.0): ...
+        >>> parle(L=20)
+        Traceback (most recent call last):
+        TypeError: parle has no argument 'L': it is inner_steps here
+    """
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_names(function.__qualname__.removesuffix(".__init__"), kwargs, names)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def check_names(owner: str, given: Iterable[str], names: list[str]) -> None:
+    """Raise an error that says what was meant if an argument is given by a name that there is not.
+
+    Args:
+        owner: of the arguments, as it is called.
+        given: names.
+        names: that there are.
+
+    Raises:
+        TypeError: a name that there is not.
+    """
+    for name in given:
+        if name in names:
+            continue
+        ours = [meant for meant in MEANT.get(name, ()) if meant in names]
+        close = difflib.get_close_matches(name, names, 1)
+        if ours:
+            hint = f"it is {ours[0]} here"
+        elif close:
+            hint = f"did you mean {close[0]}?"
+        else:
+            hint = f"it takes {', '.join(names) or 'none'}"
+        raise TypeError(f"{owner} has no argument {name!r}: {hint}")
