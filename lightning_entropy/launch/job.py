@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,10 @@ class Job:
         if self._process is None or (code := self._process.poll()) is None:
             return False
         self.code = code if code >= 0 else 128 - code
-        self._process = None
+        process, self._process = self._process, None
         if code:
+            with suppress(ProcessLookupError):  # other ranks of the replica, which may not know yet
+                os.killpg(process.pid, signal.SIGKILL)
             self._in_vain = 0 if self.reports else self._in_vain + 1
             self._next = time.monotonic() + min(2.0**self._in_vain, LONGEST_PAUSE)
         return True

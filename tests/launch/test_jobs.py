@@ -1,6 +1,7 @@
 """Jobs that end, die, and are started again, without any training."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,26 @@ def test_one_that_makes_outer_steps_may_die_as_often_as_it_likes(tmp_path: Path)
     assert code == 0 and one.restarts == 7
     assert said == ["replica 0 has ended with SIGKILL: it is started again"] * 7
     assert one.line() == "replica 0: has ended, started again 7 times"
+
+
+def test_what_it_has_started_ends_with_one_that_dies(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    program = (
+        "import pathlib, subprocess; child = subprocess.Popen(['sleep', '1000']); "
+        f"pathlib.Path({str(pid)!r}).write_text(str(child.pid)); raise SystemExit(3)"
+    )
+    run(job(tmp_path, 0, program))
+    for _ in range(100):
+        try:
+            # Killed, it may be there until whoever has taken it over has looked.
+            state = Path(f"/proc/{pid.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            break
+        if state == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("it is still there")
 
 
 def test_one_that_dies_when_another_has_ended_well_is_not_started_again(tmp_path: Path) -> None:

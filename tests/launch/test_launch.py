@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def launch(folder: Path, replicas: int, *plan: str) -> Iterator[subprocess.Popen[str]]:
-    options = ["--replicas", str(replicas), "--heartbeat-timeout", "1", "-m"]
+def launch(folder: Path, replicas: int, *plan: str, min_replicas: int = 1) -> Iterator[subprocess.Popen[str]]:
+    options = ["--replicas", str(replicas), "--min-replicas", str(min_replicas), "--heartbeat-timeout", "1", "-m"]
     command = [sys.executable, "-m", "lightning_entropy.launch", *options, "tests.launch.training", str(folder), *plan]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
         try:
@@ -37,7 +37,7 @@ def wait_for(launcher: subprocess.Popen[str], *files: Path) -> None:
 
 
 def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path) -> None:
-    with launch(tmp_path, 3, "parle", "die") as launcher:
+    with launch(tmp_path, 3, "parle", "die", min_replicas=2) as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "replica 1 has ended with SIGKILL: it is started again" in said
@@ -49,7 +49,7 @@ def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(
 
 
 def test_of_replicas_of_two_ranks_one_rank_is_killed_and_its_replica_joins_again(tmp_path: Path) -> None:
-    with launch(tmp_path, 2, "diloco", "die", "2") as launcher:
+    with launch(tmp_path, 2, "diloco", "die", "2", min_replicas=2) as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "replica 0, a job of its own (2 processes)" in said, said
