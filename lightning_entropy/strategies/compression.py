@@ -1,7 +1,7 @@
 """How a flat tensor is summed over replicas: as it is, or rounded to 16, 8 or 4 bits with the rounding error kept."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,53 @@ BLOCK_4 = 128  # int4 weights that share a scale, a divisor of BLOCK: 6 % on top
 LEVELS_4 = 7
 
 
+class Collectives(Protocol):
+    """What a sum asks of a group of processes. Each returns the work in progress, as torch.distributed does."""
+
+    @property
+    def size(self) -> int:
+        """How many processes."""
+        ...
+
+    def all_reduce(self, values: Tensor) -> Any:
+        """Sum in place."""
+        ...
+
+    def all_to_all(self, received: Tensor, given: Tensor) -> Any:
+        """Exchange rows: of ``given`` one for each process, of ``received`` one from each."""
+        ...
+
+    def all_gather(self, received: list[Tensor], given: Tensor) -> Any:
+        """Receive what every process gives."""
+        ...
+
+
+class GroupCollectives:
+    """:class:`Collectives` of a process group of torch.distributed."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    @property
+    def size(self) -> int:
+        """How many processes."""
+        return dist.get_world_size(self._group)
+
+    def all_reduce(self, values: Tensor) -> Any:
+        """Sum in place."""
+        return dist.all_reduce(values, group=self._group, async_op=True)
+
+    def all_to_all(self, received: Tensor, given: Tensor) -> Any:
+        """Exchange rows."""
+        return dist.all_to_all_single(received, given, group=self._group, async_op=True)
+
+    def all_gather(self, received: list[Tensor], given: Tensor) -> Any:
+        """Receive what every process gives."""
+        return dist.all_gather(received, given, group=self._group, async_op=True)
+
+
 class Sum:
-    """One sum over a process group, in progress.
+    """One sum over a group of processes, in progress.
 
     ``"float32"`` sends the values as they are, in one all-reduce. The others send bytes in two halves: every rank
     receives the others' values of its share and sums them in float32, and then sends the rounded sum to all.
@@ -34,22 +79,23 @@ class Sum:
         residual: for the next sum.
     """
 
-    def __init__(self, values: Tensor, group: dist.ProcessGroup, format: Format, residual: Tensor | None) -> None:
+    def __init__(self, values: Tensor, group: Collectives, format: Format, residual: Tensor | None) -> None:
         self._group, self._like = group, values
         self.residual = residual
         self._codec = CODECS.get(format)
         self._second: Tensor | None = None
         if self._codec is None:
             self.sent, self._given = values, values.clone()
-            self._work: Any = dist.all_reduce(self._given, group=group, async_op=True)
+            self._work = group.all_reduce(self._given)
         else:
-            size = dist.get_world_size(group)
-            self._share = -(-values.numel() // (size * BLOCK)) * BLOCK
-            padded = torch.nn.functional.pad(values, (0, self._share * size - values.numel())).view(size, -1)
+            self._share = -(-values.numel() // (group.size * BLOCK)) * BLOCK
+            padded = torch.nn.functional.pad(values, (0, self._share * group.size - values.numel())).view(
+                group.size, -1
+            )
             self._given, sent = self._codec[0](padded)
             self.sent = sent.view(-1)[: values.numel()]
             self._first = torch.empty_like(self._given)
-            self._work = dist.all_to_all_single(self._first, self._given, group=group, async_op=True)
+            self._work = group.all_to_all(self._first, self._given)
         self.payload = self._given.numel() * self._given.element_size()
 
     @property
@@ -96,7 +142,7 @@ class Sum:
         self.residual = total - sent
         self._second = torch.empty_like(self._first)
         pieces = [piece.view(1, -1) for piece in self._second.unbind()]
-        self._work = dist.all_gather(pieces, self._given, group=self._group, async_op=True)
+        self._work = self._group.all_gather(pieces, self._given)
 
 
 def to_int8(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_entropy.strategies.compression import Format, Sum
+from lightning_entropy.strategies.compression import Format, GroupCollectives, Sum
 from lightning_entropy.strategies.options import Grid
 
 # Waits for other ranks inside of the block, at a place with a name; an error then names the rank that is gone.
@@ -218,7 +218,8 @@ class Round:
         self._header = torch.cat([torch.tensor([*counts, notice], device=own.device), distance.reshape(1)])
         with coupling.meeting():
             self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
-            self._sum = Sum(values, coupling.links.across, "float32" if whole else coupling.format, memory.share)
+            across = GroupCollectives(coupling.links.across)
+            self._sum = Sum(values, across, "float32" if whole else coupling.format, memory.share)
         self._residual = values - self._sum.sent if self._compressed and self.finite else memory.residual
         sent = 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
         coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)

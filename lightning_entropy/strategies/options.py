@@ -122,7 +122,7 @@ class ReplicaOptions:
 
     def _check_elastic(self) -> None:
         """Refuse what needs to know how many replicas there are, or what all of them have sent before."""
-        only = {"replicas": "auto", "data": "all", "independent_init": False, "communication_dtype": "float32"}
+        only = {"replicas": "auto", "data": "all", "independent_init": False}
         for name, value in only.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value!r} with membership='torchft', got {getattr(self, name)!r}")

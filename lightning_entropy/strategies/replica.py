@@ -143,6 +143,8 @@ class ReplicaLoops:
         return ElasticCoupling(
             self._assembly,
             i,
+            format=self._format,
+            differences=target.near,
             overlap=self._overlap,
             keep=not target.early and not target.common,
             extras=lambda: [] if i else self.consensus.buffers(),

@@ -49,7 +49,7 @@ def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(
 
 
 def test_of_replicas_of_two_ranks_one_rank_is_killed_and_its_replica_joins_again(tmp_path: Path) -> None:
-    with launch(tmp_path, 2, "diloco", "die", "2", min_replicas=2) as launcher:
+    with launch(tmp_path, 2, "parle in int8", "die", "2", min_replicas=2) as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "replica 0, a job of its own (2 processes)" in said, said

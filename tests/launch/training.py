@@ -64,17 +64,22 @@ class Plan(L.Callback):
         torch.save((trainer.global_step, module.state_dict()), self.folder / f"final.{REPLICA}{rank}.pt")
 
 
-METHODS = {"parle": le.parle(inner_steps=4), "diloco": le.diloco(inner_steps=4)}
+METHODS: dict[str, tuple[le.Relaxation, Any]] = {
+    "parle": (le.parle(inner_steps=4), "float32"),
+    "parle in int8": (le.parle(inner_steps=4), "int8"),
+    "diloco": (le.diloco(inner_steps=4, outer_lr=0.3), "int8"),
+}
 
 
 def main(folder: str, method: str, plan: str, devices: str = "1") -> None:
     torch.manual_seed(int(REPLICA))  # which the replicas that begin later give up for the first's
     inputs, targets = torch.randn(64, 5), torch.randint(3, (64,))
     keep = ModelCheckpoint(folder, "at", every_n_train_steps=20, save_last=True, enable_version_counter=False)
+    relaxation, format = METHODS[method]
     trainer = L.Trainer(
         accelerator="cpu",
         devices=int(devices),
-        strategy=ElasticEntropyStrategy(METHODS[method], membership="torchft"),
+        strategy=ElasticEntropyStrategy(relaxation, communication_dtype=format, membership="torchft"),
         max_epochs=-1,
         max_steps=int(plan) if plan.isdecimal() else -1,
         logger=False,

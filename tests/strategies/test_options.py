@@ -84,7 +84,6 @@ def test_membership_is_checked() -> None:
         ("replicas", 2, "'auto'"),
         ("data", "shard", "'all'"),
         ("independent_init", True, "False"),
-        ("communication_dtype", "int8", "'float32'"),
         ("min_replicas", 0, "an int >= 1"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be {only}"):

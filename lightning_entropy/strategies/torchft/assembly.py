@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
+from torch.distributed.distributed_c10d import AllgatherOptions, BroadcastOptions
 
+from lightning_entropy.strategies.compression import Format
+from lightning_entropy.strategies.torchft.collectives import MeetingCollectives
 from lightning_entropy.strategies.torchft.internals import Quorum, open_group, start_server
+from lightning_entropy.strategies.torchft.rounding import ALONE, NEW, Left, Rounding
 from lightning_entropy.strategies.torchft.transfer import StateServer
 
 CONNECT = timedelta(seconds=15)  # for a server or a peer that is there to answer
@@ -29,6 +33,9 @@ PAUSE = 0.5  # seconds between two questions whether enough replicas have come
 TICK = 1.0  # seconds between two questions whether one still wants to wait
 PATIENCE = 10.0  # seconds after which a replica that waits says for what
 BYTES = 512  # of a record
+
+
+Subject = tuple[int, int, bool, Format, int]  # stream, size, wide, format and body of a record
 
 
 class Record(NamedTuple):
@@ -40,6 +47,9 @@ class Record(NamedTuple):
         stream: which of its exchanges this is.
         size: how many numbers it sends.
         wide: they are of 8 bytes.
+        format: of the first of them.
+        body: how many those are.
+        key: of the mean that they are differences from.
         version: of what all replicas have in common; -1: nothing.
         serial: of this meeting, in its own count.
         host: of its state, for replicas that join.
@@ -51,15 +61,18 @@ class Record(NamedTuple):
     stream: int
     size: int
     wide: bool
+    format: Format
+    body: int
+    key: int
     version: int
     serial: int
     host: str
     port: int
 
     @property
-    def subject(self) -> tuple[int, int, bool]:
+    def subject(self) -> Subject:
         """What must be equal for two replicas' numbers to be added."""
-        return self.stream, self.size, self.wide
+        return self.stream, self.size, self.wide, self.format, self.body
 
 
 @dataclass
@@ -70,6 +83,9 @@ class Met:
         records: of all that met.
         rank: of this replica among them.
         total: the sum of what they sent, where this replica's was of the same kind; None: it was not.
+        whole: what is rounded was sent in full, and not as differences.
+        left: by the sum, where it was rounded.
+        bytes: of what each replica sent to be added.
         common: what this replica has missed of what all have in common; None: nothing.
     """
 
@@ -77,6 +93,14 @@ class Met:
     rank: int
     total: Tensor | None = None
     common: dict[str, Any] | None = None
+    whole: bool = True
+    left: Left | None = None
+    bytes: int = 0
+
+    @property
+    def key(self) -> int:
+        """A number that all that met have in common, and no others: of this meeting's mean."""
+        return zlib.crc32(json.dumps(self.records).encode()) + 1
 
     @property
     def source(self) -> int:
@@ -101,13 +125,19 @@ class Encounter:
         assembly: the place.
         record: of this replica.
         payload: what it sends, flat; it is overwritten. None: it joins.
+        rounding: of the first numbers of it; None: of none.
         common: returns what all replicas have in common, for those that have missed some of it.
     """
 
     def __init__(
-        self, assembly: "Assembly", record: Record, payload: Tensor | None, common: Callable[[], dict[str, Any]] | None
+        self,
+        assembly: "Assembly",
+        record: Record,
+        payload: Tensor | None,
+        common: Callable[[], dict[str, Any]] | None,
+        rounding: Rounding | None = None,
     ) -> None:
-        self.record, self.payload, self.common = record, payload, common
+        self.record, self.payload, self.common, self.rounding = record, payload, common, rounding
         self.met: Met | None = None
         self.error: Exception | None = None
         self.over = threading.Event()
@@ -216,6 +246,7 @@ class Assembly:
         stream: int = 0,
         version: int = -1,
         common: Callable[[], dict[str, Any]] | None = None,
+        rounding: Rounding | None = None,
     ) -> Encounter:
         """Ask for the sum of a flat tensor over the replicas that meet next.
 
@@ -224,20 +255,38 @@ class Assembly:
             stream: which exchange this is, the same on all replicas.
             version: of what all replicas have in common; -1: nothing.
             common: returns it.
+            rounding: of its first numbers; None: of none.
         """
-        return self._ask(payload, stream, version, common)
+        return self._ask(payload, stream, version, common, rounding)
 
     def join(self) -> Encounter:
         """Ask for a meeting in which this replica, which has no state, finds one that has."""
         return self._ask(None, -1, -1, None)
 
     def _ask(
-        self, payload: Tensor | None, stream: int, version: int, common: Callable[[], dict[str, Any]] | None
+        self,
+        payload: Tensor | None,
+        stream: int,
+        version: int,
+        common: Callable[[], dict[str, Any]] | None,
+        rounding: Rounding | None = None,
     ) -> Encounter:
         self._serial += 1
-        size, wide = (0, False) if payload is None else (payload.numel(), payload.dtype == torch.float64)
-        record = Record(self.replica, payload is None, stream, size, wide, version, self._serial, *self._states.address)
-        encounter = Encounter(self, record, payload, common)
+        record = Record(
+            replica=self.replica,
+            joins=payload is None,
+            stream=stream,
+            size=0 if payload is None else payload.numel(),
+            wide=payload is not None and payload.dtype == torch.float64,
+            format="float32" if rounding is None else rounding.format,
+            body=0 if rounding is None else rounding.size,
+            key=ALONE if rounding is None else rounding.key,
+            version=version,
+            serial=self._serial,
+            host=self._states.address[0],
+            port=self._states.address[1],
+        )
+        encounter = Encounter(self, record, payload, common, rounding)
         self._tasks.put(encounter)
         return encounter
 
@@ -289,7 +338,7 @@ class Assembly:
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             self._play(task)
-            task.payload = None
+            task.payload = task.rounding = None
             task.over.set()
 
     def _play(self, task: Encounter) -> None:
@@ -318,17 +367,24 @@ class Assembly:
         subject = Counter(record.subject for record in living).most_common(1)[0][0]
         own = task.record
         fits = own.subject == subject and not own.joins
-        _, size, wide = subject
-        payload = task.payload if fits and task.payload is not None else torch.zeros(size, dtype=_dtype(wide))
-        self._sum(payload)
-        versions = [record.version for record in living if record.subject == subject]
+        same = [record for record in living if record.subject == subject]
+        keys = {record.key for record in same}
+        met.whole = len(keys) > 1 or NEW in keys
+        total = self._sum(task, met, subject, fits=fits)
+        versions = [record.version for record in same]
         if max(versions) >= 0:
             # What is common must change for all or for none, and all must have heard of it.
             self._records(own)
             if min(versions) < max(versions):
                 met.common = self._catch_up(met.records, task, max(versions))
+        _, size, wide, format, _ = subject
         if fits:
-            met.total = payload
+            met.total = total
+        elif own.stream == subject[0] and own.size == size and own.format != format:
+            raise ValueError(
+                f"communication_dtype must be the same for all replicas, got {own.format!r} in replica {self.replica} "
+                f"and {format!r} in most others"
+            )
         elif own.stream == subject[0]:
             raise ValueError(
                 f"replicas must train the same model, got {own.size} numbers of {4 + 4 * own.wide} bytes in replica "
@@ -382,10 +438,21 @@ class Assembly:
         self._finish(self._group.allgather([all_], [mine], options))
         return [Record(*json.loads(bytes(record.tolist()))) for record in all_]
 
-    def _sum(self, payload: Tensor) -> None:
-        options = AllreduceOptions()
-        options.timeout = self._limit
-        self._finish(self._group.allreduce([payload], options))
+    def _sum(self, task: Encounter, met: Met, subject: Subject, *, fits: bool) -> Tensor:
+        """Return the sum of what the replicas send, of which some numbers may be rounded."""
+        _, size, wide, format, body = subject
+        payload = task.payload if fits and task.payload is not None else torch.zeros(size, dtype=_dtype(wide))
+        group = MeetingCollectives(self._group, self._size, self._limit, self._finish)
+        if not body:
+            group.all_reduce(payload).wait()
+            met.bytes = payload.numel() * payload.element_size()
+            return payload
+        rounding = task.rounding if fits and task.rounding is not None else Rounding(format, body)
+        first, rest = payload.split([body, size - body])
+        group.all_reduce(rest).wait()
+        total, met.left = rounding.sum(first, group, self._rank, whole=met.whole)
+        met.bytes = rounding.payload + rest.numel() * rest.element_size()
+        return torch.cat([total, rest])
 
     def _catch_up(self, records: list[Record], task: Encounter, version: int) -> dict[str, Any] | None:
         """Send what all have in common from the first that has it to those that have missed some of it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_entropy.strategies.exchange import Meeting
 from lightning_entropy.strategies.torchft.assembly import TICK, Assembly, Encounter, Met
+from lightning_entropy.strategies.torchft.rounding import Rounding
 
 WHERE = "a meeting of the replicas"  # of errors that name a rank
 
@@ -84,12 +86,14 @@ class Delegation:
         stream: int = 0,
         version: int = -1,
         common: Callable[[], dict[str, Any]] | None = None,
+        rounding: Rounding | None = None,
     ) -> "Delegated":
         """Ask for the sum over the replicas that meet next, as :meth:`Assembly.exchange`; a payload of the first."""
         if self._assembly is None:
             return Delegated(self, None)
         assert payload is not None
-        return Delegated(self, self._assembly.exchange(payload, stream=stream, version=version, common=common))
+        asked = self._assembly.exchange(payload, stream=stream, version=version, common=common, rounding=rounding)
+        return Delegated(self, asked)
 
     def join(self) -> "Delegated":
         """Ask for a meeting in which this replica, which has no state, finds one that has."""
@@ -102,15 +106,13 @@ class Delegation:
         if encounter is not None:
             met, error = encounter.met, encounter.error
             shape = None if met is None or met.total is None else (met.total.numel(), met.total.dtype)
-        own = met
-        records, rank, common, error, shape = self._tell(
-            (own and own.records, own and own.rank, own and own.common, error, shape)
-        )
+        told = None if met is None else replace(met, total=None, left=None)
+        told, error, shape = self._tell((told, error, shape))
         if error is not None:
             raise error
-        if records is None:
+        met = met or told
+        if met is None:
             return None
-        met = own or Met(records, rank, common=common)
         if shape is not None:
             if met.total is None:
                 met.total = torch.empty(shape[0], dtype=shape[1])

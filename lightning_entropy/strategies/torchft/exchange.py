@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.exchange import DIVERGED, flatten, unflatten
-from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.assembly import Assembly, Met
 from lightning_entropy.strategies.torchft.delegation import Delegation
+from lightning_entropy.strategies.torchft.rounding import ALONE, NEW, Left, Rounding
 
 
 class ElasticCoupling:
@@ -22,6 +24,8 @@ class ElasticCoupling:
     Args:
         assembly: where the replicas meet.
         stream: the number of this stream of exchanges, the same on all replicas.
+        format: of the weights that are sent; the same on all replicas. The rounding error is added to the next mean.
+        differences: in formats below float32, those from the last mean are sent, where all have the same.
         overlap: False waits for every exchange at once, with the same result.
         keep: the last means are kept, of tensors that the engine does not ask for again.
         extras: returns further tensors, whose means travel with those that the engine asks for.
@@ -46,6 +50,8 @@ class ElasticCoupling:
         assembly: Assembly | Delegation,
         stream: int,
         *,
+        format: Format = "float32",
+        differences: bool = True,
         overlap: bool = True,
         keep: bool = False,
         extras: Callable[[], list[Tensor]] = list,
@@ -54,6 +60,10 @@ class ElasticCoupling:
     ) -> None:
         self.assembly, self.stream, self.overlap, self.keep = assembly, stream, overlap, keep
         self.extras, self.common, self.catch_up = extras, common, catch_up
+        self.format: Format = format
+        self.differences = differences
+        self.last_mean: tuple[int, Tensor | None] = (NEW if differences else ALONE, None)  # by its key
+        self.left: Left | None = None  # by the rounding of the last exchange
         self.version = -1 if common is None else 0
         self.passes = False
         self.round: ElasticRound | None = None
@@ -119,14 +129,22 @@ class ElasticRound:
         distance = flat.new_zeros(1)
         if self.finite and coupling.distance is not None:
             distance[0] = coupling.distance
-        self._payload_bytes, payload = 0, None
+        payload, rounding = None, self._rounding() if coupling.format != "float32" else None
         if coupling.assembly.speaks:
             counts = flat.new_tensor([float(not left_out) for left_out in lost])
             payload = torch.cat([flat, counts, distance]).cpu()
-            self._payload_bytes = payload.numel() * payload.element_size()
         self._encounter = coupling.assembly.exchange(
-            payload, stream=coupling.stream, version=coupling.version, common=coupling.common
+            payload, stream=coupling.stream, version=coupling.version, common=coupling.common, rounding=rounding
         )
+
+    def _rounding(self) -> Rounding:
+        coupling, size = self._coupling, self._sizes[0]
+        key, mean = coupling.last_mean
+        residual = None if coupling.left is None else coupling.left.residual
+        if any(t is not None and t.numel() != size for t in (mean, residual)):  # parameters have been added
+            coupling.last_mean, coupling.left = (NEW if coupling.differences else ALONE, None), None
+            key, mean = coupling.last_mean
+        return Rounding(coupling.format, size, key, mean, coupling.left, self.finite)
 
     @property
     def arrived(self) -> bool:
@@ -148,7 +166,7 @@ class ElasticRound:
             if met is not None and met.total is not None:
                 if met.common is not None:
                     self._take_over(met.common)
-                self._means = self._mean(met.total, len(met.records))
+                self._means = self._mean(met, met.total)
         return self._means
 
     def _take_over(self, common: dict[str, Any]) -> None:
@@ -157,17 +175,26 @@ class ElasticRound:
         coupling.catch_up(common)
         coupling.version = common["version"]
 
-    def _mean(self, total: Tensor, replicas: int) -> list[Tensor]:
+    def _mean(self, met: Met, total: Tensor) -> list[Tensor]:
         coupling = self._coupling
-        sent = 2 * (1 - 1 / replicas) * self._payload_bytes
-        coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)
+        if coupling.assembly.speaks:
+            sent = 2 * (1 - 1 / len(met.records)) * met.bytes
+            coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)
         values, counts, squares = total.split([sum(self._sizes), len(self._sizes), 1])
         if counts[0] == 0:
             raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")
         if coupling.version >= 0:
             coupling.version += 1
         scale = counts.repeat_interleave(torch.tensor(self._sizes))
-        means = unflatten(values / scale, [*self.tensors, *self._extras])  # 0 / 0 is nan: of no replica
+        mean = values / scale  # 0 / 0 is nan: of no replica
+        if coupling.format != "float32":
+            first = mean[: self._sizes[0]]
+            if not met.whole and coupling.last_mean[1] is not None:
+                first += coupling.last_mean[1]
+            coupling.left = met.left
+            if coupling.differences:
+                coupling.last_mean = met.key, first.clone()
+        means = unflatten(mean, [*self.tensors, *self._extras])
         means, coupling.last_extras = means[: len(self.tensors)], means[len(self.tensors) :]
         if coupling.keep:
             coupling.last = means

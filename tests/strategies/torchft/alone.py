@@ -41,11 +41,13 @@ class Alone:
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         return list(flags)
 
-    def exchange(self, payload: Tensor, *, stream: int, version: int, common: Callable[[], Any]) -> Round:
+    def exchange(
+        self, payload: Tensor, *, stream: int, version: int, common: Callable[[], Any], rounding: Any
+    ) -> Round:
         self.asked += 1
         if self.loses:
             return Round(None)
-        record = Record(0, False, stream, payload.numel(), False, version, self.asked, "", 0)
+        record = Record(0, False, stream, payload.numel(), False, "float32", 0, 0, version, self.asked, "", 0)
         return Round(Met([record], 0, payload))
 
 

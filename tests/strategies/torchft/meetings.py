@@ -212,8 +212,68 @@ def member(replica: int, address: str, dies_after: int, meetings: int) -> None:
         print(json.dumps({"mean": value, "present": c.assembly.present}), flush=True)
         done += len(c.assembly.present) == 3 or done > 0
         if done == dies_after:  # when the others wait for what it sends
-            c.assembly._sum = lambda payload: os.kill(os.getpid(), 9)
+            c.assembly._sum = lambda *_, **__: os.kill(os.getpid(), 9)
     c.assembly.close()
+
+
+def values(replica: int, t: int) -> Tensor:
+    """What a replica sends at meeting t, where it is rounded: three blocks of int8 and a bit."""
+    return torch.randn(3100, generator=torch.Generator().manual_seed(10 * t + replica)) + t
+
+
+def until_all_are_there(couplings: list[Any], t: int) -> list[Any]:
+    """Return what the first meeting of all brings; who comes earlier meets alone, or with some."""
+
+    def come(r: int) -> Any:
+        got = None
+        while len(couplings[r].assembly.present) < len(couplings):
+            got = mean(couplings[r], values(r, t))
+        return got
+
+    return side_by_side([lambda r=r: come(r) for r in range(len(couplings))])
+
+
+def rounded() -> Any:
+    """Two replicas send int8 of differences, and then with a third that is new."""
+    with lighthouse() as address:
+        three = [coupled(r, address, format="int8", extras=lambda r=r: [torch.tensor([float(r)])]) for r in range(3)]
+
+        def play(t: int, who: int) -> list[Any]:
+            return side_by_side([lambda r=r: mean(three[r], values(r, t)) for r in range(who)])
+
+        until_all_are_there(three[:2], 0)
+        bytes_ = three[0].sent
+        two = [play(t, 2) for t in range(1, 5)]
+        bytes_ = three[0].sent - bytes_
+        extra = three[0].last_extras[0].item()
+        with_a_third = until_all_are_there(three, 5)
+        after = play(6, 3)
+        for c in three:
+            c.assembly.close()
+        return {"two": two, "bytes": bytes_, "extra": extra, "third": with_a_third, "after": after}
+
+
+def rounded_steps() -> Any:
+    """Two replicas send int4 of pseudo-gradients, the same ones 16 times; another format is refused."""
+    with lighthouse() as address:
+        three = [coupled(r, address, format=("int4", "int4", "bfloat16")[r], differences=False) for r in range(3)]
+        until_all_are_there(three[:2], 0)
+        for c in three:
+            c.left = None
+        steps = [side_by_side([lambda r=r: mean(three[r], values(r, 0)) for r in range(2)])[0][0] for _ in range(16)]
+
+        def tried(r: int) -> Any:
+            try:
+                while len(three[r].assembly.present) < 3:
+                    mean(three[r], values(r, 0))
+            except ValueError as error:
+                return str(error)
+            return "met"
+
+        said = side_by_side([lambda r=r: tried(r) for r in range(3)])
+        for c in three:
+            c.assembly.close()
+        return {"steps": steps, "said": said}
 
 
 def killed() -> Any:
@@ -230,7 +290,18 @@ def killed() -> Any:
         return {"codes": [job.returncode for job in jobs], "got": out}
 
 
-SCENARIOS = ("exact", "behind", "another_model", "join", "too_few", "closed", "killed", "no_lighthouse")
+SCENARIOS = (
+    "exact",
+    "behind",
+    "another_model",
+    "join",
+    "too_few",
+    "closed",
+    "killed",
+    "rounded",
+    "rounded_steps",
+    "no_lighthouse",
+)
 
 
 def run(*scenarios: str) -> tuple[Any, str]:

@@ -20,7 +20,7 @@ from tests.strategies.runs import external
 
 pytestmark = pytest.mark.processes
 
-RECORDS = [Record(replica, False, 0, 3, False, -1, 1, "", 0) for replica in (4, 7)]
+RECORDS = [Record(replica, False, 0, 3, False, "float32", 0, 0, -1, 1, "", 0) for replica in (4, 7)]
 
 
 class Meetings:
@@ -76,7 +76,7 @@ def bring(records: list[Record]) -> Callable[[Encounter], None]:
     """Let a meeting of these replicas bring twice what this one has sent."""
 
     def play(encounter: Encounter) -> None:
-        encounter.met = Met(records, 0, None if encounter.payload is None else 2 * encounter.payload)
+        encounter.met = Met(records, 0, None if encounter.payload is None else 2 * encounter.payload, bytes=12)
 
     return play
 
