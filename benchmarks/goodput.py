@@ -12,6 +12,9 @@ With ``--slow 2`` nobody is killed: the last replica's steps take twice as long,
 others, or half as many.
 
     python -m benchmarks.goodput --slow 2 --seconds 120
+
+With ``--devices 2`` a replica is two processes, of which either may be killed; ``--communication-dtype int8`` sends a
+quarter of the bytes, and ``--method diloco`` pseudo-gradients.
 """
 
 import argparse
@@ -23,8 +26,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning_entropy.strategies.compression import FORMATS
 
 ROOT = Path(__file__).parents[1]
 STEP = 0.04  # seconds of a training step
@@ -32,13 +38,11 @@ INNER_STEPS = 10
 LOOK = 500  # steps between two looks at the loss
 
 
-def work(folder: Path, slow: float, inner_steps: int) -> None:
+def work(folder: Path) -> None:
     """Train one replica: the launcher's script.
 
     Args:
-        folder: for notes.
-        slow: by how much the last replica's steps take longer.
-        inner_steps: of the last replica.
+        folder: for notes; holds the plan.
     """
     import warnings
 
@@ -52,8 +56,10 @@ def work(folder: Path, slow: float, inner_steps: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     replica = os.environ["REPLICA_GROUP_ID"]
-    last = int(replica) == int((folder / "replicas").read_text()) - 1
-    step, length = (STEP * slow, inner_steps) if last else (STEP, INNER_STEPS)
+    plan = Plan(**json.loads((folder / "plan").read_text()))
+    last = int(replica) == plan.replicas - 1
+    step, length = (STEP * plan.slow, plan.inner_steps) if last else (STEP, INNER_STEPS)
+    method = {"parle": le.parle(length), "diloco": le.diloco(length, outer_lr=0.5, outer_momentum=0.5)}[plan.method]
     torch.manual_seed(0)
     teacher = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
     inputs = torch.randn(6000, 20)
@@ -71,7 +77,7 @@ def work(folder: Path, slow: float, inner_steps: int) -> None:
             return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
         def validation_step(self, batch: Any, i: int) -> None:
-            self.log("loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            self.log("loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
@@ -81,16 +87,18 @@ def work(folder: Path, slow: float, inner_steps: int) -> None:
 
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             self.own += 1
+            rank = trainer.global_rank
             if self.own == 1:
-                (folder / f"pid.{replica}").write_text(str(os.getpid()))
-            if self.own % length == 0:
+                (folder / f"pid.{replica}.{rank}").write_text(str(os.getpid()))
+            if rank == 0 and self.own % length == 0:
                 note("steps", [os.getpid(), self.own, trainer.global_step])
             stop = folder / "stop"
             if trainer.global_step % length == 0 and stop.exists():
                 trainer.should_stop = True
 
         def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-            note("loss", [trainer.global_step, float(trainer.callback_metrics["loss"])])
+            if trainer.global_rank == 0:
+                note("loss", [trainer.global_step, float(trainer.callback_metrics["loss"])])
 
     def note(kind: str, values: Any) -> None:
         with (folder / f"{kind}.{replica}").open("a") as file:
@@ -98,8 +106,8 @@ def work(folder: Path, slow: float, inner_steps: int) -> None:
 
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
-        strategy=le.ElasticEntropyStrategy(le.parle(length), membership="torchft"),
+        devices=plan.devices,
+        strategy=le.ElasticEntropyStrategy(method, communication_dtype=plan.communication_dtype, membership="torchft"),
         max_epochs=-1,
         val_check_interval=LOOK,
         check_val_every_n_epoch=None,
@@ -119,23 +127,40 @@ def notes(folder: Path, kind: str) -> list[Any]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith("]")]
 
 
-def run(
-    folder: Path, seconds: float, replicas: int, every: float, slow: float = 1.0, inner_steps: int = INNER_STEPS
-) -> dict[str, Any]:
+@dataclass
+class Plan:
+    """What the replicas do.
+
+    Attributes:
+        replicas: how many.
+        devices: processes of one.
+        method: by name.
+        communication_dtype: of what is sent.
+        slow: by how much the last replica's steps take longer.
+        inner_steps: of the last replica.
+    """
+
+    replicas: int
+    devices: int = 1
+    method: str = "parle"
+    communication_dtype: Any = "float32"
+    slow: float = 1.0
+    inner_steps: int = INNER_STEPS
+
+
+def run(folder: Path, seconds: float, plan: Plan, every: float = 0.0) -> dict[str, Any]:
     """Train for a while, killing a replica now and then, and return what was done.
 
     Args:
         folder: an empty one.
         seconds: from when all replicas train.
-        replicas: how many.
+        plan: of the replicas.
         every: seconds between two kills; 0: none.
-        slow: by how much the last replica's steps take longer.
-        inner_steps: of the last replica.
     """
     folder.mkdir()
-    (folder / "replicas").write_text(str(replicas))
+    (folder / "plan").write_text(json.dumps(asdict(plan)))
+    replicas = plan.replicas
     options = ["--replicas", str(replicas), "-m", "benchmarks.goodput", "--work", str(folder)]
-    options += ["--slow", str(slow), "--inner-steps", str(inner_steps)]
     draw = random.Random(0)
     log = (folder / "log").open("w")
     with subprocess.Popen([sys.executable, "-m", "lightning_entropy.launch", *options], cwd=ROOT, stderr=log) as job:
@@ -150,7 +175,7 @@ def run(
                 time.sleep(0.2)
                 if every and time.monotonic() >= due:
                     due += every
-                    pid = int((folder / f"pid.{draw.randrange(replicas)}").read_text())
+                    pid = int((folder / f"pid.{draw.randrange(replicas)}.{draw.randrange(plan.devices)}").read_text())
                     try:
                         os.kill(pid, signal.SIGKILL)
                     except ProcessLookupError:  # it is being started again
@@ -188,9 +213,11 @@ def compare_slow(slow: float, seconds: float, replicas: int) -> None:
     fewer = max(1, round(INNER_STEPS / slow))
     with tempfile.TemporaryDirectory() as folder:
         found = {
-            "none slower": run(Path(folder) / "none", seconds, replicas, 0.0),
-            f"one {slow:g} x as slow": run(Path(folder) / "same", seconds, replicas, 0.0, slow),
-            f"the same, L = {fewer} there": run(Path(folder) / "own", seconds, replicas, 0.0, slow, fewer),
+            "none slower": run(Path(folder) / "none", seconds, Plan(replicas)),
+            f"one {slow:g} x as slow": run(Path(folder) / "same", seconds, Plan(replicas, slow=slow)),
+            f"the same, L = {fewer} there": run(
+                Path(folder) / "own", seconds, Plan(replicas, slow=slow, inner_steps=fewer)
+            ),
         }
     for name, result in found.items():
         step, loss = max(result["losses"].items(), default=(0, float("nan")))
@@ -206,18 +233,21 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two kills (default: 10)")
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--slow", type=float, help="by how much the last replica's steps take longer; nobody is killed")
-    parser.add_argument("--inner-steps", type=int, default=INNER_STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--devices", type=int, default=1, help="processes of a replica (default: 1)")
+    parser.add_argument("--method", choices=["parle", "diloco"], default="parle")
+    parser.add_argument("--communication-dtype", choices=FORMATS, default="float32")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work, options.slow, options.inner_steps)
+        work(options.work)
         return
     if options.slow is not None:
         compare_slow(options.slow, options.seconds, options.replicas)
         return
     with tempfile.TemporaryDirectory() as folder:
-        whole = run(Path(folder) / "undisturbed", options.undisturbed, options.replicas, 0.0)
-        hurt = run(Path(folder) / "disturbed", options.seconds, options.replicas, options.every)
+        plan = Plan(options.replicas, options.devices, options.method, options.communication_dtype)
+        whole = run(Path(folder) / "undisturbed", options.undisturbed, plan)
+        hurt = run(Path(folder) / "disturbed", options.seconds, plan, options.every)
     print(f"{options.replicas} replicas, one killed every {options.every:g} s for {options.seconds:g} s")
     print(f"killed: {hurt['kills']}; ended by another's death: {hurt['others']}")
     for key in ("steps/s", "steps/s of all"):
