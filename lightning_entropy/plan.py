@@ -9,7 +9,12 @@ of B bytes over R replicas sends 2 (R - 1) / R B from each, in 2 (R - 1) message
 
 Data-parallel training pays it every step, less what hides behind the backward pass, about two thirds of a step. Local
 SGD and DiLoCo pay it whole, once in H steps. Parle and Elastic-SGD average what is known when a loop begins, so that it
-hides behind the H steps of the loop. Utilisation is the share of the time in which a replica computes.
+hides behind the H steps of the loop. Streaming DiLoCo sends P parts in turn, each hidden behind the tau steps of its
+delay, or behind the H / P from one part to the next where these are fewer: a link carries one part at a time. Parts
+count as of one size; they are whole tensors, so that the largest may be larger.
+
+Utilisation is the share of the time in which a replica computes. Peak is what it sends in one exchange, and "no wait
+from" the bandwidth from which on it would wait for none.
 """
 
 import argparse
@@ -32,12 +37,16 @@ class Row(NamedTuple):
         format: of what is sent.
         bytes_per_step: sent by a replica, per training step.
         utilisation: share of the time in which a replica computes, in (0, 1].
+        peak: bytes that a replica sends in one exchange.
+        bandwidth: bit/s from which on it waits for no exchange; inf: it waits on any link.
     """
 
     method: str
     format: str
     bytes_per_step: float
     utilisation: float
+    peak: float
+    bandwidth: float
 
 
 def bytes_per_weight(format: str) -> float:
@@ -77,6 +86,8 @@ def plan(
     latency: float = 0.0,
     inner_steps: Sequence[int] = (25, 100),
     gradient_bytes: float = 4.0,
+    fragments: int = 4,
+    delay: int = 4,
 ) -> list[Row]:
     """Return what each way to train costs on a link.
 
@@ -88,27 +99,52 @@ def plan(
         latency: of a message, seconds, >= 0.
         inner_steps: H, for each of which there are rows.
         gradient_bytes: of a gradient's value in data-parallel training.
+        fragments: P of Streaming DiLoCo, >= 1.
+        delay: tau of Streaming DiLoCo, steps, >= 0. It has no row for an H that is not above.
 
     Example:
-        One second of exchange a step, of which two thirds of the step's 0.3 s hide:
+        One second of exchange a step, of which two thirds of the step's 0.3 s hide. A part's quarter of a second
+        hides behind the 2.5 steps that there are to the next one's turn.
 
         >>> rows = plan(1e6, 2, bandwidth=32e6, step=0.3, inner_steps=[10])
-        >>> [(row.method, round(row.utilisation, 2)) for row in rows if row.format == "float32"]
-        [('ddp', 0.27), ('DiLoCo, local SGD, H = 10', 0.75), ('Parle, Elastic-SGD, H = 10', 1.0)]
+        >>> for row in rows[:4]:
+        ...     print(f"{row.method}: {row.utilisation:.2f}, {row.peak / 1e6} MB, {row.bandwidth / 1e6:.1f} Mbit/s")
+        ddp: 0.27, 4.0 MB, 160.0 Mbit/s
+        DiLoCo, local SGD, H = 10: 0.75, 4.0 MB, inf Mbit/s
+        Streaming DiLoCo, H = 10, P = 4, tau = 4: 1.00, 1.0 MB, 10.7 Mbit/s
+        Parle, Elastic-SGD, H = 10: 1.00, 4.0 MB, 10.7 Mbit/s
     """
-    sent, seconds = exchange(gradient_bytes * params, replicas, bandwidth, latency)
-    rows = [Row("ddp", "float32" if gradient_bytes == 4 else "half", sent, _share(step, seconds - BACKWARD * step))]
+    link = Link(replicas, bandwidth, latency, step)
+    name = "float32" if gradient_bytes == 4 else "half"
+    rows = [link.row("ddp", name, gradient_bytes * params, every=1, hidden=BACKWARD)]
     for h in inner_steps:
         for format in FORMATS:
-            sent, seconds = exchange(bytes_per_weight(format) * params, replicas, bandwidth, latency)
-            rows.append(Row(f"DiLoCo, local SGD, H = {h}", format, sent / h, _share(h * step, seconds)))
-            hidden = _share(h * step, seconds - h * step)
-            rows.append(Row(f"Parle, Elastic-SGD, H = {h}", format, sent / h, hidden))
+            payload = bytes_per_weight(format) * params
+            rows.append(link.row(f"DiLoCo, local SGD, H = {h}", format, payload, every=h, hidden=0))
+            if delay < h:
+                spaced = h / fragments
+                method = f"Streaming DiLoCo, H = {h}, P = {fragments}, tau = {delay}"
+                rows.append(link.row(method, format, payload / fragments, every=spaced, hidden=min(delay, spaced)))
+            rows.append(link.row(f"Parle, Elastic-SGD, H = {h}", format, payload, every=h, hidden=h))
     return rows
 
 
-def _share(computing: float, waiting: float) -> float:
-    return computing / (computing + max(waiting, 0.0))
+class Link(NamedTuple):
+    """A replica and its link: the arguments of :func:`plan`."""
+
+    replicas: int
+    bandwidth: float
+    latency: float
+    step: float
+
+    def row(self, method: str, format: str, payload: float, *, every: float, hidden: float) -> Row:
+        """Return the row of exchanges of ``payload`` bytes, one every so many steps, each hidden behind ``hidden``."""
+        sent, seconds = exchange(payload, self.replicas, self.bandwidth, self.latency)
+        _, late = exchange(payload, self.replicas, float("inf"), self.latency)
+        spare = hidden * self.step - late
+        needed = 8 * sent / spare if spare > 0 else float("inf")
+        computing, waiting = every * self.step, max(seconds - hidden * self.step, 0.0)
+        return Row(method, format, sent / every, computing / (computing + waiting), sent, needed)
 
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
@@ -140,12 +176,14 @@ def _number(text: str, pattern: str, factor: "object", words: str) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
-    lines = ["| method | format | bytes a step | of ddp | utilisation |", "| --- | --- | --- | --- | --- |"]
+    head = ["method", "format", "bytes a step", "of ddp", "utilisation", "peak", "no wait from"]
+    lines = [head, ["---"] * len(head)]
     for row in rows:
         share = row.bytes_per_step / rows[0].bytes_per_step
-        size = f"{row.bytes_per_step / 1e6:.3g} MB"
-        lines.append(f"| {row.method} | {row.format} | {size} | {share:.2%} | {row.utilisation:.1%} |")
-    return "\n".join(lines)
+        sizes = [f"{size / 1e6:.3g} MB" for size in (row.bytes_per_step, row.peak)]
+        needed = "" if row.bandwidth == float("inf") else f"{row.bandwidth / 1e9:.3g} Gbit/s"
+        lines.append([row.method, row.format, sizes[0], f"{share:.2%}", f"{row.utilisation:.1%}", sizes[1], needed])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,14 +201,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=duration, required=True, help="computation of one training step: 0.4s, 40ms")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[25, 100], help="H (default: 25 100)")
     parser.add_argument("--gradient-bytes", type=float, default=4.0, help="of a gradient in ddp: 4 or 2 (default: 4)")
+    parser.add_argument("--fragments", type=int, default=4, help="P of Streaming DiLoCo (default: 4)")
+    parser.add_argument(
+        "--delay",
+        type=int,
+        default=4,
+        help="tau of Streaming DiLoCo, steps; its rows are for each H above (default: 4)",
+    )
     options = parser.parse_args(arguments)
     if options.replicas < 2:
         parser.error(f"--replicas must be >= 2, got {options.replicas}")
     for name in ("params", "link", "step", "gradient_bytes"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
-    if min(options.inner_steps) < 1:
-        parser.error(f"--inner-steps must be >= 1, got {min(options.inner_steps)}")
+    for name, least in (("inner_steps", 1), ("fragments", 1), ("delay", 0)):
+        found = getattr(options, name)
+        found = min(found) if isinstance(found, list) else found
+        if found < least:
+            parser.error(f"--{name.replace('_', '-')} must be >= {least}, got {found}")
     rows = plan(
         options.params,
         options.replicas,
@@ -179,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         latency=options.latency,
         inner_steps=options.inner_steps,
         gradient_bytes=options.gradient_bytes,
+        fragments=options.fragments,
+        delay=options.delay,
     )
     print(table(rows))
 

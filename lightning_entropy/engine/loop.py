@@ -232,6 +232,7 @@ class InnerOuter:
         """
         if self.weights.shown:
             return
+        _refuse_capture("prepare()")
         self._gathered.drop()
         self._outer.finish()
         self.due = False
@@ -261,6 +262,7 @@ class InnerOuter:
     def _before_step(self) -> None:
         if self.weights.shown:
             raise RuntimeError("optimizer.step() while the parameters show the anchor: leave at_anchor() first")
+        _refuse_capture("optimizer.step()")
         self._stepping = None
         self._outer.finish()
         self._read_settings()
@@ -489,3 +491,17 @@ class InnerOuter:
         """Set the seed of the chain's noise and of the perturbation's, which differ where a step draws both."""
         self._noise = NoiseStreams(seed)
         self._forward_noise = self._noise if self.weights.tied else NoiseStreams(seed, "perturbation")
+
+
+def _refuse_capture(what: str) -> None:
+    """Refuse to be recorded into a CUDA graph: the host counts steps and picks their noise, and a replay has no host.
+
+    Raises:
+        RuntimeError: the current stream is capturing.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} must not be captured in a CUDA graph while a loop is attached, as a replay would count no step "
+            "and draw the same noise: capture the forward and the backward pass (torch.cuda.make_graphed_callables), "
+            "and call it outside; or detach() the loop"
+        )

@@ -1,14 +1,18 @@
 """The two points of an optimizer's step where a loop acts, whatever calls the step and however."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_entropy.engine import torch_internals
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class OptimizerHooks:
@@ -21,6 +25,9 @@ class OptimizerHooks:
     step, neither of the last two runs: also with a fused optimizer, which is called and skips by itself.
 
     A step at which ``bystander()`` is True passes without a call.
+
+    A training step under ``torch.compile`` runs these calls as they are, at every step: what counts steps is not to be
+    traced, and compiling it would take seconds.
 
     An optimizer class that overrides ``step`` and calls ``super().step()`` can fire torch's hooks twice, depending
     on what was instantiated before; the inner pair is ignored here.
@@ -43,18 +50,18 @@ class OptimizerHooks:
         hooks = torch_internals.step_hooks(optimizer)
         if hooks is None:
             raise TypeError(f"optimizer must run torch's step hooks, got {type(optimizer).__name__}, which does not")
-        if any(isinstance(getattr(hook, "__self__", None), OptimizerHooks) for hook in hooks):
+        if any(map(_is_a_loops, hooks)):
             raise ValueError("optimizer must have no loop yet, got one that has: detach() it first")
         self._optimizer = optimizer
-        self._before, self._before_closure = before, before_closure
-        self._on_gradients, self._after = on_gradients, after
+        self._before, self._after = before, after
+        self._before_closure, self._on_gradients = _untraced(before_closure), _untraced(on_gradients)
         self._bystander = bystander
         self._ignored = False
         self._depth = 0
         self._skipped = False
         self._handles = [
-            optimizer.register_step_pre_hook(self._enter),
-            optimizer.register_step_post_hook(self._exit),
+            optimizer.register_step_pre_hook(_untraced(self._enter)),
+            optimizer.register_step_post_hook(_untraced(self._exit)),
         ]
 
     def remove(self) -> None:
@@ -121,4 +128,15 @@ class OptimizerHooks:
 def has_foreign_hooks(optimizer: Optimizer) -> bool:
     """Whether step hooks other than a loop's are to see the gradients and the update."""
     hooks = torch_internals.step_hooks(optimizer) or []
-    return any(not isinstance(getattr(hook, "__self__", None), OptimizerHooks) for hook in hooks)
+    return not all(map(_is_a_loops, hooks))
+
+
+def _untraced(function: Callable[P, T]) -> Callable[P, T]:
+    called: Any = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    untraced: Callable[P, T] = called
+    return untraced
+
+
+def _is_a_loops(hook: Callable[..., Any]) -> bool:
+    hook = inspect.unwrap(hook, stop=lambda f: hasattr(f, "__self__"))
+    return isinstance(getattr(hook, "__self__", None), OptimizerHooks)
