@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -190,6 +191,9 @@ def run(folder: Path, seconds: float, plan: Plan, every: float = 0.0) -> dict[st
     if code:
         raise RuntimeError(f"the training must end well, got exit code {code}: {said[-2000:]}")
     ended = sum("is started again" in line for line in said.splitlines())
+    if ended > kills:
+        errors = [line for line in said.splitlines() if re.search(r"Error\b.*:|is started again", line)]
+        print(*errors, sep="\n", file=sys.stderr)
     return {
         "kills": kills,
         "others": ended - kills,
