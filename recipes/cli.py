@@ -19,12 +19,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lightning_entropy  # noqa: F401  registers the strategies, so that a config can name them
 from recipes.classifier import Classifier
 from recipes.data import ImageData
-from recipes.messages import explain
+from recipes.messages import explain, program
 from recipes.predictions import WritePredictions
 
 
 class Parser(LightningArgumentParser):
     """LightningCLI's, whose errors have no usage above them and name what was probably meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"prog": program()} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the process with the message.

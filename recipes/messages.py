@@ -38,7 +38,7 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
     except (Refused, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,7 +70,31 @@ def explain(message: str, parser: argparse.ArgumentParser) -> str:
     if found:
         path = Path(found[1])
         meant = _closest(path.name, (p.name for p in path.parent.glob("*.yaml")))
-    return f"error: {message}{f'. Did you mean {meant}?' if meant else ''}\n{parser.prog} --help lists the options\n"
+    message = _sentence(message)
+    prog = parser.prog.replace(" [options]", "")
+    return f"error: {message}{f'. Did you mean {meant}?' if meant else ''}\n{prog} --help lists the options\n"
+
+
+def program() -> str | None:
+    """Return how this process was started, where that was ``python -m``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def _sentence(message: str) -> str:
+    r"""Return jsonargparse's list about a value as a sentence, and anything else as it is, in one line.
+
+    Example:
+        >>> lines = ['Parser key "data.files":', "Subtypes: [list[str], <class 'NoneType'>]", "Given value: x"]
+        >>> _sentence("\n".join(lines))
+        '--data.files must be list[str] or null, got x'
+    """
+    found = re.search(r'Parser key "(.+?)":.*Subtypes: \[(.+)\]\n.*Given value: (.*)', message, re.DOTALL)
+    if not found:
+        return " ".join(message.split())
+    name, types, value = found.groups()
+    kinds = re.sub(r"<class '(.+?)'>", r"\1", types).replace("NoneType", "null").replace(", ", " or ")
+    return f"--{name} must be {kinds}, got {value}"
 
 
 def _closest(word: str, words: Iterable[str]) -> str | None:

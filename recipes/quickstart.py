@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
     data = digits() if args.data == "digits" else fashion_mnist(args.root, args.train_size)
     results = {name: Rows() for name in METHODS}
-    with tqdm(total=len(METHODS) * args.seeds * args.epochs, unit="epoch") as bar:
+    with tqdm(total=len(METHODS) * args.seeds * args.epochs, unit="epoch", disable=None) as bar:
         for seed in range(args.seeds):
             for name, rows in results.items():
                 bar.set_description(f"{name}, seed {seed}")

@@ -42,6 +42,11 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
         lambda: le.EntropySGD(gamma="Auto"),
         "gamma must be a number >= 0, a schedule such as Scoping, or 'auto', got 'Auto'",
     ),  # type: ignore[arg-type]
+    # Lightning's own words, which the questions in docs/faq.md repeat.
+    (lambda: fit(callbacks=[le.EntropySGD()] * 2), "^Found more than one stateful callback of type `EntropySGD`"),
+    (lambda: fit(strategy=le.parle()), r"^You selected an invalid strategy name: `strategy=Relaxation\(inner_steps=25"),
+    (lambda: fit(strategy="diloco"), r"^You selected an invalid strategy name: `strategy='diloco'`"),
+    (lambda: fit(callbacks=[le.entropy_sgd]), "^'function' object has no attribute 'on_exception'"),
     (lambda: fit(callbacks=[le.entropy_sgd()]), r"a Relaxation is a method and no callback: .*InnerOuterCallback"),
     (lambda: le.relax(optimizer(), le.EntropySGD()), "got EntropySGD: EntropySGD has one, at its attribute relaxation"),  # type: ignore[arg-type]
     (lambda: le.relax(optimizer(), le.entropy_sgd), r"got entropy_sgd: call the preset, as in entropy_sgd\(\)"),  # type: ignore[arg-type]
@@ -55,7 +60,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
 
 @pytest.mark.parametrize(("mistake", "message"), MISTAKES)
 def test_a_mistake_is_told_with_what_to_write_instead(mistake: Callable[[], Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError, AttributeError, MisconfigurationException), match=message):
+    with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError, MisconfigurationException), match=message):
         mistake()
 
 
@@ -80,6 +85,19 @@ def test_a_gamma_with_which_the_weights_cannot_move_is_warned_of(gamma: Any) -> 
         fit(strategy=le.ElasticEntropyStrategy(le.parle(20, gamma=gamma)))
 
 
+def test_batchnorm_that_is_not_there_is_said_before_training() -> None:
+    with pytest.warns(UserWarning, match="RefreshBatchNorm has nothing to do: no layer") as said:
+        fit(callbacks=[le.RefreshBatchNorm(2)])
+    assert sum("nothing to do" in str(w.message) for w in said) == 1  # and not again at each validation
+
+
+@pytest.mark.parametrize("name", ["elastic_entropy", "elastic-entropy", "parle"])
+def test_replicas_on_one_device_are_said_to_be_one(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    fit(strategy=name)
+    words = "ElasticEntropyStrategy: 1 replica x 1 process, and nothing to tie it to: ask for more devices"
+    assert words in caplog.text
+
+
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 9.9, "auto", le.Pull(0.99), le.Scoping(0.01, 1e-3, limit=100.0)])
 def test_a_gamma_that_leaves_room_or_says_its_share_is_not_warned_of(gamma: Any) -> None:
     fit(callbacks=[le.EntropySGD(gamma=gamma)])  # warnings are errors
@@ -93,6 +111,7 @@ def test_a_gamma_that_leaves_room_or_says_its_share_is_not_warned_of(gamma: Any)
         (plan.main, ["--params", "many", "--link", "1Gbit", "--step", "1s"], "a number of weights such as 124M"),
         (launch.main, ["train.py"], "the following arguments are required: --replicas"),
         (launch.main, ["--replicas", "2", "--min-replicas", "3", "train.py"], "must be at most --replicas"),
+        (launch.main, ["--replicas", "2", "tarin.py"], "the script must be a file, got tarin.py: there is none"),
     ],
 )
 def test_a_mistake_on_a_command_line_ends_in_two_lines(

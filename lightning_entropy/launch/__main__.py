@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = found.parse_args(arguments)
     if options.min_replicas > options.replicas:
         found.error(f"--min-replicas must be at most --replicas, got {options.min_replicas} and {options.replicas}")
+    if not options.module and not Path(options.script).is_file():
+        found.error(f"the script must be a file, got {options.script}: there is none (-m takes a module's name)")
     check_installed()
     lighthouse, address = open_lighthouse(
         options.min_replicas, heartbeat_timeout=options.heartbeat_timeout, join_timeout=options.join_timeout

@@ -20,10 +20,10 @@ MEANT = {
     "langevin_iters": ("inner_steps",),
     "alpha": ("average", "mixing", "outer_lr"),
     "la_alpha": ("outer_lr",),
-    "lr": ("outer_lr",),
+    "beta": ("average",),
     "eta": ("outer_lr",),
-    "momentum": ("outer_momentum",),
     "scope": ("gamma",),
+    "scoping": ("gamma",),
     "eps": ("noise",),
     "epsilon": ("noise",),
     "sigma": ("width", "noise", "gamma"),
@@ -32,6 +32,7 @@ MEANT = {
     "tau": ("delay",),
     "elasticity": ("rho",),
 }
+OPTIMIZERS = ("lr", "learning_rate", "momentum", "weight_decay", "nesterov")
 
 
 def named(function: Callable[P, T]) -> Callable[P, T]:
@@ -54,26 +55,33 @@ def named(function: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
-def check_names(owner: str, given: Iterable[str], names: list[str]) -> None:
+def check_names(owner: str, given: Iterable[str], names: list[str], method: Iterable[str] = ()) -> None:
     """Raise an error that says what was meant if an argument is given by a name that there is not.
 
     Args:
         owner: of the arguments, as it is called.
         given: names.
         names: that there are.
+        method: arguments of the method that the owner takes.
 
     Raises:
         TypeError: a name that there is not.
     """
     for name in given:
-        if name in names:
-            continue
-        ours = [meant for meant in MEANT.get(name, ()) if meant in names]
-        close = difflib.get_close_matches(name, names, 1)
-        if ours:
-            hint = f"it is {ours[0]} here"
-        elif close:
-            hint = f"did you mean {close[0]}?"
-        else:
-            hint = f"it takes {', '.join(names) or 'none'}"
-        raise TypeError(f"{owner} has no argument {name!r}: {hint}")
+        if name not in names:
+            raise TypeError(f"{owner} has no argument {name!r}: {_hint(owner, name, names, list(method))}")
+
+
+def _hint(owner: str, name: str, names: list[str], method: list[str]) -> str:
+    def ours(known: list[str]) -> str | None:
+        return next((meant for meant in (name, *MEANT.get(name, ())) if meant in known), None)
+
+    if found := ours(names):
+        return f"it is {found} here"
+    if found := ours(method):
+        return f"write {owner}(parle({found}=...)) or another method's"
+    if name in OPTIMIZERS:
+        return "it is your optimizer's"
+    if close := difflib.get_close_matches(name, names, 1):
+        return f"did you mean {close[0]}?"
+    return f"it takes {', '.join(names) or 'none'}"

@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -204,7 +204,8 @@ def check_arguments(strategy: type, parent: type, given: Iterable[str]) -> None:
     """
     signatures = [inspect.signature(kind) for kind in (strategy, parent, DistributedDataParallel)]
     names = [name for signature in signatures for name in signature.parameters]
-    check_names(strategy.__name__, given, [name for name in names if name not in ("kwargs", "module")])
+    known = [name for name in names if name not in ("kwargs", "module")]
+    check_names(strategy.__name__, given, known, [field.name for field in fields(Relaxation)])
 
 
 # Under which names a strategy is registered; a hyphen is what many write first.

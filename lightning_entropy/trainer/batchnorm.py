@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader
 
 from lightning_entropy.methods.validation import check_integer
 from lightning_entropy.trainer.lightning_internals import before_batch_transfer, without_iterator
+
+NOTHING = "RefreshBatchNorm has nothing to do: no layer of this module keeps BatchNorm statistics"
 
 
 class RefreshBatchNorm(Callback):
@@ -63,6 +66,11 @@ class RefreshBatchNorm(Callback):
         self.forward = forward
         self._frozen: set[str] | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say before training, which may have no validation, when there will be nothing to refresh."""
+        if not any(map(_keeps_statistics, pl_module.modules())):
+            rank_zero_warn(NOTHING)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which layers are in evaluation mode while the others train: to them their statistics are weights."""
         if batch_idx == 0 or self._frozen is None:
@@ -93,8 +101,8 @@ class RefreshBatchNorm(Callback):
         frozen = self._frozen or ()
         layers = [m for name, m in pl_module.named_modules() if _keeps_statistics(m) and name not in frozen]
         if not layers:
-            if not frozen:
-                rank_zero_warn("RefreshBatchNorm has nothing to do: no layer of this module keeps BatchNorm statistics")
+            if not frozen and trainer.state.fn != TrainerFn.FITTING:
+                rank_zero_warn(NOTHING)
             return
         with isolate_rng(), _collecting(pl_module, layers):
             count = 0

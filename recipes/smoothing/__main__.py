@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    with tqdm(total=7, desc=str(options.out), unit="panel") as bar:
+    with tqdm(total=7, desc=str(options.out), unit="panel", disable=None) as bar:
         descents = descend(talk)
         bar.update()
         figure = draw(talk, descents, bar)

@@ -47,7 +47,7 @@ def animate(talk: Setup, path: Path, frames: int) -> None:
 
         film = animation.FuncAnimation(figure, update, frames=frames + 1)
         writer = "pillow" if path.suffix == ".gif" else "ffmpeg"
-        with tqdm(total=frames + 1, desc=str(path), unit="frame") as bar:
+        with tqdm(total=frames + 1, desc=str(path), unit="frame", disable=None) as bar:
             film.save(path, writer=writer, fps=12, dpi=90, progress_callback=lambda frame, total: bar.update())
         plt.close(figure)
 

@@ -10,6 +10,7 @@ import lightning_entropy as le
 from lightning_entropy.methods.arguments import MEANT
 from lightning_entropy.strategies import ElasticEntropyFabricStrategy
 
+HAS_NO = "ElasticEntropyStrategy has no argument"
 SAID: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "EntropySGD has no argument 'L': it is inner_steps here": (le.EntropySGD, {"L": 20}),
     "entropy_sgd has no argument 'alpha': it is average here": (le.entropy_sgd, {"alpha": 0.75}),
@@ -23,10 +24,19 @@ SAID: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         le.InnerOuterCallback,
         {"relaxation": le.parle(), "sed": 1},
     ),
-    "ElasticEntropyStrategy has no argument 'replica': did you mean replicas?": (
+    f"{HAS_NO} 'replica': did you mean replicas?": (
         le.ElasticEntropyStrategy,
         {"replica": 2},
     ),
+    f"{HAS_NO} 'L': write ElasticEntropyStrategy(parle(inner_steps=...)) or another method's": (
+        le.ElasticEntropyStrategy,
+        {"L": 25},
+    ),
+    f"{HAS_NO} 'gamma': write ElasticEntropyStrategy(parle(gamma=...)) or another method's": (
+        le.ElasticEntropyStrategy,
+        {"gamma": 1.0},
+    ),
+    "diloco has no argument 'lr': it is your optimizer's": (le.diloco, {"lr": 1.0}),
     "ElasticEntropyFabricStrategy has no argument 'bucket_cap': did you mean bucket_cap_mb?": (
         ElasticEntropyFabricStrategy,
         {"bucket_cap": 25},

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,7 @@ from lightning_entropy.diagnostics.report.findings import ESTIMATORS, SECTIONS, 
 from lightning_entropy.diagnostics.report.page import page, unfinished, verdict
 from lightning_entropy.version import __version__
 
+COMMAND = "python -m lightning_entropy.diagnostics"
 _DESCRIPTION = """How flat is the minimum, how loud and how round is the noise, did SGD walk in circles.
 
 A first look takes a minute (--budget), on few examples first; the page is written as it grows, and Ctrl+C keeps it.
@@ -32,6 +33,20 @@ config.yaml that LightningCLI left one or two folders above it, or from --config
 """
 # What the report itself says, or says once for all estimators.
 _COMMON = {"module", "data", "loss", "examples", "batch_dim", "mode", "seed", "state", "transfer", "progress"}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's, whose errors are a sentence and no page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the process with the message.
+
+        Raises:
+            SystemExit: with status 2; or jsonargparse's own error, for whoever has asked for it.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, f"error: {' '.join(message.split())}\n{COMMAND} report --help lists the options\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -156,7 +171,7 @@ def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None 
 
 
 def _parser() -> ArgumentParser:
-    report, compare = ArgumentParser(), ArgumentParser()
+    report, compare = Parser(), Parser()
     report.add_argument("checkpoint", type=Path_fr, help="the checkpoint file")
     compare.add_argument("first", type=Path_fr, help="a checkpoint file")
     compare.add_argument("second", type=Path_fr, help="another checkpoint file, of the same module and data")
@@ -196,7 +211,7 @@ def _parser() -> ArgumentParser:
         for name, estimator in ESTIMATORS.items():
             command.add_function_arguments(estimator, name, skip=set(_COMMON))
         command.set_defaults({f"local_entropy.{name}": value for name, value in VALLEY.items()})
-    parser = ArgumentParser(prog="python -m lightning_entropy.diagnostics", description=_DESCRIPTION)
+    parser = Parser(prog=COMMAND, description=_DESCRIPTION)
     commands = parser.add_subcommands(dest="command", required=True)
     commands.add_subcommand("report", report, help="one checkpoint")
     commands.add_subcommand("compare", compare, help="two checkpoints side by side")
