@@ -3,7 +3,7 @@
 from lightning.pytorch import Trainer
 
 from lightning_entropy.strategies.replica import ReplicaLoops
-from lightning_entropy.trainer.progress import log_outer_step
+from lightning_entropy.trainer.metrics import OuterStepMetrics
 
 
 class OuterStepLog:
@@ -15,6 +15,8 @@ class OuterStepLog:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._metrics = OuterStepMetrics(trainer)
+        self.poll, self.flush = self._metrics.poll, self._metrics.flush
         self._last = (trainer.global_step, 0.0, 0.0)  # at the last log: global step, bytes sent, seconds waited
 
     @property
@@ -31,5 +33,5 @@ class OuterStepLog:
         metrics["entropy/bytes_per_step"] = sent / max(steps, 1)
         metrics["entropy/peak_bytes"] = loops.peak()
         metrics["entropy/seconds_waited"] = waited / max(steps, 1)
-        log_outer_step(self._trainer, metrics)
+        self._metrics.log(metrics)
         self._last = now

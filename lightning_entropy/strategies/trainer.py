@@ -416,6 +416,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self._loops is None or self._tries:
             return
         self._epoch_rng = None
+        self._log.poll()
         if self._unclosed is not None:  # training goes on after all
             self._loops.loops.resume()
             self._loops.load_state_dict(self._unclosed)
@@ -524,6 +525,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         """Put the consensus into the module until the next training batch. A collective, unless it is there already."""
         self._moment = Moment.BETWEEN
         if self._loops is not None:
+            self._log.flush()
             self._give_notice()
             self._loops.consensus.show(alone=self._trainer.interrupted or self._waited_for)
 
@@ -540,6 +542,12 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             return state
         return self._loops.consensus.fill(state, alone=self._trainer.interrupted or self._waited_for)
 
+    def failed(self, exception: BaseException) -> None:
+        """Log what has arrived, and tell the other ranks why this one leaves."""
+        if self._loops is not None:
+            self._log.poll()
+        super().failed(exception)
+
     def on_train_end(self) -> None:
         """Give the result to a replica that has come to the last meeting."""
         self._give_state()
@@ -552,6 +560,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self._loops is not None:
             self._left = None if self._leaving else self._replica_state(self._loops)
             self._loops.detach(close=not self._leaving)
+            self._log.flush()
             self._loops = None
             release(self._trainer, self)
         if self._stop is not None:

@@ -150,9 +150,12 @@ def _collecting(module: LightningModule, layers: list[_BatchNorm]) -> Iterator[N
         yield
         collected = True
     finally:
-        for layer, momentum, buffers in kept:
+        # Which of them the forward pass has reached: read once for all, as the device is waited for.
+        counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+        reached = torch.stack([n.to(counts[0].device) for n in counts]).tolist() if collected else [0] * len(kept)
+        for (layer, momentum, buffers), batches in zip(kept, reached, strict=True):
             layer.momentum = momentum
-            if collected and layer.num_batches_tracked:
+            if batches:
                 continue
             for b, saved in zip(layer.buffers(recurse=False), buffers, strict=True):
                 b.copy_(saved)

@@ -18,9 +18,9 @@ from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer import sharded
+from lightning_entropy.trainer.metrics import OuterStepMetrics
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import (
-    log_outer_step,
     of_this_training,
     training_is_complete,
     warn_if_pinned,
@@ -104,6 +104,7 @@ class InnerOuterCallback(Callback):
         self._optimizer_states: list[Any] = []  # of the checkpoint that is being loaded
         self._loaded_from: Any = None  # path of that checkpoint
         self._trains = True
+        self._metrics: OuterStepMetrics | None = None  # of the fit
         self._logged_at = 0  # global step
         self._outer_steps: list[int] = []  # before this batch
         self._validated_at: list[int] = []  # outer steps at the last validation
@@ -176,6 +177,7 @@ class InnerOuterCallback(Callback):
             if len(self._resumed["loops"]) == len(trainer.optimizers):
                 self._loops.load_state_dict(self._resumed["loops"])
         self._logged_at = trainer.global_step
+        self._metrics = OuterStepMetrics(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first backward pass: an epoch may have none (SWA's last, for BatchNorm)."""
@@ -189,6 +191,8 @@ class InnerOuterCallback(Callback):
         """Put y into the parameters, of the optimizers that there are now."""
         if self._loops is None:
             return
+        if self._metrics is not None:
+            self._metrics.poll()
         self._loops.resume()
         if self._unclosed is not None:  # training goes on after all
             self._loops.load_state_dict(self._unclosed)
@@ -228,7 +232,8 @@ class InnerOuterCallback(Callback):
         self._loops.unperturb()
         stepped = self._outer_steps != [loop.outer_step for loop in self._loops.loops]
         if stepped and any(loop.measure for loop in self._loops.loops):
-            log_outer_step(trainer, self._loops.metrics())
+            assert self._metrics is not None
+            self._metrics.log(self._loops.metrics())
             self._logged_at = trainer.global_step
         if training_is_complete(trainer, batch_idx):
             self._close()
@@ -245,6 +250,10 @@ class InnerOuterCallback(Callback):
         self._loops.close()
         if shown:
             self._loops.show()
+
+    def _flush(self) -> None:
+        if self._metrics is not None:
+            self._metrics.flush()
 
     def _show(self) -> None:
         if self._loops is not None:
@@ -274,6 +283,7 @@ class InnerOuterCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show x until the validation has ended."""
         self._show()
+        self._flush()
         self._modes = _modes(trainer)
         if self._loops is None or not self.relaxation.has_anchor:
             return
@@ -325,6 +335,7 @@ class InnerOuterCallback(Callback):
         if trainer.should_stop:
             self._close()
         self._show()
+        self._flush()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave x; y stays beside it for the checkpoint that follows."""
@@ -350,6 +361,8 @@ class InnerOuterCallback(Callback):
             finally:  # also where y, which show() keeps beside x, finds no memory
                 self._loops.detach()
                 self._loops, self._unclosed = None, None
+            self._flush()
+            self._metrics = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return y, z, the counters and the outer optimizer of every loop, as if none had been closed."""

@@ -1,8 +1,7 @@
-"""Where a Trainer stands: how long it trains, whether a batch was the last, and at which step it logs."""
+"""Where a Trainer stands: how long it trains, and whether a batch was the last."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,7 +10,6 @@ from torch.optim import Optimizer
 
 from lightning_entropy.methods.pull import Pull, share_of
 from lightning_entropy.methods.relaxation import Relaxation
-from lightning_entropy.trainer import lightning_internals
 
 
 def of_this_training(relaxation: Relaxation, trainer: Trainer) -> Relaxation:
@@ -80,13 +78,3 @@ def training_is_complete(trainer: Trainer, batch_idx: int) -> bool:
     epochs = trainer.max_epochs
     last_batch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
     return last_batch and epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
-
-
-def log_outer_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Log the metrics of an outer step and the effective epochs. Synchronizes with the device."""
-    values = {key: float(value) for key, value in metrics.items()}
-    if trainer.num_training_batches != float("inf"):
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        values["entropy/effective_epochs"] = batches / trainer.num_training_batches
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=lightning_internals.logger_step(trainer))

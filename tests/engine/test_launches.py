@@ -7,15 +7,13 @@ device "cuda" refuse to tell the host a value.
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_entropy as le
-from lightning_entropy.engine import filters, gaussian, noise
+from tests.device_calls import WAITS, Calls, as_on_a_gpu
 from tests.engine.methods_table import METHODS, part
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -50,34 +48,10 @@ def resnet50(width: int) -> list[tuple[int, ...]]:
     return [*shapes, (10, channels), (10,)]
 
 
-class Calls(TorchDispatchMode):
-    """Count what torch is asked to do: no views and no memory without values, which start nothing on a device."""
-
-    NOTHING = ("empty", "empty_like", "empty_strided", "_record_function_enter_new", "_record_function_exit")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counted = Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        if not (func.is_view or name in self.NOTHING):
-            self.counted[name] += 1
-        result = func(*args, **(kwargs or {}))
-        if name in ("_to_copy", "copy_") and result.is_cpu and not all(a.is_cpu for a in args if torch.is_tensor(a)):
-            self.counted["to the host"] += 1
-        return result
-
-
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (gaussian, noise):
-        monkeypatch.setattr(module, "has_streams", lambda p: False)
-    monkeypatch.setattr(filters, "one_by_one", lambda p: False)
-    monkeypatch.setattr(gaussian, "_generator", lambda device, seed: torch.Generator().manual_seed(seed))
-    filters.lengths_of.cache_clear()
-    yield
-    filters.lengths_of.cache_clear()
+def on_a_gpu() -> Iterator[None]:
+    with as_on_a_gpu():
+        yield
 
 
 def steps(
@@ -150,8 +124,6 @@ def test_on_the_cpu_only_draws_and_norms_go_one_by_one(method: str) -> None:
         assert counted.total() <= MOST, counted
 
 
-# What waits for the device: a value that the host reads, a shape that depends on one, and a copy to the host.
-WAITS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "is_nonzero", "to the host")
 MEASURED = [name for name, r in METHODS.items() if r.auto_gamma]
 
 
@@ -189,3 +161,6 @@ def test_a_wait_would_be_noticed() -> None:
         torch.ones(3, device="cuda").cpu()
         torch.ones(3).copy_(torch.ones(3, device="cuda"))
     assert calls.counted["to the host"] == 2
+    with Calls() as calls:
+        w.tolist(), w.numpy(), w.cpu(), w.to("cpu"), w.to(device="cpu")
+    assert calls.waits == {"tolist": 1, "numpy": 1, "cpu": 3}
