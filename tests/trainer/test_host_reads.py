@@ -155,7 +155,7 @@ def ours(log: Log) -> list[int | None]:
 def test_logging_an_outer_step_does_not_wait_for_it(events: list[Late]) -> None:
     log = Log()
     found = own(lambda: [CALLBACKS["EntropySGD"]()], logger=log, log_every_n_steps=1)
-    # Outer steps are the third, sixth and ninth. Each row, of two distances, is written when the next is made.
+    # Outer steps are the third, sixth and ninth. A row of two distances is written a loop later, with the next.
     assert found == [0, 0, 0, 0, 0, 2, 0, 0, 2, 0]
     assert ours(log) == [2, 5, 8]  # the last when training ends
     assert len(events) == 6 and all(event.waited for event in events)
