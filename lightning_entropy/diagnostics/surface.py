@@ -1,8 +1,10 @@
 """The loss over some examples as a function of one flat vector of weights, with the module left as it was."""
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +19,16 @@ from lightning_entropy.diagnostics.loss import Loss, cross_entropy, kind_of
 from lightning_entropy.diagnostics.module_copy import ModuleCopy
 from lightning_entropy.diagnostics.torch_internals import compiled
 
+_T = TypeVar("_T")
+
 
 @contextmanager
 def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[None]:
     """Put a module in a mode and seed every global generator, and put everything back on leaving.
 
     Covers the training flag of every submodule, the random states of torch (CPU and CUDA), numpy and Python, and
-    the grad, inference and autocast modes. Restores after an exception too.
+    the grad, inference and autocast modes. Where the module has recurrent layers cuDNN is off: its kernels for them
+    cannot be differentiated twice, nor once in eval mode. Restores after an exception too.
 
     Args:
         module: Measured within the context.
@@ -54,6 +59,10 @@ def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            # By this flag alone: torch.backends.cudnn.flags() would set the others to its own defaults.
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
         if compiled(module):
             # Compiled graphs cannot be differentiated twice.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -85,6 +94,9 @@ class LossSurface:
 
     In train mode BatchNorm normalises by the batch, so f depends on how the examples are batched, and dropout
     draws the same mask each time that a batch is evaluated: f is a fixed function in both modes.
+
+    Where there is no memory for the largest batches, they are cut in half, with a warning, until there is: in eval
+    mode, where that changes nothing but rounding. So a batch is what bounds the memory.
 
     Args:
         module: Any module; with a LightningModule, ``state`` makes it the anchor's surface.
@@ -191,16 +203,26 @@ class LossSurface:
 
     def loss(self, weights: Tensor, *, check: bool = False) -> float:
         """Evaluate f at ``weights``, shape (P,); with ``check``, raise ValueError unless losses are finite scalars."""
+        return self.evaluate(weights, check=check).item()
+
+    @torch.no_grad()
+    def evaluate(self, weights: Tensor, *, check: bool = False) -> Tensor:
+        """Evaluate f as :meth:`loss`, as a float64 scalar tensor: without ``check`` no device is waited for."""
+        return self._within_memory(lambda: self._evaluate(weights, check))
+
+    def _evaluate(self, weights: Tensor, check: bool) -> Tensor:
+        values = []
+        for i, batch in enumerate(self.batches):
+            values.append(self.batch_loss(weights, batch, i))
+            if check and not (isinstance(values[-1], Tensor) and values[-1].ndim == 0):
+                raise ValueError(f"loss must be a scalar tensor, got {kind_of(values[-1])}")
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
-                value = self.batch_loss(weights, batch, i)
-                if check and not (isinstance(value, Tensor) and value.ndim == 0):
-                    raise ValueError(f"loss must be a scalar tensor, got {kind_of(value)}")
-                if check and not value.isfinite():
-                    raise ValueError(f"loss must be finite, got {value.item()} on batch {i}")
-                total += share * value
-        return total.item()
+        for value, share in zip(values, self.shares, strict=True):
+            total += share * value
+        if check and not total.isfinite():
+            i, value = next((i, v) for i, v in enumerate(values) if not v.isfinite())
+            raise ValueError(f"loss must be finite, got {value.item()} on batch {i}")
+        return total
 
     def gradient(self, weights: Tensor) -> Tensor:
         """Evaluate the gradient of f at ``weights``, shape (P,), in (P,)."""
@@ -208,6 +230,9 @@ class LossSurface:
 
     def value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate f, a float64 scalar tensor, and its gradient, shape (P,), at ``weights``, shape (P,)."""
+        return self._within_memory(lambda: self._value_and_gradient(weights))
+
+    def _value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         w = weights.detach().requires_grad_()
         value = torch.zeros((), dtype=torch.float64, device=self.device)
         gradient = torch.zeros_like(weights)
@@ -230,6 +255,9 @@ class LossSurface:
         Returns:
             Shape (k, P).
         """
+        return self._within_memory(lambda: self._hessian_products(weights, vectors))
+
+    def _hessian_products(self, weights: Tensor, vectors: Tensor) -> Tensor:
         products = torch.zeros_like(vectors)
         for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
             w, gradient = self._gradient_graph(weights, batch, i)
@@ -263,3 +291,46 @@ class LossSurface:
             (gradient,) = torch.autograd.grad(loss, w, create_graph=create_graph)
         self._watched = True
         return loss, gradient
+
+    def _within_memory(self, evaluate: Callable[[], _T]) -> _T:
+        """Evaluate, with batches cut in half each time that there is no memory for the largest."""
+        while True:
+            try:
+                return evaluate()
+            except torch.OutOfMemoryError as error:
+                self._graph = None
+                if not self._can_go_on(error):
+                    raise
+
+    def _can_go_on(self, error: torch.OutOfMemoryError) -> bool:
+        try:
+            return self._halve()
+        except ValueError as reason:  # a batch that cannot be cut
+            raise error from reason
+
+    def _halve(self) -> bool:
+        """Cut the largest batches in half; False where there is none with two examples, or where they are not alone.
+
+        Raises:
+            ValueError: A batch does not say how to cut it.
+        """
+        sizes = [self.layout.size(batch) for batch in self.batches]
+        largest = max(sizes)
+        half = -(-largest // 2)
+        if self.mode == "train" or largest < 2:  # BatchNorm normalises by the batch
+            return False
+        parts: list[tuple[Batch, int]] = []
+        for batch, size in zip(self.batches, sizes, strict=True):
+            for start in range(0, size, half):
+                stop = min(start + half, size)
+                parts.append((self.layout.cut(batch, start, stop), stop - start))
+        if any(self.layout.size(batch) != size for batch, size in parts):
+            raise ValueError("the parts of a batch must say how many examples they have: say it with batch_dim=")
+        warnings.warn(
+            f"no memory for a batch of {largest} examples: batches are cut to {half} from here on, which changes "
+            "rounding alone",
+            stacklevel=2,
+        )
+        self.batches = [batch for batch, _ in parts]
+        self.shares = [size / self.examples for _, size in parts]
+        return True

@@ -1,5 +1,6 @@
 """Modules that touch their own tensors have the numbers of the same net that does not."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -115,3 +116,110 @@ def test_parametrized_and_tied_weights_are_left_alone(make: Any) -> None:
     found = D.hessian_spectrum(net, data(), mode="train", probes=0)
     assert found.largest > 0
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Recurrent(nn.Module):
+    """Notes whether cuDNN may run its forward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.last = layer, nn.Linear(4, 3)
+        self.seen = list[bool]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cudnn.enabled)
+        h = self.layer(x[:, None])
+        return self.last((h[0] if isinstance(h, tuple) else h)[:, -1])
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_measured_without_cudnn_which_has_no_second_derivative_of_them(layer: Any) -> None:
+    """Nor a first one in eval mode. The product is checked against differences of gradients."""
+    net = Recurrent(layer(4, 4, batch_first=True)).double()
+    assert torch.backends.cudnn.enabled
+    with untouched(net):
+        surface = LossSurface(net, [(x.double(), y) for x, y in data()])
+        v = torch.randn(len(surface), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        found, step = surface.hessian_products(surface.weights, v[None])[0], 1e-5 * v
+        ends = [surface.gradient(surface.weights + sign * step) for sign in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-8)
+    seen = surface._module.module.seen
+    assert seen and not any(seen)  # type: ignore[arg-type]
+    with pytest.raises(KeyError), untouched(net):
+        raise KeyError
+    assert torch.backends.cudnn.enabled
+
+
+def test_other_modules_keep_cudnn() -> None:
+    net = Recurrent(nn.Sequential(nn.Linear(4, 4)))
+    with untouched(net):
+        seen = LossSurface(net, data())._module.module.seen
+    assert all(seen)  # type: ignore[arg-type]
+
+
+class Small(nn.Module):
+    """A device that has no memory for more than so many examples."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.most = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), most
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.net(x)
+
+
+def quantities(net: nn.Module, mode: str = "eval") -> list[Any]:
+    with untouched(net, mode):
+        surface = LossSurface(net, [(x.double(), y) for x, y in data(13)], mode=mode)
+        v = torch.randn(2, len(surface), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        w = surface.weights
+        return [surface.value, surface.examples, surface.gradient(w), surface.hessian_products(w, v), len(surface)]
+
+
+def test_batches_without_memory_are_halved_until_there_is() -> None:
+    """13 examples, then 7, then 4; and nothing is tried again afterwards."""
+    net = Small(4)
+    with pytest.warns(UserWarning, match="no memory for a batch of") as said:
+        found = quantities(net)
+    assert [str(w.message).split(":")[0] for w in said] == [
+        "no memory for a batch of 13 examples",
+        "no memory for a batch of 7 examples",
+    ]
+    torch.testing.assert_close(found, quantities(Small(99)), rtol=1e-12, atol=1e-14)
+
+
+def test_one_batch_that_is_halved_in_a_hessian_product_gives_the_product_of_the_whole() -> None:
+    """The graph that is kept for a single batch is not the halves'."""
+    net = Small(99)
+    with untouched(net):
+        surface = LossSurface(net, [(x.double(), y) for x, y in data(12)[:1]])
+        v = torch.ones(1, len(surface), dtype=torch.float64)
+        whole = surface.hessian_products(surface.weights, v)
+        surface._module.module.most = 6  # type: ignore[assignment]
+        surface._graph = None
+        with pytest.warns(UserWarning, match="no memory for a batch of 12 examples: batches are cut to 6"):
+            torch.testing.assert_close(surface.hessian_products(surface.weights, v), whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("most", "mode"), [(0, "eval"), (4, "train")])
+def test_what_cannot_be_halved_is_torchs_own_error(most: int, mode: str) -> None:
+    """A single example; and train mode, in which BatchNorm makes a batch more than its examples."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if most == 0 else "error")
+        with pytest.raises(torch.OutOfMemoryError):
+            quantities(Small(most), mode)
+
+
+def test_a_batch_that_does_not_say_how_it_is_cut_is_the_reason() -> None:
+    class Whole(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as error, untouched(net := Whole(1)):
+        LossSurface(net, [torch.ones(4, 3, 3)], loss=lambda m, b: m(b).mean(), examples=lambda b: 3)
+    assert isinstance(error.value.__cause__, ValueError)

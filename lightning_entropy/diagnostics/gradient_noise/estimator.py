@@ -54,6 +54,7 @@ def gradient_noise(
         lr: Learning rate, for the temperature.
         batch_size: b, for the temperature.
         chunk: Per-example gradients computed at once, >= 1. None: as many as an eighth of ``memory`` holds, at most 64.
+            Where there is no memory for the graphs of so many, half as many are side by side, with a warning.
         memory: GiB for gradients. The weights' copies, about four vectors of P, and activations come on top.
         vectorize: Compute a chunk by ``vmap``. False: one example at a time, for modules that cannot be vectorized. So
             are batches of one example, and those with a list of one number or string for each.

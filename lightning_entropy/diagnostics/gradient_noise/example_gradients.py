@@ -1,6 +1,7 @@
 """The gradient of the loss at every single example, a chunk of them at a time."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,10 +49,14 @@ class Piece:
 
 
 class CentredGradients:
-    """The gradients of single examples less their mean, chunk by chunk, and sums over the first pass."""
+    """The gradients of single examples less their mean, chunk by chunk, and sums over the first pass.
+
+    Where there is no memory to take a chunk's examples side by side, half as many are from there on, with a warning.
+    """
 
     def __init__(self, surface: LossSurface, chunk: int, vectorize: bool) -> None:
         self.surface, self.chunk, self.vectorize = surface, chunk, vectorize
+        self._abreast = chunk
         self.mean = surface.gradient(surface.weights)
         self.squares: list[Tensor] = []  # |g_k - g|^2
         self.along: list[Tensor] = []  # (g_k - g) . g
@@ -92,12 +97,29 @@ class CentredGradients:
             yield pending
 
     def _gradients(self, pieces: list[Piece]) -> Tensor:
+        while True:
+            try:
+                parts = [self._gradients_of(part) for piece in pieces for part in self._parts(piece)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except torch.OutOfMemoryError:
+                if self._abreast == 1:
+                    raise
+            before, self._abreast = self._abreast, -(-self._abreast // 2)
+            warnings.warn(
+                f"no memory for the gradients of {before} examples side by side: {self._abreast} are taken from here "
+                f"on, as chunk={self._abreast} would",
+                stacklevel=2,
+            )
+
+    def _parts(self, piece: Piece) -> Iterator[Piece]:
+        for start in range(0, piece.size, self._abreast):
+            yield piece.cut(start, min(start + self._abreast, piece.size))
+
+    def _gradients_of(self, piece: Piece) -> Tensor:
         w = self.surface.weights
-        parts = [
-            self._vectorized(w, p) if self.vectorize and p.size > 1 and not p.lists else self._looped(w, p)
-            for p in pieces
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.vectorize and piece.size > 1 and not piece.lists:
+            return self._vectorized(w, piece)
+        return self._looped(w, piece)
 
     def _vectorized(self, w: Tensor, piece: Piece) -> Tensor:
         split = [(t, dim) for t, dim in zip(leaves(piece.batch), piece.dims, strict=True) if dim is not None]
@@ -114,6 +136,8 @@ class CentredGradients:
         try:
             in_dims = (None, *(dim for _, dim in split))
             return vmap(grad(loss), in_dims=in_dims, randomness="error")(w, *(t for t, _ in split))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 "module and loss must work under torch.func.vmap with vectorize=True; pass vectorize=False to take "

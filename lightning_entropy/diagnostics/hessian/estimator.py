@@ -61,7 +61,8 @@ def hessian_spectrum(
         sigma: Smoothing of the density, > 0, loss/weight^2. None: 1 % of the range of the spectrum.
         tolerance: Error of the extreme eigenvalues relative to the largest in modulus, > 0.
         dense_limit: With no more weights than this, build the matrix and compute all eigenvalues.
-        memory: GiB for Lanczos vectors. Each chain needs ``steps + 4`` vectors of P numbers.
+        memory: GiB for Lanczos vectors. Each chain needs ``steps + 4`` vectors of P numbers. A batch's graph comes on
+            top: where there is no memory for it, batches are cut in half in eval mode, with a warning.
         examples: How many examples of ``data``; or a callable from a batch to its number of them, and all are taken.
             None: all, counted by the tensors' sizes.
         batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the

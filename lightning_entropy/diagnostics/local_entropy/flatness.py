@@ -133,8 +133,9 @@ def profile_of(surface: LossSurface, grid: np.ndarray, draws: int, generator: to
     x, rows = surface.weights, []
     for _ in range(draws):
         noise = torch.randn(len(x), generator=generator, device=x.device, dtype=x.dtype)
-        rows.append([(surface.loss(x + s * noise) + surface.loss(x - s * noise)) / 2 - surface.value for s in grid])
-    mean, stderr, dof = mean_and_stderr(torch.tensor(rows, dtype=torch.float64))
+        pairs = [(surface.evaluate(x + s * noise), surface.evaluate(x - s * noise)) for s in grid]
+        rows.append(torch.stack([(plus + minus) / 2 - surface.value for plus, minus in pairs]))
+    mean, stderr, dof = mean_and_stderr(torch.stack(rows).cpu())
     return FlatnessProfile(grid, mean.numpy(), stderr.numpy() * student(dof))
 
 

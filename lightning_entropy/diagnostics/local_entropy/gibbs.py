@@ -79,7 +79,8 @@ def gibbs_samples(
         -0.75
     """
     root, longest = math.sqrt(gamma), math.pi / 2 / leaps
-    angle = min(angle or longest, longest)
+    # The step stays on the device, which is not waited for between proposals.
+    turn = torch.full((), min(angle or longest, longest), dtype=torch.float64, device=start.device)
     shift = start.clone()
     value, gradient = function(anchor + shift)
     displacement = torch.zeros_like(shift)
@@ -91,8 +92,8 @@ def gibbs_samples(
 
     for step in range(-warmup, samples):
         # A jittered angle, lest a proposal resonate with a mode and come back to its start.
-        a = angle * (0.8 + 0.4 * float(torch.rand((), generator=generator, device=shift.device)))
-        cosine, sine, kick = math.cos(a), math.sin(a), a / (2 * root)
+        a = turn * (0.8 + 0.4 * torch.rand((), generator=generator, device=shift.device).double())
+        cosine, sine, kick = a.cos(), a.sin(), a / (2 * root)
         momentum = width * draw(torch.randn, *shift.shape)
         energy = value + (gamma * shift.double().square() + momentum.double().square()).sum(1) / 2
         there, value_there, gradient_there = shift, value, gradient
@@ -112,10 +113,10 @@ def gibbs_samples(
         value = torch.where(yes, value_there, value)
         if step < 0:
             gain = 1.5 / math.sqrt(step + warmup + 1)
-            angle = min(longest, angle * math.exp(gain * (chance.mean().item() - 0.8)))
+            turn = (turn * (gain * (chance.mean() - 0.8)).exp()).clamp(max=longest)
         else:
             displacement += shift / samples
             virial += (shift * gradient).double().sum(1) / samples
             accepted += chance / samples
         tick()
-    return GibbsSamples(displacement, virial, accepted.mean().item(), shift, angle)
+    return GibbsSamples(displacement, virial, accepted.mean().item(), shift, turn.item())

@@ -1,9 +1,12 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_entropy.diagnostics import gradient_noise
+from lightning_entropy.diagnostics.gradient_noise import example_gradients
 from lightning_entropy.diagnostics.gradient_noise.estimator import _gram
 from lightning_entropy.diagnostics.gradient_noise.example_gradients import CentredGradients
 from lightning_entropy.diagnostics.surface import LossSurface
@@ -159,3 +162,30 @@ def test_plot():
     assert axes.get_ylabel() == "eigenvalue of D, (loss / weight)²"
     figure.canvas.draw()
     plt.close(figure)
+
+
+@pytest.fixture
+def most(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A device that has no memory for the gradients of more than so many examples side by side."""
+
+    def limited(function: Any, **options: Any) -> Any:
+        def run(w: Tensor, *tensors: Tensor) -> Tensor:
+            if len(tensors[0]) > request.param:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.func.vmap(function, **options)(w, *tensors)
+
+        return run
+
+    monkeypatch.setattr(example_gradients, "vmap", limited)
+    return request.param
+
+
+@pytest.mark.parametrize(("most", "taken"), [(4, ["8"]), (3, ["8", "4"]), (0, ["8", "4", "2"])], indirect=["most"])
+def test_a_chunk_without_memory_is_halved_from_there_on(most: int, taken: list[str]) -> None:
+    """As often as need be; a single example needs no memory for others beside it."""
+    with pytest.warns(UserWarning, match="no memory for the gradients of") as said:
+        found = gradient_noise(tiny.net(), tiny.data(), chunk=8)
+    assert [str(w.message).split()[6] for w in said] == taken
+    plain = gradient_noise(tiny.net(), tiny.data(), chunk=8, vectorize=False)
+    np.testing.assert_allclose(found.eigenvalues, plain.eigenvalues, rtol=1e-10, atol=1e-14)
+    assert found.noise_scale.value == pytest.approx(plain.noise_scale.value, rel=1e-10)
