@@ -297,7 +297,7 @@ class LossSurface:
         while True:
             try:
                 return evaluate()
-            except torch.OutOfMemoryError as error:
+            except torch.OutOfMemoryError as error:  # noqa: PERF203 - a turn is a whole evaluation
                 self._graph = None
                 if not self._can_go_on(error):
                     raise
