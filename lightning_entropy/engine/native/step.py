@@ -11,6 +11,7 @@ It is C++ because it takes all parameters in one call. A kernel of ``torch.compi
 """
 
 import struct
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,8 +50,14 @@ class NativeStep:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        if any(p.device.type == "cpu" for p in params):
+        devices = {p.device.type for p in params}
+        if "cpu" in devices:
             kernel()
+        elif devices:
+            warnings.warn(
+                f"compile=True does nothing for parameters on {', '.join(sorted(devices))}: its kernel is the CPU's",
+                stacklevel=2,
+            )
 
     def move_(self, move: Move) -> None:
         """Pull, shake and average, in place; as :func:`arithmetic.inner_move_`."""

@@ -404,3 +404,8 @@ def test_a_write_into_weights_that_the_kernel_perturbed_is_seen() -> None:
     with pytest.raises(RuntimeError, match="weights were modified while they were perturbed"):
         loop.unperturb()
     assert torch.equal(w, y)
+
+
+def test_where_it_can_do_nothing_it_says_so() -> None:
+    with pytest.warns(UserWarning, match="compile=True does nothing for parameters on meta: its kernel is the CPU's"):
+        step.NativeStep([torch.nn.Parameter(torch.empty(3, device="meta"))])
