@@ -55,7 +55,7 @@ def test_budget_arguments_are_checked(values, message):
         ("sam:rho=0", r"sam:rho=0: rho must be in \[1e-12, 1000\], got 0"),
         ("elastic_sgd:replicas=0", r"replicas must be in \[1, 256\], got 0"),
         ("elastic_sgd:replicas=2.5", "replicas must be an int, got 2.5"),
-        ("entropy_sgd:gama=1", "entropy_sgd:gama=1: .*unexpected keyword argument 'gama'"),
+        ("entropy_sgd:gama=1", "entropy_sgd:gama=1: .*no argument 'gama': did you mean gamma"),
         ("entropy_sgd:gamma=-1", "entropy_sgd:gamma=-1: gamma must be"),
     ],
 )

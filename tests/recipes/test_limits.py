@@ -117,7 +117,7 @@ def test_every_number_of_a_command_line_has_limits(main, option, capsys):
     for value in WRONG:
         refused(
             partial(main, [*(["lenet"] if main is _parse else []), f"{option}={value}"]),
-            rf"argument {option}: must be (an integer|a number) in \[\S+, \S+\], got ",
+            rf"argument {option}: must be (an integer|a number) in \[\S+, \S+\], got\b",
             capsys,
         )
 

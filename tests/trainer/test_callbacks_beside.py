@@ -486,6 +486,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:RefreshBatchNorm has nothing to do")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_callback_can_be_written_in_a_yaml_file(tmp_path: Path, name: str) -> None:
     config, make = CONFIGS[name]
@@ -506,6 +507,7 @@ def test_from_the_command_line_itself(tmp_path: Path) -> None:
     assert callback.relaxation == le.entropy_sgd(5, "auto")
 
 
+@pytest.mark.filterwarnings("ignore:RefreshBatchNorm has nothing to do")
 def test_a_run_is_repeated_from_the_configuration_it_saved(tmp_path: Path) -> None:
     first = cli(tmp_path, [CONFIGS["scoping"][0], CONFIGS["batchnorm"][0]])
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
