@@ -12,6 +12,7 @@ import platform
 import re
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,11 @@ from recipes.data.cache import write
 
 DIVERGED = "the weights of every replica are nan or inf"  # what the strategy says when it ends a training
 
-NETS = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "resnet": "ResNet18", "lenet": "LeNet"}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adamw": torch.optim.AdamW,
+}
+NETS = {"allcnn": "AllCNN", "wide_resnet": "WideResNet", "resnet": "ResNet18", "lenet": "LeNet", "mlp": "MLP"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Task:
         net_args: its arguments.
         data: arguments of ``ImageData``, without the seed.
         epochs: passes over the training images, counting every gradient evaluation.
-        weight_decay: of SGD.
+        weight_decay: of the optimizer.
         warmup: share of training in which the learning rate grows, before its cosine.
         points: points of the curve.
         precision: the Trainer's: ``32-true`` or ``bf16-mixed``.
@@ -50,6 +55,7 @@ class Task:
         accelerator: the Trainer's.
         eval_images: most held-out images in a point of the curve, and most training images in any evaluation.
         refresh_images: training images that BatchNorm's statistics are re-estimated on.
+        optimizer: one of ``OPTIMIZERS``.
     """
 
     net: str
@@ -64,6 +70,7 @@ class Task:
     accelerator: str = "auto"
     eval_images: int = 4000
     refresh_images: int = 2000
+    optimizer: str = "sgd"
 
 
 @dataclass(frozen=True)
@@ -73,10 +80,10 @@ class Run:
     Attributes:
         task: what is shared.
         method: ``Method``'s label.
-        lr: SGD's learning rate at the top of the schedule.
+        lr: the optimizer's learning rate at the top of the schedule.
         seed: of initial weights, order, augmentation and dropout.
         budget: ``compute`` or ``steps``.
-        weight_decay: of SGD; None is the task's.
+        weight_decay: of the optimizer; None is the task's.
     """
 
     task: Task
@@ -148,7 +155,7 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
     decay = task.weight_decay if run.weight_decay is None else run.weight_decay
     module = Classifier(
         make_net(task, data),
-        partial(torch.optim.SGD, lr=run.lr, momentum=0.9, nesterov=True, weight_decay=decay),
+        partial(OPTIMIZERS[task.optimizer], lr=run.lr, weight_decay=decay),
         schedule=Cosine(warmup=task.warmup),
         num_classes=len(data.classes),
         label_smoothing=parts.label_smoothing,

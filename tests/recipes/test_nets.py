@@ -10,6 +10,7 @@ import torch
 from recipes import compare, data, lm
 from recipes.allcnn import AllCNN
 from recipes.lenet import LeNet
+from recipes.mlp import MLP
 from recipes.resnet import ResNet18
 from recipes.wide_resnet import WideResNet
 
@@ -27,8 +28,9 @@ def _parameters(net):
         (WideResNet(28, 10, num_classes=100), 36_536_884),
         (ResNet18(), 11_173_962),
         (LeNet(), 131_220),
+        (MLP(), 269_322),
     ],
-    ids=["allcnn", "wrn-16-4", "wrn-28-10", "wrn-28-10-cifar100", "resnet", "lenet"],
+    ids=["allcnn", "wrn-16-4", "wrn-28-10", "wrn-28-10-cifar100", "resnet", "lenet", "mlp"],
 )
 def test_parameter_counts(net, parameters):
     assert _parameters(net) == parameters
@@ -41,8 +43,9 @@ def test_parameter_counts(net, parameters):
         (WideResNet(10, 1, dropout=0.3, num_classes=7), (3, 32, 32)),
         (ResNet18(4, num_classes=7), (3, 32, 32)),
         (LeNet(num_classes=7), (1, 28, 28)),
+        (MLP(num_classes=7, channels=3, size=32, width=8), (3, 32, 32)),
     ],
-    ids=["allcnn", "wide_resnet", "resnet", "lenet"],
+    ids=["allcnn", "wide_resnet", "resnet", "lenet", "mlp"],
 )
 def test_logits_have_one_row_an_image(net, image):
     assert net(torch.randn(2, *image)).shape == (2, 7)
@@ -77,7 +80,7 @@ def test_wide_resnet_refuses_a_depth_without_whole_blocks(depth):
 
 @pytest.mark.parametrize(
     "name",
-    ["recipes.allcnn", "recipes.wide_resnet", "recipes.resnet", "recipes.lenet", "recipes.classifier"]
+    ["recipes.allcnn", "recipes.wide_resnet", "recipes.resnet", "recipes.lenet", "recipes.mlp", "recipes.classifier"]
     + [m.name for p in (data, compare, lm) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")],
 )
 def test_examples_in_docstrings(name):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.compare.methods import Method
 from recipes.compare.strength.report import Results, report
-from recipes.compare.strength.tasks import BASELINE, LRS, METHODS, TRIALS, WEIGHT_DECAYS
+from recipes.compare.strength.tasks import BASELINE, METHODS, TRIALS
 from recipes.compare.study import Study
 from recipes.data import ImageData
 from recipes.limits import argument
@@ -37,10 +37,10 @@ def make_study(name: str, options: argparse.Namespace) -> Study:
     trial = TRIALS[name]
     methods = list(dict.fromkeys([BASELINE, *options.methods]))
     return Study(
-        task=trial.at(options.root, options.folder),
+        task=trial.at(options.root, options.folder, options.precision),
         methods=methods,
-        lrs=options.lrs,
-        weight_decays=options.weight_decays,
+        lrs=options.lrs or trial.lrs,
+        weight_decays=options.weight_decays or trial.weight_decays,
         seeds=options.seeds,
         out=options.out / name,
         workers=options.workers,
@@ -58,11 +58,12 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=list(TRIALS), default=["lenet", "lenet-wrong40"], metavar="TASK",
         help="; ".join(f"{name}: {trial.words}" for name, trial in TRIALS.items()))  # fmt: skip
     add("--methods", nargs="+", type=_method, default=list(METHODS), metavar="METHOD", help="name:option=value,...")
-    add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", default=list(LRS), help="that every method tries")
-    add("--weight_decays", type=argument(float, 0, 1000), nargs="+", default=list(WEIGHT_DECAYS), help="each with each")
+    add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", help="that every method tries; by default the task's")
+    add("--weight_decays", type=argument(float, 0, 1000), nargs="+", help="each with each")
     add("--seeds", type=argument(int, 1, 1000), default=5)
     add("--root", default="data", help="folder of torchvision's data sets")
     add("--folder", help="an image folder in the place of CIFAR-10: train/<class>/* and test/<class>/*")
+    add("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="the Trainer's")
     add("--workers", type=argument(int, 0, 1024), default=2, help="trainings at a time; 0: in this process")
     add("--out", type=Path, default=Path("runs/compare/strength"), help="folder for results")
     return parser.parse_args(args)

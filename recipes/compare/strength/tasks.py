@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,36 +16,52 @@ class Trial:
     Attributes:
         words: the task in a line.
         task: without the folder of its data.
+        lrs: learning rates that every method tries.
+        weight_decays: that it tries with each of them.
     """
 
     words: str
     task: Task
+    lrs: Sequence[float]
+    weight_decays: Sequence[float]
 
-    def at(self, root: str, folder: str | None) -> Task:
+    def at(self, root: str, folder: str | None, precision: str = "32-true") -> Task:
         """Return the task with its data's folder.
 
         Args:
             root: of torchvision's data sets.
             folder: of images to be taken in the place of CIFAR-10; None: CIFAR-10 itself.
+            precision: the Trainer's.
         """
         data = dict(self.task.data)
         data["root"] = root
         if folder is not None and data["source"] == "cifar10":
             data |= {"source": "folder", "root": folder}
-        return replace(self.task, data=data)
+        return replace(self.task, data=data, precision=precision)
 
 
-def _trial(words: str, net: str, epochs: int, *, net_args: Any, **data: Any) -> Trial:
+def _trial(words: str, net: str, epochs: int, *, net_args: Any, optimizer: str = "sgd", **data: Any) -> Trial:
     data = {"n_train": 4000, "n_val": 2000, "batch_size": 128, **data}
-    task = Task(net=net, net_args=net_args, data=data, epochs=epochs, eval_images=2000)
-    return Trial(words, task)
+    task = Task(net=net, net_args=net_args, data=data, epochs=epochs, eval_images=2000, optimizer=optimizer)
+    return Trial(words, task, LRS[optimizer], WEIGHT_DECAYS[optimizer])
 
 
+LRS = {"sgd": (0.03, 0.1, 0.3), "adamw": (1e-3, 3e-3, 1e-2)}
+WEIGHT_DECAYS = {"sgd": (5e-4, 2e-3, 8e-3), "adamw": (0.02, 0.1, 0.5)}  # each with each rate
+
+
+MLP: dict[str, Any] = {"net": "mlp", "net_args": {}, "source": "fashion_mnist"}
 LENET: dict[str, Any] = {"net": "lenet", "net_args": {"dropout": 0.0}, "source": "fashion_mnist"}
 RESNET: dict[str, Any] = {"net": "resnet", "net_args": {"width": 16}, "source": "cifar10"}
 ALLCNN: dict[str, Any] = {"net": "allcnn", "net_args": {"width": 48}, "source": "cifar10"}
 
 TRIALS: dict[str, Trial] = {
+    "mlp": _trial("a fully connected net, 4,000 images of Fashion-MNIST", epochs=30, **MLP),
+    "mlp-wrong40": _trial("the same, two fifths of the labels wrong", epochs=30, wrong_labels=0.4, **MLP),
+    "mlp-adamw": _trial("the fully connected net by AdamW, which `sgd` is alone", epochs=30, optimizer="adamw", **MLP),
+    "mlp-adamw-wrong40": _trial(
+        "the same, two fifths of the labels wrong", epochs=30, optimizer="adamw", wrong_labels=0.4, **MLP
+    ),
     "lenet": _trial("LeNet-BN, 4,000 images of Fashion-MNIST", epochs=30, **LENET),
     "lenet-wrong20": _trial("the same, a fifth of the labels wrong", epochs=30, wrong_labels=0.2, **LENET),
     "lenet-wrong40": _trial("the same, two fifths of the labels wrong", epochs=30, wrong_labels=0.4, **LENET),
@@ -54,9 +71,7 @@ TRIALS: dict[str, Trial] = {
     "allcnn": _trial("All-CNN-BN of width 48, 4,000 images of CIFAR-10, no augmentation", epochs=25, **ALLCNN),
 }
 
-BASELINE = "sgd"
-LRS = (0.03, 0.1, 0.3)
-WEIGHT_DECAYS = (5e-4, 2e-3, 8e-3)  # each with each rate
+BASELINE = "sgd"  # a method without a line of its own: the task's optimizer alone
 
 # Widths are tried side by side, since a default is one of them.
 METHODS = (
