@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lightning_entropy as le
+from docs import cards
 from lightning_entropy import diagnostics, pde
 from lightning_entropy.methods import presets
 from tests.docs.pages import PAGES, ROOT, blocks, differs, files, run
@@ -57,10 +58,30 @@ def test_a_preset_has_a_card(preset: str) -> None:
     path = ROOT / f"docs/methods/{preset}.md"
     assert path.exists(), f"{name(path)} is missing: every preset has a card"
     card = path.read_text()
-    for part in (f"# `{preset}`", "```text\n", "```python\n", "| helped |", "| did nothing", "| costs |"):
+    for part in (f"# `{preset}`", "```text\n", "```python\n", "| helps |", "| does nothing, or harm |", "| costs |"):
         assert part in card
     assert "**Known differences.**" in card and f".. autofunction:: {preset}\n" in card
     assert f"[`{preset}`]({preset}.md)" in (ROOT / "docs/methods/index.md").read_text()
+
+
+@pytest.mark.parametrize("page", cards.PAGES, ids=name)
+def test_the_table_of_methods_is_the_cards(page: Path) -> None:
+    assert page.read_text() == cards.filled(page), "run python docs/cards.py"
+
+
+def test_a_card_that_does_not_answer_is_said() -> None:
+    with pytest.raises(ValueError, match=r"must have a row '\| costs"):
+        cards.short("| helps | a | b |\n| does nothing, or harm | c | d |\n")
+
+
+def test_every_cell_of_what_it_works_with_is_a_test() -> None:
+    section = (ROOT / "README.md").read_text().partition("## What it works with\n")[2].partition("\n## ")[0]
+    cells = [cell for line in section.splitlines() if line.startswith("| ") for cell in line.split(" | ")[1:]]
+    links = re.findall(r"\[[^]]+\]\((\S+?)(?: \"(\w+)\")?\)", section)
+    assert len(links) >= len(cells) - 4 > 20  # the two cells of the head and of the line below it
+    for path, test in links:
+        if path.startswith("tests/"):
+            assert f"\ndef {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"
 
 
 def test_a_card_is_of_a_preset() -> None:
