@@ -3,7 +3,7 @@ r"""What a late replica or a slow link costs: Lightning's ddp against replicas, 
 A training step sleeps, so that nothing but the waiting for each other is measured, whatever else the machine does.
 One rank, or a random tenth of each rank's batches, is slower; or every packet between the ranks is late. The
 strategies take turns in every round. "tied" is elastic_entropy with Lightning's broadcast before every batch left in
-place. The link is made of two network namespaces and a program that passes their packets on after a while: Linux and
+place; "torchft" is torchft's own LocalSGD in a loop without Lightning (the extra torchft). The link is made of two network namespaces and a program that passes their packets on after a while: Linux and
 root, for that part.
 
     python -m benchmarks.stragglers --rounds 3
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 INNER_STEPS = 25
 STEP = 0.02  # seconds of an undisturbed step
 WARM_UP = INNER_STEPS
-STRATEGIES = ["ddp", "tied", "elastic_entropy", "diloco"]
+STRATEGIES = ["ddp", "torchft", "tied", "elastic_entropy", "diloco"]
 # Scenario: share of slow batches, how much longer they take, how much longer all of rank 1's take, the link's delay in
 # milliseconds.
 SCENARIOS: dict[str, tuple[float, float, float, float]] = {
@@ -105,6 +105,55 @@ def work(name: str, scenario: str, steps: int, answer: Path) -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
     ).fit(Module(), DataLoader(data, 1))
+
+
+def work_with_torchft(scenario: str, steps: int, answer: Path) -> None:
+    """As :func:`work` with torchft's own LocalSGD; its lighthouse is on the first rank."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+    from torchft import Manager, ProcessGroupGloo
+    from torchft.coordination import LighthouseServer
+    from torchft.local_sgd import LocalSGD
+
+    torch.set_num_threads(1)
+    rank, first, port = (os.environ[key] for key in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    host = f"10.78.0.{int(rank) + 1}" if first != "127.0.0.1" else first
+    seconds = delays(scenario, int(rank), WARM_UP + steps)
+    lighthouse = LighthouseServer(bind=f"{first}:{port}", min_replicas=2) if rank == "0" else None
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    layer = torch.nn.Linear(32, 32)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    batch = torch.randn(1, 32)
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=timedelta(seconds=60)),
+        load_state_dict=layer.load_state_dict,
+        state_dict=layer.state_dict,
+        min_replica_size=2,
+        use_async_quorum=False,
+        rank=0,
+        world_size=1,
+        init_sync=False,  # its address for that is the machine's name, which leads out of the link
+        store_addr=host,
+        store_port=store.port,
+        lighthouse_addr=f"http://{first}:{port}",
+        hostname=host,
+        replica_id=rank,
+    )
+    with LocalSGD(manager, layer, optimizer, INNER_STEPS):
+        for i in range(WARM_UP + steps):
+            if i == WARM_UP:
+                start = time.perf_counter()
+            time.sleep(seconds[i])
+            optimizer.zero_grad()
+            layer(batch).square().mean().backward()
+            optimizer.step()
+        answer.write_text(json.dumps(time.perf_counter() - start))
+    time.sleep(1)  # the other rank may be in the last meeting still
+    manager.shutdown(wait=False)
+    if lighthouse is not None:
+        lighthouse.shutdown()
 
 
 def pass_on(files: list[int], delay: float, stop: threading.Event) -> None:
@@ -212,8 +261,13 @@ def draw(results: dict[tuple[str, str], list[float]], path: Path) -> None:
     """Draw how much of its undisturbed speed each strategy keeps."""
     import matplotlib.pyplot as plt
 
-    labels = {"ddp": "ddp", "diloco": "DiLoCo", "elastic_entropy": 'strategy="elastic_entropy"'}
-    colors = {"ddp": "#9aa0a6", "diloco": "#7fb3d5", "elastic_entropy": "#1f77b4"}
+    labels = {
+        "ddp": "ddp",
+        "torchft": "torchft's LocalSGD",
+        "diloco": "DiLoCo",
+        "elastic_entropy": 'strategy="elastic_entropy"',
+    }
+    colors = {"ddp": "#9aa0a6", "torchft": "#c9b18c", "diloco": "#7fb3d5", "elastic_entropy": "#1f77b4"}
     scenarios = [key for key in dict.fromkeys(s for s, _ in results) if key not in ("undisturbed", "link, 0 ms")]
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.8 * len(scenarios)))
     for i, (name, label) in enumerate(labels.items()):
@@ -249,7 +303,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.work:
         name, scenario, steps, answer = arguments.work
-        work(name, scenario, int(steps), Path(answer))
+        if name == "torchft":
+            work_with_torchft(scenario, int(steps), Path(answer))
+        else:
+            work(name, scenario, int(steps), Path(answer))
         return
     results: dict[tuple[str, str], list[float]] = defaultdict(list)
     port = 20000 + os.getpid() % 20000
