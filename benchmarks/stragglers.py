@@ -3,8 +3,8 @@ r"""What a late replica or a slow link costs: Lightning's ddp against replicas, 
 A training step sleeps, so that nothing but the waiting for each other is measured, whatever else the machine does.
 One rank, or a random tenth of each rank's batches, is slower; or every packet between the ranks is late. The
 strategies take turns in every round. "tied" is elastic_entropy with Lightning's broadcast before every batch left in
-place; "torchft" is torchft's own LocalSGD in a loop without Lightning (the extra torchft). The link is made of two network namespaces and a program that passes their packets on after a while: Linux and
-root, for that part.
+place; "torchft" is torchft's own LocalSGD in a loop without Lightning (the extra torchft). The link is made of two
+network namespaces and a program that passes their packets on after a while: Linux and root, for that part.
 
     python -m benchmarks.stragglers --rounds 3
 """
