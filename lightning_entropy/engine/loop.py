@@ -94,7 +94,7 @@ class InnerOuter:
             TypeError: a seed that is no int, a ``compile`` that is no bool, an outer optimizer that is none, or an
                 optimizer without step hooks.
             ValueError: the optimizer has a loop already, a negative seed, or no ``module`` for sharded parameters.
-            RuntimeError: no C++ compiler for ``compile``.
+            RuntimeError: no C++ compiler, or on CUDA no Triton, for ``compile``.
         """
         if module is None and is_sharded(p for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(

@@ -36,10 +36,10 @@ def relax(
             step then does without the elastic pull, and a step that all replicas take together is put off to the end
             of the next loop. It is called for one fragment of the weights at a time. None: one replica.
         seed: of the noise, >= 0; None: ``torch.initial_seed()``. The global random state is neither read nor changed.
-        compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU, and with plain
-            ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes a second or two and
-            a C++ compiler: ``$CXX``, or c++, g++ or clang++. Same law of the noise, other numbers; sharded parameters
-            are left to torch.
+        compile: do an inner step in one compiled pass over memory: float32 parameters on the CPU and on CUDA, and with
+            plain ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes seconds and,
+            for the CPU, a C++ compiler: ``$CXX``, or c++, g++ or clang++; for CUDA, Triton, which torch comes with.
+            Same law of the noise, other numbers; sharded parameters are left to torch.
         module: whose parameters they are. Needed where they are sharded (``fully_shard``, a tensor-parallel plan), and
             else without meaning: FSDP2 gathers copies of its weights, which are dropped before weights are written.
 
@@ -50,7 +50,7 @@ def relax(
         TypeError: an argument of another type.
         ValueError: the optimizer has a loop already, the relaxation cannot work with it, or sharded parameters without
             ``module``.
-        RuntimeError: ``compile`` without a C++ compiler that works.
+        RuntimeError: ``compile`` without a C++ compiler, or on CUDA a Triton, that works.
 
     Example:
         >>> import torch
@@ -83,7 +83,7 @@ def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> I
     Raises:
         TypeError: an argument of another type.
         ValueError: the optimizer has a loop already, or the relaxation cannot work with it.
-        RuntimeError: ``compile`` without a C++ compiler that works.
+        RuntimeError: ``compile`` without a C++ compiler, or on CUDA a Triton, that works.
     """
     _check(optimizer, relaxation)
     for name in () if relaxation.has_anchor else ("outer", "replica_mean"):

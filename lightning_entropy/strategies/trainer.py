@@ -147,7 +147,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     Raises:
         ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
         TypeError: ``relaxation`` is not one, or ``compile`` no bool.
-        RuntimeError: at the start of fit: no C++ compiler for ``compile``.
+        RuntimeError: at the start of fit: no C++ compiler, or on CUDA no Triton, for ``compile``.
         MisconfigurationException: at the start of fit: replicas that do not divide the processes; another owner of the
             loop, or a weight-averaging callback; parameters that are sharded over other ranks than their replica's.
 

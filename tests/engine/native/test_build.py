@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightning_entropy as le
-from lightning_entropy.engine.native import build, step
+from lightning_entropy.engine.native import build, cpu
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_without_a_compiler_nothing_begins(
 ) -> None:
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr("tempfile.tempdir", value if variable == "TMPDIR" else None)
-    monkeypatch.setattr(step, "kernel", functools.cache(build.kernel.__wrapped__))
+    monkeypatch.setattr(cpu, "kernel", functools.cache(build.kernel.__wrapped__))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=1.0)
     with pytest.raises(RuntimeError, match=f"compile=True needs a C.. compiler.*, {message}"):
         le.relax(optimizer, le.hamilton_jacobi(5, 0.5), compile=True)
