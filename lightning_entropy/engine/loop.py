@@ -413,13 +413,21 @@ class InnerOuter:
         """Drop the mean over replicas that is under way, once it has arrived."""
         self._outer.forget_mean()
 
-    def common_state(self) -> dict[str, Any]:
-        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
-        return self._outer.common_state()
+    def common_state(self, fragment: int = 0) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference.
+
+        Args:
+            fragment: of a method that streams, the one whose weights it is of.
+        """
+        return self._outer.common_state(fragment)
 
     def load_common_state(self, state: Mapping[str, Any]) -> None:
         """Take over :meth:`common_state` of another replica; y and z stay."""
         self._outer.load_common_state(state)
+
+    def take_under_way(self, fragment: int, mean: list[Tensor]) -> None:
+        """Use the mean of a fragment's pseudo-gradients, of other replicas, as if their exchange had begun here."""
+        self._outer.take_under_way(fragment, mean)
 
     @property
     def _measures_gamma(self) -> bool:

@@ -132,17 +132,40 @@ class OuterRule:
         """Return the outer optimizer's options and, by name, its state; None before its first step."""
         return self._step.state_dict(self._weights.named())
 
-    def common_state(self) -> dict[str, Any]:
-        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference."""
-        return {"anchors": {name: w.anchor for name, w in self._weights.named()}, "outer": self.state_dict()}
+    def common_state(self, fragment: int = 0) -> dict[str, Any]:
+        """Return what replicas that take common steps have in common: x and the outer optimizer, by reference.
+
+        Args:
+            fragment: of a method that streams, the one whose weights it is of.
+        """
+        named = self._named(fragment)
+        outer = self._step.state_dict(named)
+        if outer is not None:  # where it waits for the optimizer, it is of all weights
+            outer = {**outer, "state": {name: outer["state"].get(name, {}) for name, _ in named}}
+        return {"anchors": {name: w.anchor for name, w in named}, "outer": outer}
+
+    def _named(self, fragment: int) -> list[tuple[str, Weight]]:
+        """Return the weights of a fragment, with their names: all, as there is one."""
+        return list(self._weights.named())
 
     @torch.no_grad()
     def load_common_state(self, state: Mapping[str, Any]) -> None:
-        """Take over :meth:`common_state` of another replica; y and z stay."""
+        """Take over :meth:`common_state` of another replica; y and z stay, and so do other fragments."""
         for name, w in self._weights.named():
             if name in state["anchors"]:
                 w.anchor.copy_(state["anchors"][name])
-        self._step.load_state_dict(state["outer"])
+        own, outer = self.state_dict(), state["outer"]
+        if own is not None and outer is not None:
+            outer = {**outer, "state": {**own["state"], **outer["state"]}}
+        self._step.load_state_dict(outer)
+
+    def take_under_way(self, fragment: int, mean: list[Tensor]) -> None:
+        """Go on as if a fragment's exchange had begun here: where a method streams, exchanges last longer than a step.
+
+        Args:
+            fragment: whose exchange it was, of other replicas.
+            mean: that it has brought.
+        """
 
     def check_state(self, what: str, state: Mapping[str, Any] | None) -> None:
         """Refuse a state as :meth:`OuterStep.check_state` does."""

@@ -112,12 +112,19 @@ class StreamingRule(OuterRule):
         self._inner_steps, self._mixing = relaxation.inner_steps, relaxation.mixing
         self._phases = phases(relaxation.inner_steps, n, relaxation.delay)
         self._under_way: dict[int, tuple[list[Weight], Mean | Callable[[], Mean]]] = {}  # by fragment
+        self._given: dict[int, list[Tensor]] = {}  # means of exchanges of others, to be under way when a loop begins
         self._interrupted = False  # what was under way is not any more, and is to be sent again
         self._closed = False  # no step has been taken since close()
 
     def begin(self) -> None:
         """Begin a loop, and send again what was under way when the state was saved."""
         super().begin()
+        given, self._given = self._given, {}
+        for fragment, mean in given.items():
+            weights = self._of(fragment)
+            for w, step in zip(weights, mean, strict=True):
+                w.sent, w.fragment, w.moved = step.to(w.anchor), fragment, False
+            self._under_way[fragment] = weights, [w.sent for w in weights if w.sent is not None]
         self._resume()
 
     def unfinished(self, outer_step: int, inner_step: int) -> bool:
@@ -168,7 +175,11 @@ class StreamingRule(OuterRule):
         """Drop the means under way, once they have arrived; they are asked for again if their steps are kept."""
         for _, mean in self._under_way.values():
             wait_for(mean)
-        self._under_way, self._interrupted = {}, True
+        self._under_way, self._given, self._interrupted = {}, {}, True
+
+    def take_under_way(self, fragment: int, mean: list[Tensor]) -> None:
+        """Use the mean of a fragment's pseudo-gradients, of other replicas, as if their exchange had begun here."""
+        self._given[fragment] = mean
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from an outer optimizer's state, or without one; what the weights have under way is sent again."""
@@ -186,13 +197,21 @@ class StreamingRule(OuterRule):
         for fragment in sorted(sent.keys() - self._under_way.keys()):
             self._send(fragment, sent[fragment])
 
-    def _start(self, fragment: int) -> None:
-        """Measure the fragment's pseudo-gradients and begin their exchange."""
+    def _of(self, fragment: int) -> list[Weight]:
+        """Return the fragment's weights."""
         # Of what trains now: frozen weights, which are not sent, would leave a fragment without any.
         params = [p for p in self._weights.in_module_order if p.requires_grad or p in self._weights]
         parts = balanced([p.numel() for p in params], len(self._phases))
         own = [p for p, part in zip(params, parts, strict=True) if part == fragment and p in self._weights]
-        weights = [w for w in (self._weights[p] for p in own) if w.moved or self._replicas]
+        return [self._weights[p] for p in own]
+
+    def _named(self, fragment: int) -> list[tuple[str, Weight]]:
+        own = set(self._of(fragment))
+        return [(name, w) for name, w in self._weights.named() if w in own]
+
+    def _start(self, fragment: int) -> None:
+        """Measure the fragment's pseudo-gradients and begin their exchange."""
+        weights = [w for w in self._of(fragment) if w.moved or self._replicas]
         if not weights:
             return
         if fragment in self._under_way:  # after a resume with other fragments, or another delay

@@ -126,12 +126,6 @@ class ReplicaOptions:
         for name, value in only.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value!r} with membership='torchft', got {getattr(self, name)!r}")
-        for name, value in {"fragments": 1, "delay": 0, "mixing": 0.0}.items():
-            if getattr(self.relaxation, name) != value:
-                raise ValueError(
-                    f"{name} must be {value!r} with membership='torchft', got {getattr(self.relaxation, name)!r}: a "
-                    "replica that joins has no part in exchanges that are under way"
-                )
 
     @property
     def elastic(self) -> bool:

@@ -116,7 +116,7 @@ class ReplicaLoops:
     def _couple(self, optimizers: int) -> None:
         """Open the streams of exchanges of optimizers that have none."""
         for i in range(len(self._means), optimizers if self._several else 0):
-            own = [self._coupling(i) for _ in range(self._relaxation.fragments)]
+            own = [self._coupling(i, fragment) for fragment in range(self._relaxation.fragments)]
             self._means.append(own)
             self.couplings += own
 
@@ -124,10 +124,10 @@ class ReplicaLoops:
         """Return the exchanges of the i-th optimizer."""
         return self._means[i] if self._several else []
 
-    def _coupling(self, i: int) -> Any:
-        """Open a stream of exchanges for the i-th optimizer."""
+    def _coupling(self, i: int, fragment: int) -> Any:
+        """Open a stream of exchanges for a fragment of the i-th optimizer's weights."""
         if self._assembly is not None:
-            return self._elastic_coupling(i)
+            return self._elastic_coupling(i, fragment)
         return Coupling(
             self._open(),
             format=self._format,
@@ -137,18 +137,19 @@ class ReplicaLoops:
             name="an outer step",
         )
 
-    def _elastic_coupling(self, i: int) -> ElasticCoupling:
+    def _elastic_coupling(self, i: int, fragment: int) -> ElasticCoupling:
         assert self._assembly is not None
         target = self._relaxation.outer_target
+        stream = i * self._relaxation.fragments + fragment
         return ElasticCoupling(
             self._assembly,
-            i,
+            stream,
             format=self._format,
             differences=target.near,
             overlap=self._overlap,
             keep=not target.early and not target.common,
-            extras=lambda: [] if i else self.consensus.buffers(),
-            common=(lambda: self.loops.loops[i].common_state()) if target.common else None,
+            extras=lambda: [] if stream else self.consensus.buffers(),
+            common=(lambda: self.loops.loops[i].common_state(fragment)) if target.common else None,
             catch_up=lambda state: self.loops.loops[i].load_common_state(state),
         )
 
@@ -270,6 +271,12 @@ class ReplicaLoops:
         """Return the largest number of bytes that this rank has sent to other replicas in one exchange."""
         return max((c.peak for c in self.couplings), default=0.0)
 
+    def receive(self) -> None:
+        """Take what exchanges have brought whose turn is yet to come, so that a replica that joins gets it too."""
+        for coupling in self.couplings:
+            if self._relaxation.streams and coupling.round is not None and coupling.round.arrived:
+                coupling.round.wait()
+
     def state_dict(self) -> dict[str, Any]:
         """Return this replica's own state, from which :meth:`load_state_dict` goes on exactly."""
         repeat = self._relaxation.outer_target.early or self._relaxation.streams
@@ -285,12 +292,15 @@ class ReplicaLoops:
         if "counters" in state:
             for loop, counters in zip(self.loops.loops, state["counters"], strict=True):
                 loop.load_state_dict({**loop.state_dict(), "inner_step": 0, **counters, "slots": {}})
-            for coupling, loop, memory in zip(
-                self.couplings, self.loops.loops, state.get("couplings", []), strict=False
-            ):
+            owners = [(i, fragment) for i, own in enumerate(self._means) for fragment in range(len(own))]
+            memories = state.get("couplings", [])
+            for coupling, (i, fragment), memory in zip(self.couplings, owners, memories, strict=False):
                 coupling.load_state_dict(memory)
+                loop = self.loops.loops[i]
                 begun = loop.inner_step > 0 or memory["begun"]  # at a save or a validation already
                 coupling.passes = self._relaxation.outer_target.early and begun
+                if memory["under_way"] is not None:
+                    loop.take_under_way(fragment, memory["under_way"])
             return
         check_format("the state of a replica", state, FORMAT)
         self.consensus.load_own(state["module"])

@@ -334,6 +334,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             now: False: only learn whether one waits for it.
         """
         if self._assembly is not None and self._loops is not None and self._assembly.asks() and now:
+            self._loops.receive()
             self._trainer.save_checkpoint(PEER)
 
     def configure_ddp(self) -> None:

@@ -36,8 +36,9 @@ def wait_for(launcher: subprocess.Popen[str], *files: Path) -> None:
         time.sleep(0.1)
 
 
-def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path) -> None:
-    with launch(tmp_path, 3, "parle", "die", min_replicas=2) as launcher:
+@pytest.mark.parametrize("method", ["parle", "streaming"])
+def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(tmp_path: Path, method: str) -> None:
+    with launch(tmp_path, 3, method, "die", min_replicas=2) as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "replica 1 has ended with SIGKILL: it is started again" in said
@@ -48,8 +49,9 @@ def test_one_of_three_is_killed_joins_again_and_all_end_with_the_same_consensus(
         torch.testing.assert_close(other, weights[0], rtol=0, atol=0)
 
 
-def test_of_replicas_of_two_ranks_one_rank_is_killed_and_its_replica_joins_again(tmp_path: Path) -> None:
-    with launch(tmp_path, 2, "parle in int8", "die", "2", min_replicas=2) as launcher:
+@pytest.mark.parametrize("method", ["parle in int8", "streaming"])
+def test_of_replicas_of_two_ranks_one_rank_is_killed_and_its_replica_joins_again(tmp_path: Path, method: str) -> None:
+    with launch(tmp_path, 2, method, "die", "2", min_replicas=2) as launcher:
         said, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, said
     assert "replica 0, a job of its own (2 processes)" in said, said

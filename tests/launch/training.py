@@ -68,6 +68,7 @@ METHODS: dict[str, tuple[le.Relaxation, Any]] = {
     "parle": (le.parle(inner_steps=4), "float32"),
     "parle in int8": (le.parle(inner_steps=4), "int8"),
     "diloco": (le.diloco(inner_steps=4, outer_lr=0.3), "int8"),
+    "streaming": (le.streaming_diloco(4, 2, 2, outer_lr=0.3), "int8"),
 }
 
 

@@ -1,6 +1,7 @@
 """Where replicas that come and go meet: whoever is there at an outer step, by torchft's lighthouse."""
 
 import io
+import itertools
 import json
 import queue
 import re
@@ -33,6 +34,7 @@ PAUSE = 0.5  # seconds between two questions whether enough replicas have come
 TICK = 1.0  # seconds between two questions whether one still wants to wait
 PATIENCE = 10.0  # seconds after which a replica that waits says for what
 BYTES = 512  # of a record
+ROUNDS = 10  # in which the others come to all their exchanges but this replica's, after which it is not waited for
 
 
 Subject = tuple[int, int, bool, Format, int]  # stream, size, wide, format and body of a record
@@ -54,6 +56,7 @@ class Record(NamedTuple):
         serial: of this meeting, in its own count.
         host: of its state, for replicas that join.
         port: of it.
+        in_step: it has come to the same exchange as the others before, and not left one out since.
     """
 
     replica: int
@@ -68,6 +71,7 @@ class Record(NamedTuple):
     serial: int
     host: str
     port: int
+    in_step: bool = True
 
     @property
     def subject(self) -> Subject:
@@ -223,7 +227,8 @@ class Assembly:
         self._host = host
         self._group = open_group(CONNECT)
         self._group_id, self._rank, self._size = -1, 0, 1
-        self._failures = self._serial = 0
+        self._failures, self._in_step = 0, False
+        self._serials = itertools.count(1)
         self._asked_for: int | None = None
         self._closing = False
         self._told = 0
@@ -271,7 +276,6 @@ class Assembly:
         common: Callable[[], dict[str, Any]] | None,
         rounding: Rounding | None = None,
     ) -> Encounter:
-        self._serial += 1
         record = Record(
             replica=self.replica,
             joins=payload is None,
@@ -282,9 +286,10 @@ class Assembly:
             body=0 if rounding is None else rounding.size,
             key=ALONE if rounding is None else rounding.key,
             version=version,
-            serial=self._serial,
+            serial=next(self._serials),
             host=self._states.address[0],
             port=self._states.address[1],
+            in_step=self._in_step,
         )
         encounter = Encounter(self, record, payload, common, rounding)
         self._tasks.put(encounter)
@@ -342,8 +347,21 @@ class Assembly:
             task.over.set()
 
     def _play(self, task: Encounter) -> None:
+        """Meet, again where the others have come for another of their exchanges: in turn they come to all.
+
+        Hence one that was late, or has joined, is soon in step with them; they have its zeros meanwhile, and no wait.
+        """
+        others: Counter[int] = Counter()
         try:
-            met = self._meet(task)
+            while isinstance(met := self._meet(task), int):
+                others[met] += 1
+                if others[met] > ROUNDS:
+                    raise ValueError(
+                        f"replicas must have the same optimizers and fragments, got exchange {task.record.stream} in "
+                        f"replica {self.replica} and none such in {ROUNDS} rounds of most others"
+                    )
+                self._failures = 0
+                task.record = task.record._replace(serial=next(self._serials), in_step=False)
         except (RuntimeError, OSError) as error:
             if self._closing:
                 task.error = Closed("the assembly was closed")
@@ -355,7 +373,8 @@ class Assembly:
         else:
             self._failures, self.present, task.met = 0, met.present, met
 
-    def _meet(self, task: Encounter) -> Met:
+    def _meet(self, task: Encounter) -> Met | int:
+        """Return what the next meeting brings, or for which exchange it was if not for this one."""
         self._states.withdraw()
         self._gather()
         met = Met(self._records(task.record), self._rank)
@@ -364,7 +383,7 @@ class Assembly:
             self._asked_for = task.record.serial
         if not living:
             return met
-        subject = Counter(record.subject for record in living).most_common(1)[0][0]
+        subject = most_wanted(living)
         own = task.record
         fits = own.subject == subject and not own.joins
         same = [record for record in living if record.subject == subject]
@@ -376,16 +395,22 @@ class Assembly:
             # What is common must change for all or for none, and all must have heard of it.
             self._records(own)
             if min(versions) < max(versions):
-                met.common = self._catch_up(met.records, task, max(versions))
-        _, size, wide, format, _ = subject
+                source = next(rank for rank, r in enumerate(met.records) if r in same and r.version == max(versions))
+                met.common = self._catch_up(source, task, max(versions), wanted=fits)
+        stream, size, wide, format, _ = subject
+        self._in_step = fits
         if fits:
             met.total = total
-        elif own.stream == subject[0] and own.size == size and own.format != format:
+        elif own.joins:
+            return met
+        elif own.stream != stream:
+            return stream
+        elif own.size == size and own.format != format:
             raise ValueError(
                 f"communication_dtype must be the same for all replicas, got {own.format!r} in replica {self.replica} "
                 f"and {format!r} in most others"
             )
-        elif own.stream == subject[0]:
+        else:
             raise ValueError(
                 f"replicas must train the same model, got {own.size} numbers of {4 + 4 * own.wide} bytes in replica "
                 f"{self.replica} and {size} of {4 + 4 * wide} in most others"
@@ -454,9 +479,8 @@ class Assembly:
         met.bytes = rounding.payload + rest.numel() * rest.element_size()
         return torch.cat([total, rest])
 
-    def _catch_up(self, records: list[Record], task: Encounter, version: int) -> dict[str, Any] | None:
+    def _catch_up(self, source: int, task: Encounter, version: int, *, wanted: bool) -> dict[str, Any] | None:
         """Send what all have in common from the first that has it to those that have missed some of it."""
-        source = next(rank for rank, record in enumerate(records) if record.version == version)
         data = torch.zeros(0, dtype=torch.uint8)
         if self._rank == source:
             assert task.common is not None
@@ -470,7 +494,7 @@ class Assembly:
         if self._rank != source:
             data = torch.empty(int(length), dtype=torch.uint8)
         self._finish(self._group.broadcast([data], options))
-        if task.record.version >= version or task.record.joins:
+        if task.record.version >= version or not wanted:
             return None
         common: dict[str, Any] = torch.load(io.BytesIO(data.numpy().tobytes()), "cpu", weights_only=False)
         return common
@@ -484,6 +508,20 @@ class Assembly:
             time.sleep(nap)
             nap = min(1.5 * nap, 0.02)
         work.wait()
+
+
+def most_wanted(records: list[Record]) -> Subject:
+    """Return what a meeting is for: what most of those have come for that are in step with each other.
+
+    Where as many have come for two, it is the one whose turn is earlier. One that is out of step finds the others again
+    as they take their turns, and those that are in step wait for nobody.
+
+    Args:
+        records: of the replicas that send something.
+    """
+    voting = [record for record in records if record.in_step] or records
+    votes = Counter(record.subject for record in voting)
+    return min(voting, key=lambda record: (-votes[record.subject], record.version, record.stream)).subject
 
 
 def address_toward(lighthouse: str) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,8 +98,16 @@ class ElasticCoupling:
         """Do nothing: an exchange advances by itself."""
 
     def state_dict(self, *, repeat: bool) -> dict[str, Any]:
-        """Return the number of common steps, and whether the exchange of the loop has begun."""
-        return {"version": self.version, "begun": self.passes or self.round is not None}
+        """Return the number of common steps, and whether the exchange of the loop has begun.
+
+        Where the last of these steps has its mean, and is yet to be taken, the mean is with it.
+        """
+        counted = self.version >= 0 and self.round is not None
+        return {
+            "version": self.version,
+            "begun": self.passes or self.round is not None,
+            "under_way": self.round.means if counted and self.round is not None else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
@@ -111,12 +120,13 @@ class ElasticRound:
     Attributes:
         tensors: this replica's.
         finite: whether they are, so that they count.
+        means: that have been waited for; None: not yet, or there are none.
     """
 
     def __init__(self, coupling: ElasticCoupling, tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self._coupling, self._waited = coupling, False
-        self._means: list[Tensor] | None = None
+        self.means: list[Tensor] | None = None
         self._extras = [extra.detach() for extra in coupling.extras()]
         flat = flatten([*tensors, *self._extras])
         self._sizes = [sum(t.numel() for t in tensors), *(extra.numel() for extra in self._extras)]
@@ -133,8 +143,10 @@ class ElasticRound:
         if coupling.assembly.speaks:
             counts = flat.new_tensor([float(not left_out) for left_out in lost])
             payload = torch.cat([flat, counts, distance]).cpu()
+        # Looked up now: it stays as it is until the mean is used, and what is around it may train meanwhile.
+        common = None if coupling.common is None else partial(dict[str, Any], coupling.common())
         self._encounter = coupling.assembly.exchange(
-            payload, stream=coupling.stream, version=coupling.version, common=coupling.common, rounding=rounding
+            payload, stream=coupling.stream, version=coupling.version, common=common, rounding=rounding
         )
 
     def _rounding(self) -> Rounding:
@@ -166,8 +178,8 @@ class ElasticRound:
             if met is not None and met.total is not None:
                 if met.common is not None:
                     self._take_over(met.common)
-                self._means = self._mean(met, met.total)
-        return self._means
+                self.means = self._mean(met, met.total)
+        return self.means
 
     def _take_over(self, common: dict[str, Any]) -> None:
         coupling = self._coupling

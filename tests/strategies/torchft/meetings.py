@@ -304,10 +304,10 @@ SCENARIOS = (
 )
 
 
-def run(*scenarios: str) -> tuple[Any, str]:
+def run(*scenarios: str, module: str = "meetings") -> tuple[Any, str]:
     """Run scenarios in a fresh process; return their results by name, and what they wrote to stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.strategies.torchft.meetings", *scenarios],
+        [sys.executable, "-m", f"tests.strategies.torchft.{module}", *scenarios],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -11,6 +11,8 @@ METHODS = {
     "average": le.parle(inner_steps=4, elastic_target="average"),
     "pseudo-gradient": le.diloco(inner_steps=4),
     "every step": le.parle(inner_steps=1),
+    "streaming": le.streaming_diloco(4, 2, 1),
+    "streaming, two on their way": le.streaming_diloco(4, 2, 3),
 }
 
 
