@@ -186,9 +186,14 @@ def copies(tensors: Sequence[Tensor], *, like: Sequence[Tensor] | None = None) -
 
 
 def copy_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into tensors in one call."""
-    if tensors:
-        torch._foreach_copy_(list(tensors), list(values))
+    """Copy values into tensors in one call; into those on another device one by one, and without waiting."""
+    pairs = list(zip(tensors, values, strict=True))
+    here = [(t, value) for t, value in pairs if t.device == value.device]
+    if here:
+        torch._foreach_copy_([t for t, _ in here], [value for _, value in here])
+    for t, value in pairs if len(here) < len(pairs) else []:
+        if t.device != value.device:
+            t.copy_(value, non_blocking=True)
 
 
 def copy_where_written_(anchors: Sequence[Tensor], params: Sequence[Tensor]) -> None:

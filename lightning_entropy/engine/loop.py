@@ -24,12 +24,13 @@ from lightning_entropy.engine.formats import check_loop
 from lightning_entropy.engine.inner_rules import inner_rules
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
+from lightning_entropy.engine.offload import check_offload, warn_if_useless
 from lightning_entropy.engine.optimizer_hooks import OptimizerHooks
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterRule, ReplicaMeans, zero_first_moments
 from lightning_entropy.engine.shards import Gathered, is_sharded, local, whole
 from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.streaming import StreamingRule
-from lightning_entropy.engine.weights import Holds, Weight, Weights
+from lightning_entropy.engine.weights import Holds, Weight, Weights, arrive
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 
@@ -62,6 +63,7 @@ class InnerOuter:
         replica_mean: ReplicaMeans | None = None,
         seed: int | None = None,
         compile: bool = False,
+        offload_anchor: bool = False,
         names: Mapping[Tensor, str] | None = None,
         count_attempts: bool = False,
         prepare_after_step: bool = True,
@@ -73,12 +75,13 @@ class InnerOuter:
         """Attach to the optimizer.
 
         Args:
-            optimizer: the user's. This and the next five are documented at :func:`lightning_entropy.relax`.
+            optimizer: the user's. This and the next six are documented at :func:`lightning_entropy.relax`.
             relaxation: the method.
             outer: makes the outer optimizer.
             replica_mean: mean over replicas; a sequence has one for each fragment.
             seed: of the noise.
             compile: one compiled pass over memory per inner step.
+            offload_anchor: x and the outer optimizer's state in the host's memory between outer steps.
             names: keys of the parameters in :meth:`state_dict`; without one, a parameter's key is its position.
             count_attempts: leave the counter to the caller, who calls :meth:`advance` after every attempted step, so
                 that replicas stay in step when a gradient scaler skips an update on one of them.
@@ -91,9 +94,10 @@ class InnerOuter:
             module: see :func:`lightning_entropy.relax`.
 
         Raises:
-            TypeError: a seed that is no int, a ``compile`` that is no bool, an outer optimizer that is none, or an
-                optimizer without step hooks.
-            ValueError: the optimizer has a loop already, a negative seed, or no ``module`` for sharded parameters.
+            TypeError: a seed that is no int, a ``compile`` or ``offload_anchor`` that is no bool, an outer optimizer
+                that is none, or an optimizer without step hooks.
+            ValueError: the optimizer has a loop already, a negative seed, no ``module`` for sharded parameters, or a
+                method that needs x at inner steps with ``offload_anchor``.
             RuntimeError: no C++ compiler, or on CUDA no Triton, for ``compile``.
         """
         if module is None and is_sharded(p for group in optimizer.param_groups for p in group["params"]):
@@ -104,7 +108,8 @@ class InnerOuter:
         self.optimizer = optimizer
         self.relaxation = relaxation
         self.settings = relaxation.at(0)
-        self.weights = Weights(optimizer, names, tied=not relaxation.has_anchor)
+        offloads = check_offload(offload_anchor, relaxation)
+        self.weights = Weights(optimizer, names, tied=not relaxation.has_anchor, offloads=offloads)
         self.inner_step = 0
         self.outer_step = 0
         self.gamma_start: float | None = None
@@ -123,6 +128,8 @@ class InnerOuter:
         self._prepare_after_step = prepare_after_step
         self._stepping: Step | None = None
         self._measurement = GammaMeasurement()
+        if offloads:
+            warn_if_useless(self.params)
         self._hooks = OptimizerHooks(
             optimizer,
             before=self._before_step,
@@ -144,14 +151,14 @@ class InnerOuter:
     def anchor(self) -> list[Tensor]:
         """x, a tensor per parameter in the optimizer's order; the parameter itself where it has not moved yet."""
         self.settle()
-        return [whole(self.weights[p].anchor, p) if p in self.weights else p.detach() for p in self.params]
+        return [whole(self.weights[p].near_anchor, p) if p in self.weights else p.detach() for p in self.params]
 
     @property
     @torch.no_grad()
     def anchor_parts(self) -> list[Tensor]:
         """:attr:`anchor`, but of sharded parameters this rank's parts."""
         self.settle()
-        return [self.weights[p].anchor if p in self.weights else local(p).detach() for p in self.params]
+        return [self.weights[p].near_anchor if p in self.weights else local(p).detach() for p in self.params]
 
     @property
     @torch.no_grad()
@@ -364,11 +371,12 @@ class InnerOuter:
     def _outer_step(self, *, closing: bool = False) -> None:
         weights = self._outer.moving()
         if self.measure and weights and not self.weights.tied:
-            anchors, params = [w.anchor for w in weights], [w.param for w in weights]
-            self.distances = (
-                F.rms_distance([w.inner for w in weights], anchors, params),
-                F.rms_distance([w.mean for w in weights], anchors, params),
-            )
+            with self.weights.fetched(weights, to_read=True):
+                anchors, params = [w.anchor for w in weights], [w.param for w in weights]
+                self.distances = (
+                    F.rms_distance([w.inner for w in weights], anchors, params),
+                    F.rms_distance([w.mean for w in weights], anchors, params),
+                )
         if self._measures_gamma:
             self.gamma_start = self._measurement.take(weights)
         if self.relaxation.reset_momentum and not closing:
@@ -399,6 +407,7 @@ class InnerOuter:
         self._gathered.drop()
         perturbed = self.weights.holds is Holds.OTHER and not self.weights.shown
         self.unperturb(check=False)
+        arrive(self.weights)
         keeps = self.relaxation.outer_target.common and all(w.anchor.isfinite().all() for w in self.weights)
         for w, x in zip(self.weights, values, strict=False):
             w.anchor.copy_(x)

@@ -39,6 +39,7 @@ class ModuleLoops:
         replica_mean: Sequence[ReplicaMeans] | None = None,
         seed: int = 0,
         compile: bool = False,
+        offload_anchor: bool = False,
         count_attempts: bool = False,
         several_steps: bool = False,
         bystander: Callable[[], bool] = lambda: False,
@@ -52,7 +53,8 @@ class ModuleLoops:
             outer: see :func:`lightning_entropy.relax`, also for ``replica_mean``.
             replica_mean: mean over replicas, one per optimizer (and fragment): their exchanges run side by side.
             seed: of the noise, the same on all ranks that share gradients, >= 0.
-            compile: see :func:`lightning_entropy.relax`.
+            compile: see :func:`lightning_entropy.relax`, also for ``offload_anchor``.
+            offload_anchor: x in the host's memory.
             count_attempts: see :class:`InnerOuter`.
             several_steps: a batch may have several steps, as in manual optimization: a method that perturbs does so
                 anew before the first forward pass of a submodule after each.
@@ -71,6 +73,7 @@ class ModuleLoops:
         self._options: dict[str, Any] = {
             "outer": outer,
             "compile": compile,
+            "offload_anchor": offload_anchor,
             "count_attempts": count_attempts,
             "prepare_after_step": False,
             "watch_writes": True,

@@ -11,7 +11,8 @@ from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine import shards
-from lightning_entropy.engine.weights import Weight, Weights, means_of
+from lightning_entropy.engine.offload import OffloadedMoments
+from lightning_entropy.engine.weights import Weight, Weights, arrive, means_of
 from lightning_entropy.methods.relaxation import Relaxation, Settings
 from lightning_entropy.methods.targets import OuterTarget
 
@@ -48,7 +49,7 @@ class OuterRule:
     ) -> None:
         self._reset, self._pulls = relaxation.reset, relaxation.rho != 0
         self._weights = weights
-        self._step = OuterStep(factory, relaxation.outer_momentum)
+        self._step = OuterStep(factory, relaxation.outer_momentum, offloads=weights.offloads)
         mean = replica_mean[0] if isinstance(replica_mean, Sequence) else replica_mean
         self._replicas = Replicas(mean, relaxation.outer_target)
         self._due: tuple[list[Weight], Settings] | None = None  # a step that is counted, and not taken yet
@@ -97,13 +98,14 @@ class OuterRule:
         if self._due is None:
             return True
         (weights, settings), self._due = self._due, None
-        agreed = self._replicas.agree(weights, settings.rho, reset=self._reset)
-        if agreed is None:
-            return False
-        means, pulls = agreed
-        self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
-        if self._reset:
-            F.copy_([w.value for w in weights], [w.anchor for w in weights])
+        with self._weights.fetched(weights):
+            agreed = self._replicas.agree(weights, settings.rho, reset=self._reset)
+            if agreed is None:
+                return False
+            means, pulls = agreed
+            self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
+            if self._reset:
+                F.copy_([w.value for w in weights], [w.anchor for w in weights])
         for w in weights:
             w.moved = False
         return True
@@ -138,6 +140,7 @@ class OuterRule:
         Args:
             fragment: of a method that streams, the one whose weights it is of.
         """
+        arrive(self._weights)
         named = self._named(fragment)
         outer = self._step.state_dict(named)
         if outer is not None:  # where it waits for the optimizer, it is of all weights
@@ -151,6 +154,7 @@ class OuterRule:
     @torch.no_grad()
     def load_common_state(self, state: Mapping[str, Any]) -> None:
         """Take over :meth:`common_state` of another replica; y and z stay, and so do other fragments."""
+        arrive(self._weights)
         for name, w in self._weights.named():
             if name in state["anchors"]:
                 w.anchor.copy_(state["anchors"][name])
@@ -195,12 +199,13 @@ class OuterStep:
         factory: makes the optimizer from the list of anchors; None: SGD of this ``momentum``, with the learning rate
             given at every step.
         momentum: Nesterov momentum, in [0, 1).
+        offloads: its state is in the host's memory between two steps.
 
     Raises:
         TypeError: no callable, or one that does not return an optimizer.
     """
 
-    def __init__(self, factory: OuterFactory | None, momentum: float) -> None:
+    def __init__(self, factory: OuterFactory | None, momentum: float, *, offloads: bool = False) -> None:
         self._options: list[set[str]] | None = None  # of the optimizer's groups; None where there is no optimizer
         if factory is not None:
             if not callable(factory):
@@ -216,6 +221,7 @@ class OuterStep:
         self._momentum = momentum
         self._loaded: Mapping[str, Any] | None = None  # waits for the optimizer, which waits for the anchors
         self.optimizer: Optimizer | None = None
+        self._away = OffloadedMoments() if offloads else None
 
     def step(
         self,
@@ -247,15 +253,18 @@ class OuterStep:
         if having:
             by_weight = dict(zip(weights, gradients, strict=True))
             torch._foreach_add_([by_weight[w] for w in having], forces)
-        optimizer = self._made([self._of(w) for w in weights], names)
+        xs = {w: self._of(w) for w in weights}
+        optimizer = self._made(xs, names)
         if self._factory is None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for w, gradient in zip(weights, gradients, strict=True):
-            self._of(w).grad = gradient if self._of(w) is w.anchor else shards.whole(gradient, w.param)
+        for (w, x), gradient in zip(xs.items(), gradients, strict=True):
+            x.grad = gradient if x is w.anchor else shards.whole(gradient, w.param)
         optimizer.step()
-        for w in weights:
-            self._of(w).grad = None
+        for x in xs.values():
+            x.grad = None
+        if self._away is not None:
+            self._away.put_away(optimizer, xs)
 
     def _of(self, w: Weight) -> Tensor:
         """Return x as the optimizer has it: the whole of it, of which norms and products of matrices are taken.
@@ -264,28 +273,38 @@ class OuterStep:
         """
         return w.anchor if self._factory is None else w.whole_anchor
 
-    def _made(self, anchors: list[Tensor], names: Iterable[tuple[str, Weight]]) -> Optimizer:
+    def _made(self, xs: Mapping[Weight, Tensor], names: Iterable[tuple[str, Weight]]) -> Optimizer:
         """Return the optimizer, made at the first step, with anchors that came later added."""
+        anchors = list(xs.values())
         if self.optimizer is None:
             if self._factory is None:
                 self.optimizer = SGD(anchors, lr=1.0, momentum=self._momentum, nesterov=True, foreach=True)
             else:
                 self.optimizer = self._factory(anchors)
-        known = {x for group in self.optimizer.param_groups for x in group["params"]}
-        self.optimizer.param_groups[0]["params"].extend(x for x in anchors if x not in known)
         if self._loaded is not None:
             for group, options in zip(self.optimizer.param_groups, self._loaded["options"], strict=True):
                 group.update(options)
             for name, w in names:
-                x = self._of(w)
-                for key, value in self._loaded["state"].get(name, {}).items():
-                    # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
-                    if isinstance(value, Tensor) and value.shape == w.param.shape:
-                        value = shards.part_of(value, w.param).to(w.anchor.device)
-                        value = value if x is w.anchor else shards.whole(value, w.param)
-                    self.optimizer.state[x][key] = value
+                if name in self._loaded["state"]:
+                    self._load(self.optimizer, w, self._loaded["state"][name])
             self._loaded = None
+        if self._away is not None:
+            self._away.fetch(self.optimizer, xs)
+        known = {x for group in self.optimizer.param_groups for x in group["params"]}
+        self.optimizer.param_groups[0]["params"].extend(x for x in anchors if x not in known)
         return self.optimizer
+
+    def _load(self, optimizer: Optimizer, w: Weight, state: Mapping[str, Any]) -> None:
+        if self._away is not None:
+            self._away.load(optimizer, w, state)
+            return
+        x = self._of(w)
+        for key, value in state.items():
+            # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
+            if isinstance(value, Tensor) and value.shape == w.param.shape:
+                value = shards.part_of(value, w.param).to(w.anchor.device)
+                value = value if x is w.anchor else shards.whole(value, w.param)
+            optimizer.state[x][key] = value
 
     def state_dict(self, names: Iterable[tuple[str, Weight]]) -> Mapping[str, Any] | None:
         """Return the optimizer's options and, by name, its state; None before the first step."""
@@ -296,9 +315,10 @@ class OuterStep:
 
     def _state_of(self, w: Weight) -> dict[str, Any]:
         assert self.optimizer is not None
-        state = dict(self.optimizer.state.get(self._of(w), {}))
+        x = self._of(w) if self._away is None else self._away.get(w)
+        state = {} if x is None else dict(self.optimizer.state.get(x, {}))
         parts = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == w.anchor.shape}
-        if self._of(w) is w.anchor:
+        if self._away is not None or x is w.anchor:
             state |= {k: shards.whole(v, w.param) for k, v in parts.items()}
         return state
 
@@ -327,6 +347,9 @@ class OuterStep:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Keep a copy of the state until the anchors are there."""
         self.optimizer, self._loaded = None, copy.deepcopy(state)
+        if self._away is not None:
+            self._away = OffloadedMoments()
+            self._loaded = shards.mapped(self._loaded, lambda _, t: t if shards.is_sharded([t]) else t.cpu())
 
 
 class Replicas:
@@ -348,6 +371,7 @@ class Replicas:
     def start(self, weights: Sequence[Weight]) -> None:
         """Start the mean if it is known when a loop begins, unless it is under way."""
         if self._mean is not None and self._target.early and self._under_way is None:
+            arrive(weights)
             self._under_way = self._mean([self._target.of(w.anchor, None) for w in weights])
             for w in weights:
                 w.replaced = False
@@ -388,7 +412,8 @@ class Replicas:
         known = [(w.anchor, target) for w, target in pairs if target is not None]
         if not known:
             return means, [None] * len(weights)
-        pulls = torch._foreach_sub([x for x, _ in known], [target for _, target in known])
+        near = [target.to(x.device, non_blocking=True) for x, target in known]  # of an offloaded x, it is not
+        pulls = torch._foreach_sub([x for x, _ in known], near)
         torch._foreach_mul_(pulls, rho)
         waiting = iter(pulls)
         return means, [None if target is None else next(waiting) for _, target in pairs]

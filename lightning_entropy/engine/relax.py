@@ -20,6 +20,7 @@ def relax(
     replica_mean: ReplicaMean | None = None,
     seed: int | None = None,
     compile: bool = False,
+    offload_anchor: bool = False,
     module: Module | None = None,
 ) -> InnerOuter:
     """Attach a relaxation to an optimizer: from now on ``optimizer.step()`` is one inner step.
@@ -40,6 +41,10 @@ def relax(
             plain ``torch.optim.SGD`` that has no other step hooks its update too. Building it now takes seconds and,
             for the CPU, a C++ compiler: ``$CXX``, or c++, g++ or clang++; for CUDA, Triton, which torch comes with.
             Same law of the noise, other numbers; sharded parameters are left to torch.
+        offload_anchor: x and the outer optimizer's state are in the host's memory (pinned, for CUDA), and on the
+            parameters' device only for an outer step and while x is shown; for methods that need them nowhere else:
+            ``gamma=0`` and ``average=1``, as Lookahead, local SGD and DiLoCo have. The results are the same. With
+            ``elastic_target="anchor"``, ``replica_mean`` is given x there. For parameters on the CPU it gains nothing.
         module: whose parameters they are. Needed where they are sharded (``fully_shard``, a tensor-parallel plan), and
             else without meaning: FSDP2 gathers copies of its weights, which are dropped before weights are written.
 
@@ -48,8 +53,8 @@ def relax(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: the optimizer has a loop already, the relaxation cannot work with it, or sharded parameters without
-            ``module``.
+        ValueError: the optimizer has a loop already, the relaxation cannot work with it or with ``offload_anchor``, or
+            sharded parameters without ``module``.
         RuntimeError: ``compile`` without a C++ compiler, or on CUDA a Triton, that works.
 
     Example:
@@ -65,7 +70,14 @@ def relax(
         tensor([2.])
     """
     return make_loop(
-        optimizer, relaxation, outer=outer, replica_mean=replica_mean, seed=seed, compile=compile, module=module
+        optimizer,
+        relaxation,
+        outer=outer,
+        replica_mean=replica_mean,
+        seed=seed,
+        compile=compile,
+        offload_anchor=offload_anchor,
+        module=module,
     )
 
 

@@ -50,6 +50,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def to_host(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a plain tensor's copy in the host's memory, pinned where it is CUDA's: it arrives when CUDA gets there."""
+    there = torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+    return there.copy_(tensor, non_blocking=True)
+
+
 def region_of(param: Tensor) -> Region | None:
     """Return where this rank's part of a parameter is; None for a plain tensor.
 

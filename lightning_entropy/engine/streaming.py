@@ -216,7 +216,8 @@ class StreamingRule(OuterRule):
             return
         if fragment in self._under_way:  # after a resume with other fragments, or another delay
             wait_for(self._under_way.pop(fragment)[1])
-        steps = torch._foreach_sub([w.anchor for w in weights], means_of(weights))
+        with self._weights.fetched(weights, to_read=True):
+            steps = torch._foreach_sub([w.anchor for w in weights], means_of(weights))
         for w, step in zip(weights, steps, strict=True):
             w.sent, w.fragment, w.moved = step, fragment, False
         self._send(fragment, weights)
@@ -245,12 +246,13 @@ class StreamingRule(OuterRule):
         if not weights:
             return True
         common = [step for step, valid in zip(steps, current, strict=True) if valid]
-        anchors = [w.anchor for w in weights]
-        means: Sequence[Tensor] = torch._foreach_sub(anchors, common)
-        self._step.step(weights, self._weights.named(), means, [None] * len(weights), lr)
-        if mixing < 1:
-            kept = anchors if mixing == 0 else F.copies(anchors)
-            if mixing > 0:
-                torch._foreach_lerp_(kept, means_of(weights), mixing)
-            F.copy_([w.value for w in weights], kept)
+        with self._weights.fetched(weights):
+            anchors = [w.anchor for w in weights]
+            means: Sequence[Tensor] = torch._foreach_sub(anchors, common)
+            self._step.step(weights, self._weights.named(), means, [None] * len(weights), lr)
+            if mixing < 1:
+                kept = anchors if mixing == 0 else F.copies(anchors)
+                if mixing > 0:
+                    torch._foreach_lerp_(kept, means_of(weights), mixing)
+                F.copy_([w.value for w in weights], kept)
         return True

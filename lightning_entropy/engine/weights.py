@@ -1,6 +1,7 @@
 """x, y and z of every parameter, and the one place that knows which of them a parameter holds."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -31,7 +32,7 @@ class Weight:
     """
 
     param: Tensor
-    anchor: Tensor
+    anchor: Tensor  # in the host's memory, where it is offloaded
     average: Tensor | None = None
     gradient: Tensor | None = None  # summed over a loop, for a mean gradient or for gamma="auto"
     kept: Tensor | None = None  # y, while the parameter holds another value; the anchor itself where y is x
@@ -42,6 +43,7 @@ class Weight:
     fragment: int = 0  # with which it was sent
     shown_version: int = 0  # of the parameter, when x was put into it
     whole: Tensor | None = None  # see whole_anchor
+    home: Tensor | None = None  # where an offloaded anchor is put when it is not needed any more
 
     @property
     def value(self) -> Tensor:
@@ -54,6 +56,11 @@ class Weight:
         if self.whole is None:
             self.whole = self.anchor if self.param is self.value else shards.whole(self.anchor, self.param)
         return self.whole
+
+    @property
+    def near_anchor(self) -> Tensor:
+        """The anchor x on the parameter's device; this rank's part of it."""
+        return self.anchor.to(self.value.device, non_blocking=True)
 
     @property
     def inner(self) -> Tensor:
@@ -69,6 +76,14 @@ class Weight:
         """Set y and z to x."""
         self.value.copy_(self.anchor)
         self.average = self.kept = self.stand_in = None
+
+
+def arrive(weights: Iterable[Weight]) -> None:
+    """Wait for copies of anchors to the host's memory that may be under way, before the host reads it."""
+    devices = {w.value.device for w in weights if w.anchor.device != w.value.device}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def running_means(weights: Sequence[Weight]) -> list[Tensor]:
@@ -110,7 +125,7 @@ def add_gradients(weights: Sequence[Weight], scale: Tensor | None) -> None:
 
 def differ(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
     """Compare tensors with values of the same shape, in the tensors' precision; waits for the device once."""
-    flags = [(tensor != value.to(tensor.dtype)).any() for tensor, value in pairs]
+    flags = [(tensor != value.to(tensor.device, tensor.dtype, non_blocking=True)).any() for tensor, value in pairs]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
 
 
@@ -125,15 +140,23 @@ class Weights:
         optimizer: whose parameters.
         names: keys of the state; a parameter without a name goes by its position.
         tied: y is x at all times: an update of the parameter moves x itself.
+        offloads: x is in the host's memory, where nothing needs it: see :meth:`fetched`.
 
     Attributes:
         holds: what the parameters hold.
         written: names of parameters that were written while they were shown, for whoever wants to say so.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str] | None = None, *, tied: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        names: Mapping[Tensor, str] | None = None,
+        *,
+        tied: bool = False,
+        offloads: bool = False,
+    ) -> None:
         self.holds = Holds.ANCHOR
-        self.tied = tied
+        self.tied, self.offloads = tied, offloads
         self.written: list[str] = []
         self._optimizer = optimizer
         self._names = names or {}
@@ -167,9 +190,38 @@ class Weights:
         if weight is None:
             wide = torch.promote_types(p.dtype, torch.float32)
             start = shards.local(p).detach()
-            weight = Weight(p, start.to(wide, copy=True, memory_format=torch.preserve_format))
+            if self.offloads:
+                weight = Weight(p, shards.to_host(start, dtype=wide))
+            else:
+                weight = Weight(p, start.to(wide, copy=True, memory_format=torch.preserve_format))
             self._weights[p] = weight
         return weight
+
+    @contextmanager
+    def fetched(self, weights: Sequence[Weight], *, to_read: bool = False) -> Iterator[None]:
+        """Have the anchors of some weights where the parameters are, and then put them away again; calls nest.
+
+        Nothing waits for the copies. Without offloading, the anchors are where they are.
+
+        Args:
+            weights: whose.
+            to_read: they will not change.
+
+        Yields:
+            Nothing.
+        """
+        away = [w for w in weights if w.home is None] if self.offloads else []
+        try:
+            for w in away:
+                near = torch.empty_like(w.anchor, device=w.value.device)
+                w.home, w.anchor, w.whole = w.anchor, near.copy_(w.anchor, non_blocking=True), None
+            yield
+        finally:
+            for w in away:
+                if w.home is not None:
+                    if not to_read:
+                        w.home.copy_(w.anchor, non_blocking=True)
+                    w.anchor, w.home, w.whole = w.home, None, None
 
     # Which weights a parameter holds
 
@@ -187,7 +239,7 @@ class Weights:
         """Return x of a parameter that holds another value in training; None where it holds x, or what is shown."""
         if self.shown or p not in self._weights or self.holds not in (Holds.INNER, Holds.OTHER):
             return None
-        return shards.whole(self._weights[p].anchor, p)
+        return shards.whole(self._weights[p].near_anchor, p)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -198,7 +250,8 @@ class Weights:
             same = [w for w in self if w.anchor.dtype == w.param.dtype]
             F.copy_([w.anchor for w in same], [w.value for w in same])
             narrow = [w for w in self if w.anchor.dtype != w.param.dtype]
-            F.copy_where_written_([w.anchor for w in narrow], [w.value for w in narrow])
+            with self.fetched(narrow):
+                F.copy_where_written_([w.anchor for w in narrow], [w.value for w in narrow])
             having = [(w.average, w.anchor) for w in self if w.average is not None]
             F.copy_([z for z, _ in having], [x for _, x in having])
 
@@ -355,6 +408,7 @@ class Weights:
             anchor: with x; without it, x is saved only where the parameter has less precision.
         """
         self.settle()
+        arrive(self)
         entries: dict[str, dict[str, Any]] = {}
         for name, w in self.named():
             entry: dict[str, Any] = {}
@@ -406,7 +460,7 @@ class Weights:
             w.fragment = entry.get("fragment", 0)
             for key in ("average", "gradient", "sent"):
                 if key in parts:
-                    setattr(w, key, torch.empty_like(w.anchor).copy_(parts[key]))
+                    setattr(w, key, torch.empty_like(w.anchor, device=w.value.device).copy_(parts[key]))
             if "inner" in parts:
                 apart = True
                 if self._before:

@@ -161,9 +161,10 @@ class Consensus:
             except RuntimeError:  # it has failed rather than arrived; there is an error on its way already
                 return []
             means = {id(x): mean for x, mean in given}
+            loop.settle()
             pairs += [
-                (p, whole(means[id(x)], p))
-                for p, x in zip(loop.params, loop.anchor_parts, strict=True)
-                if id(x) in means and not (p in loop.weights and loop.weights[p].replaced)
+                (w.param, whole(means[id(w.anchor)].to(w.value.device), w.param))
+                for w in loop.weights
+                if id(w.anchor) in means and not w.replaced
             ]
         return pairs

@@ -293,11 +293,13 @@ class Round:
     def _part(self, flat: Tensor) -> Tensor:
         """Return this rank's part of its replica's values, on the device they are sent from."""
         links = self._coupling.links
+        offloaded = flat.device.type == "cpu"  # unless the replicas are on the CPU
+        device = torch.device("cpu" if links.by_host else "cuda") if links.by_host or offloaded else flat.device
         if not links.shares:
-            return flat.to("cpu" if links.by_host else flat.device)
+            return flat.to(device)
         size = -(-flat.numel() // links.data_parallel)
         padded = torch.nn.functional.pad(flat, (0, size * links.data_parallel - flat.numel()))
-        return padded[links.position * size : (links.position + 1) * size].to("cpu" if links.by_host else flat.device)
+        return padded[links.position * size : (links.position + 1) * size].to(device)
 
     def _whole(self, part: Tensor) -> Tensor:
         """Gather the parts of the replica's ranks."""
@@ -326,11 +328,11 @@ def own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
 
 
 def flatten(tensors: list[Tensor]) -> Tensor:
-    """Return the values of all tensors, copied into one: float64 if any tensor is, else float32."""
+    """Return the values of all tensors, copied into one on the first one's device: float64 if any is, else float32."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     if not tensors:
         return torch.zeros(0, dtype=wide)
-    return torch.cat([t.detach().to(wide).reshape(-1) for t in tensors])
+    return torch.cat([t.detach().to(tensors[0].device, wide).reshape(-1) for t in tensors])
 
 
 def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

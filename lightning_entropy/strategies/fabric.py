@@ -49,6 +49,7 @@ class ElasticEntropyFabricStrategy(OptionAttributes, DDPStrategy):
         communication_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
         overlap: False waits for every exchange at once.
         compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
+        offload_anchor: x and the outer optimizer's state in the host's memory between outer steps, likewise.
         **kwargs: of Fabric's ``DDPStrategy``, and of ``DistributedDataParallel`` inside a replica.
 
     Raises:
@@ -67,6 +68,7 @@ class ElasticEntropyFabricStrategy(OptionAttributes, DDPStrategy):
         communication_dtype: Format = "float32",
         overlap: bool = True,
         compile: bool = False,
+        offload_anchor: bool = False,
         **kwargs: Any,
     ) -> None:
         self.options = ReplicaOptions(
@@ -79,6 +81,7 @@ class ElasticEntropyFabricStrategy(OptionAttributes, DDPStrategy):
             communication_dtype,
             overlap,
             compile,
+            offload_anchor,
         )
         check_arguments(type(self), DDPStrategy, kwargs)
         super().__init__(**kwargs)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_entropy.engine.offload import check_offload
 from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.arguments import check_names
@@ -92,6 +93,7 @@ class ReplicaOptions:
     communication_dtype: Format
     overlap: bool
     compile: bool = False
+    offload_anchor: bool = False
     membership: Literal["static", "torchft"] = "static"
     min_replicas: int = 1
 
@@ -109,6 +111,7 @@ class ReplicaOptions:
         if self.communication_dtype not in FORMATS:
             raise ValueError(f"communication_dtype must be one of {FORMATS}, got {self.communication_dtype!r}")
         check_bool("compile", self.compile)
+        check_offload(self.offload_anchor, self.relaxation)
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         if self.membership not in ("static", "torchft"):
@@ -181,6 +184,7 @@ class OptionAttributes:
     communication_dtype = property(attrgetter("options.communication_dtype"))
     overlap = property(attrgetter("options.overlap"))
     compile = property(attrgetter("options.compile"))
+    offload_anchor = property(attrgetter("options.offload_anchor"))
 
 
 def check_arguments(strategy: type, parent: type, given: Iterable[str]) -> None:

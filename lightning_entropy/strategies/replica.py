@@ -38,6 +38,7 @@ class ReplicaLoops:
         communication_dtype: of what is sent.
         overlap: False waits for every exchange at once.
         compile: an inner step in one compiled pass over memory.
+        offload_anchor: x in the host's memory between outer steps.
         apart: parameters that no optimizer has may differ between replicas.
         timeout: of the exchanges.
         meeting: waits for other ranks.
@@ -62,6 +63,7 @@ class ReplicaLoops:
         communication_dtype: Format,
         overlap: bool,
         compile: bool = False,
+        offload_anchor: bool = False,
         apart: bool,
         timeout: timedelta | None,
         meeting: Meeting,
@@ -92,6 +94,7 @@ class ReplicaLoops:
             seed=grid.seed(seed),
             count_attempts=True,
             compile=compile,
+            offload_anchor=offload_anchor,
             bystander=bystander,
         )
         if assembly is not None:
@@ -357,6 +360,7 @@ def replica_loops(
         communication_dtype=options.communication_dtype,
         overlap=options.overlap,
         compile=options.compile,
+        offload_anchor=options.offload_anchor,
         apart=options.independent_init,
         timeout=timeout,
         meeting=meeting,

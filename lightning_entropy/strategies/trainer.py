@@ -136,6 +136,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             eighth, with the rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
         compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
+        offload_anchor: x and the outer optimizer's state in the host's memory between outer steps, likewise.
         membership: ``"static"``: the replicas are this job's processes, from its start to its end. ``"torchft"``: every
             job is one, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.
         min_replicas: with torchft, how many must meet; fewer wait, and say so.
@@ -145,8 +146,9 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             and so on; and of ``DistributedDataParallel`` inside a replica, without effect if a replica is one process.
 
     Raises:
-        ValueError: an argument outside its range, or a relaxation that perturbs instead of looping.
-        TypeError: ``relaxation`` is not one, or ``compile`` no bool.
+        ValueError: an argument outside its range, or a relaxation that perturbs instead of looping, or needs x at inner
+            steps with ``offload_anchor``.
+        TypeError: ``relaxation`` is not one, or ``compile`` or ``offload_anchor`` no bool.
         RuntimeError: at the start of fit: no C++ compiler, or on CUDA no Triton, for ``compile``.
         MisconfigurationException: at the start of fit: replicas that do not divide the processes; another owner of the
             loop, or a weight-averaging callback; parameters that are sharded over other ranks than their replica's.
@@ -169,6 +171,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         communication_dtype: Format = "float32",
         overlap: bool = True,
         compile: bool = False,
+        offload_anchor: bool = False,
         membership: Literal["static", "torchft"] = "static",
         min_replicas: int = 1,
         **kwargs: Any,
@@ -183,6 +186,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             communication_dtype,
             overlap,
             compile,
+            offload_anchor,
             membership,
             min_replicas,
         )

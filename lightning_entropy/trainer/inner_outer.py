@@ -14,6 +14,7 @@ from torch import initial_seed
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.module_loops import ModuleLoops
+from lightning_entropy.engine.offload import check_offload
 from lightning_entropy.engine.outer_rules import OuterFactory, OuterStep
 from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
@@ -75,8 +76,10 @@ class InnerOuterCallback(Callback):
         outer: makes the outer optimizer from the list of anchors, as in :func:`lightning_entropy.relax`.
         seed: of the noise, >= 0; None: the seed of torch's generator, rank 0's where there are several.
         compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
+        offload_anchor: x and the outer optimizer's state in the host's memory between outer steps, likewise.
 
     Raises:
+        ValueError: ``offload_anchor`` with a method that needs x at inner steps.
         TypeError: ``relaxation`` is not one, or ``outer`` makes no torch optimizer.
         MisconfigurationException: at the start of fit: under FSDP (the first) or DeepSpeed, which put parameters
             together in tensors of their own; beside another owner of the loop; where a parameter is in two optimizers.
@@ -92,6 +95,7 @@ class InnerOuterCallback(Callback):
         outer: OuterFactory | None = None,
         seed: int | None = None,
         compile: bool = False,
+        offload_anchor: bool = False,
     ) -> None:
         check_relaxation(relaxation)
         OuterStep(outer, relaxation.outer_momentum)  # refuses now what it would refuse when training starts
@@ -99,6 +103,7 @@ class InnerOuterCallback(Callback):
         self.outer = outer
         self.seed = None if seed is None else check_integer("seed", seed, 0)
         self.compile = check_bool("compile", compile)
+        self.offload_anchor = check_offload(offload_anchor, relaxation)
         self._loops: ModuleLoops | None = None
         self._state: dict[str, Any] = {}  # loaded for the next fit, or left by the last one
         self._resumed: dict[str, Any] = {}  # what this fit goes on from, until its first batch
@@ -167,6 +172,7 @@ class InnerOuterCallback(Callback):
             outer=self.outer,
             seed=seed,
             compile=self.compile,
+            offload_anchor=self.offload_anchor,
             several_steps=not pl_module.automatic_optimization,
             bystander=lambda: self not in trainer.callbacks,  # type: ignore[attr-defined]
         )

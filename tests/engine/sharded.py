@@ -69,6 +69,7 @@ class Scenario(NamedTuple):
     dtype: torch.dtype = torch.float64
     adam: bool = False
     compile: bool = False
+    offload: bool = False
 
 
 SCENARIOS = {
@@ -86,6 +87,8 @@ SCENARIOS = {
     "filter heat": Scenario(le.heat(2, width=0.1, scale="filter")),
     "relative heat": Scenario(le.heat(1, width=0.1, scale="relative"), adam=True),
     "compiled": Scenario(le.entropy_sgd(3, gamma=2.0, noise=0.0), compile=True),
+    "offloaded": Scenario(le.diloco(3), offload=True),
+    "offloaded adam": Scenario(le.streaming_diloco(4, 2, 1), outer=torch.optim.Adam, offload=True),
     "tensor parallel": Scenario(le.entropy_sgd(3, gamma=2.0, noise=0.1), tensor_parallel),
     "tensor parallel filter heat": Scenario(le.heat(2, width=0.1, scale="filter"), tensor_parallel),
     "both": Scenario(le.entropy_sgd(3, gamma=2.0, noise=0.1), both),
@@ -144,7 +147,9 @@ def attach(net: Net, scenario: Scenario) -> tuple[torch.optim.Optimizer, le.Inne
         torch.optim.Adam(params, 0.01) if scenario.adam else torch.optim.SGD(params, 0.2, momentum=0.9)
     )
     options: dict[str, Any] = {"outer": scenario.outer, "compile": scenario.compile, "seed": 5, "module": net}
-    return optimizer, le.relax(optimizer, scenario.relaxation, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="offload_anchor=True gains nothing")
+        return optimizer, le.relax(optimizer, scenario.relaxation, offload_anchor=scenario.offload, **options)
 
 
 def state_of(net: Net, optimizer: torch.optim.Optimizer, loop: le.InnerOuter) -> Any:

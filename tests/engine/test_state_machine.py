@@ -147,6 +147,9 @@ RELAXATIONS: dict[str, tuple[Callable[[], le.Relaxation], bool]] = {
     "mean heat": (lambda: le.heat(3, 100.0), False),
     "perturbed chain": (lambda: le.Relaxation(inner_steps=3, average=0.5, outer_lr=0.5, width=0.125), False),
     "perturbed replicas": (lambda: le.Relaxation(inner_steps=2, rho=0.5, width=0.125), True),
+    "offloaded": (lambda: le.Relaxation(inner_steps=2, outer_lr=0.5), False),
+    "offloaded replicas": (lambda: le.elastic_sgd(2, 0.5), True),
+    "offloaded perturbed": (lambda: le.Relaxation(inner_steps=3, outer_lr=0.5, width=0.125), False),
 }
 
 
@@ -178,7 +181,14 @@ class LoopMachine(RuleBasedStateMachine):
             order = [names[w.param] for w in loops.loops[0].weights]
             return [(t + OTHER[n]) / 2 for t, n in zip(tensors, order, strict=True)]
 
-        loops = ModuleLoops(net, [optimizer], self.relaxation, replica_mean=[mean] if self.replicas else None, seed=3)
+        loops = ModuleLoops(
+            net,
+            [optimizer],
+            self.relaxation,
+            replica_mean=[mean] if self.replicas else None,
+            seed=3,
+            offload_anchor="offloaded" in self.kind,
+        )
         return loops
 
     def held(self) -> list[str]:
@@ -386,6 +396,7 @@ class LoopMachine(RuleBasedStateMachine):
             self.loops.detach()
 
 
+@pytest.mark.filterwarnings("ignore:offload_anchor=True gains nothing")
 @pytest.mark.parametrize("kind", RELAXATIONS)
 def test_a_loop_is_its_model(kind: str) -> None:
     machine: Any = type(f"Machine_{kind.replace(' ', '_')}", (LoopMachine,), {"kind": kind})

@@ -56,6 +56,7 @@ ARGUMENTS = {
     "communication_dtype": "int8",
     "overlap": False,
     "compile": True,
+    "offload_anchor": True,
 }
 
 

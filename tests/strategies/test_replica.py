@@ -152,6 +152,16 @@ def test_overlapped_and_blocking_are_the_same_bits(tmp_path: Path, format: Any, 
         assert_same(left["anchors"], right["anchors"], 0)
 
 
+@pytest.mark.filterwarnings("ignore:offload_anchor=True gains nothing")
+@pytest.mark.parametrize("relaxation", [le.elastic_sgd(4, 0.5), le.diloco(4), le.streaming_diloco(4, 2, 1)])
+def test_offloaded_or_not_is_the_same_bits(tmp_path: Path, relaxation: le.Relaxation) -> None:
+    both = [fit(tmp_path / str(on), strategy(relaxation, offload_anchor=on), 2) for on in (True, False)]
+    for left, right in zip(*both, strict=True):
+        assert_same(left["iterates"], right["iterates"], 0)
+        assert_same(left["anchors"], right["anchors"], 0)
+        assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
+
+
 @pytest.mark.parametrize("relaxation", [OURS["anchor"], OURS["diloco"], STREAMING])
 def test_two_by_two_is_two_by_one_with_twice_the_batch(tmp_path: Path, relaxation: le.Relaxation) -> None:
     small = fit(tmp_path / "2x2", strategy(relaxation, replicas=2), 4, make=lambda: Net(batch=4))

@@ -67,6 +67,14 @@ def test_a_trainer_automatic_or_manual_is_the_engine_bit_for_bit(name: str) -> N
     assert same(trained(Manual(), CALLBACKS[name]()), expected)
 
 
+@pytest.mark.filterwarnings("ignore:offload_anchor=True gains nothing")
+def test_an_anchor_that_is_offloaded_is_the_same_bits() -> None:
+    near, away = (le.InnerOuterCallback(le.snoo(3), offload_anchor=on) for on in (False, True))
+    assert same(trained(Automatic(), away), trained(Automatic(), near))
+    states = [callback.state_dict()["loops"][0]["outer"]["state"] for callback in (away, near)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["entropy", "heat"])
 def test_every_optimizer_has_its_loop_and_its_noise(name: str) -> None:
     callback = CALLBACKS[name]()
