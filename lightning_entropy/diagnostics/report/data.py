@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -88,7 +89,7 @@ def _first(loaders: Any) -> Any:
         return _first(next(iter(loaders.values())))
     if isinstance(loaders, list | tuple) and loaders and isinstance(loaders[0], DataLoader):
         return loaders[0]
-    if hasattr(loaders, "iterables"):  # Lightning's CombinedLoader
+    if isinstance(loaders, CombinedLoader):
         return _first(loaders.iterables)
     return loaders
 

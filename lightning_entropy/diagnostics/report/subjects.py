@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from torch.utils.data import DataLoader
 
+from lightning_entropy.diagnostics.loss import Loss
 from lightning_entropy.diagnostics.report.data import Data, is_loader
 from lightning_entropy.diagnostics.report.findings import ESTIMATORS, Subject
 from lightning_entropy.diagnostics.report.names import Refused, find, importing, said
@@ -57,7 +58,7 @@ def subjects_of(options: Namespace, paths: list[Path]) -> list[Subject]:
                 data,
                 title=title,
                 split=options.split,
-                loss=loss,
+                loss=cast("Loss | None", loss),
                 mode=options.mode,
                 seed=options.seed,
                 checkpoint=checkpoint,

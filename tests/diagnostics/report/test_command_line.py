@@ -61,7 +61,7 @@ def test_compare_says_which_is_flatter(checkpoints, tmp_path, capsys):
         ["compare", *checkpoints, *CLASSES, *QUICK, "--skip", "gradient_noise", "--output", str(tmp_path / "p.html")]
     )
     text = output.read_text()
-    assert text.count("<svg") == 7  # Two for each section, and the three panels of the one recorded path.
+    assert text.count("<svg") == 9  # Two for each section, and the three panels of the one recorded path.
     assert "flatter" in text
     assert "after-1.ckpt" in text
     assert "numbers" in capsys.readouterr().out
