@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 
@@ -15,7 +16,7 @@ class Estimate:
 
     Args:
         value: The estimate.
-        stderr: Its standard error, in the unit of ``value``, >= 0. Zero for what was computed exactly.
+        stderr: Its standard error, in the unit of ``value``, >= 0. Zero for what was computed exactly, NaN if unknown.
         dof: Degrees of freedom of the standard error: samples - 1. ``math.inf`` for an exact number.
 
     Example:
@@ -42,12 +43,63 @@ class Estimate:
         """Half-width of the 99 % interval, in the unit of ``value``."""
         return self.stderr * student(self.dof) if self.stderr else 0.0
 
+    def widened(self, *others: "Estimate") -> "Estimate":
+        """Return this value with the independent errors of ``others`` on top of its own; their values do not count.
+
+        Degrees of freedom by Welch and Satterthwaite.
+
+        Example:
+            >>> Estimate(1.0, 3.0, 5).widened(Estimate(9.0, 4.0, 5)).stderr
+            5.0
+        """
+        errors = [e for e in (self, *others) if e.stderr]
+        total = sum(e.stderr**2 for e in errors)
+        # In shares, lest the fourth power of a small error be zero.
+        spread = sum((e.stderr**2 / total) ** 2 / e.dof for e in errors if total and e.dof)
+        return Estimate(self.value, math.sqrt(total), 1 / spread if spread else math.inf)
+
     def covers(self, truth: float) -> bool:
         """Return whether ``truth`` lies within the error bar (and rounding) of the estimate."""
         return abs(self.value - truth) <= self.error + 1e-12 * max(1.0, abs(truth))
 
     def __str__(self) -> str:
         return plus_minus(self.value, self.error)
+
+
+@dataclass(frozen=True)
+class GroupValues:
+    """What a mean over examples is on each of several groups of them, which are independent.
+
+    Two of them on the same groups are subtracted group by group: what is alike in both cancels.
+
+    Args:
+        values: Of each group, shape (G,).
+        shares: Each group's share of the examples, shape (G,), summing to 1.
+
+    Example:
+        >>> a, b = (GroupValues(np.array(v), np.full(3, 1 / 3)) for v in ([1.0, 5.0, 9.0], [1.5, 5.5, 9.5]))
+        >>> round(a.estimate.stderr, 3), (b - a).estimate.stderr
+        (2.309, 0.0)
+    """
+
+    values: np.ndarray
+    shares: np.ndarray
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean, with the standard error that the groups' scatter gives; NaN for a single group."""
+        n, values, shares = len(self.values), np.asarray(self.values, float), np.asarray(self.shares, float)
+        mean = float(shares @ values)
+        if n < 2:
+            return Estimate(mean, math.nan)
+        return Estimate(mean, math.sqrt(n / (n - 1) * float(shares**2 @ (values - mean) ** 2)), n - 1)
+
+    def pairs(self, other: "GroupValues") -> bool:
+        """Return whether both are on groups of the same sizes."""
+        return len(self.values) == len(other.values) and np.allclose(self.shares, other.shares)
+
+    def __sub__(self, other: "GroupValues") -> "GroupValues":
+        return GroupValues(self.values - other.values, self.shares)
 
 
 def plus_minus(value: float, error: float = 0.0) -> str:
@@ -58,6 +110,8 @@ def plus_minus(value: float, error: float = 0.0) -> str:
     Example:
         >>> plus_minus(100.41, 99.8), plus_minus(1234567.0), plus_minus(2.0, 1e-7), plus_minus(math.inf)
         ('100.4 ± 100', '1234567', '2', 'not measured')
+        >>> plus_minus(1.5, math.nan)
+        '1.5 ± unknown'
     """
 
     def write(number: float, digits: int) -> str:
@@ -66,6 +120,8 @@ def plus_minus(value: float, error: float = 0.0) -> str:
 
     if not math.isfinite(value):
         return "not measured"
+    if not math.isfinite(error):
+        return f"{write(value, 4)} ± unknown"
     return f"{write(value, 4)} ± {write(error, 2)}" if error > 1e-5 * abs(value) else write(value, 4)
 
 

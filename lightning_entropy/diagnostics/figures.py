@@ -1,5 +1,6 @@
 """What results look like: numbers with names, and pictures drawn, logged or shown."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -26,6 +27,36 @@ def draw(result: Result) -> "Figure":
     figure = Figure(figsize=(7.0, 4.2) if len(panels) == 1 else (5.0 * len(panels), 4.0), layout="constrained")
     for panel, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         panel(ax)
+    return figure
+
+
+def overview(results: "Mapping[str, Sequence[Result]]") -> "Figure":
+    """Draw several results on one figure, a row for each checkpoint, as an image for a logger or a slide.
+
+    Args:
+        results: What was measured, by the title of a row: in each of them at least one.
+
+    Returns:
+        The figure; ``logger.experiment.add_figure(name, figure, step)`` logs it to TensorBoard.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {title: [p for r in row for p in getattr(r, "panels", (r.plot,))] for title, row in results.items()}
+    width = max((len(row) for row in panels.values()), default=0)
+    if not width:
+        raise ValueError("results must hold something to draw, got none")
+    figure = Figure(figsize=(6.0 * width, 4.6 * len(panels)), layout="constrained")
+    parts = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
+    for part, (title, row) in zip(parts, panels.items(), strict=True):
+        part.suptitle(title)
+        axes = part.subplots(1, width, squeeze=False)[0]
+        for ax, panel in zip(axes, row, strict=False):
+            panel(ax)
+        for ax in axes[len(row) :]:
+            ax.set_axis_off()
     return figure
 
 

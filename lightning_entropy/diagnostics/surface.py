@@ -187,10 +187,14 @@ class LossSurface:
 
     def batch_loss(self, weights: Tensor, batch: Batch, seed: int | None = None) -> Tensor:
         """Evaluate the loss of one batch at ``weights``, shape (P,), as a scalar tensor with its graph."""
+        return self.apply(self._loss, weights, batch, seed)
+
+    def apply(self, function: Callable[[nn.Module, Batch], _T], weights: Tensor, batch: Batch, seed: int | None) -> _T:
+        """Call a function of a module and a batch with the module at ``weights``, shape (P,)."""
         self._bind(weights)
         if self.mode == "train" and seed is not None:
             torch.manual_seed(self.seed + seed)
-        return self._loss(self._module.module, batch)
+        return function(self._module.module, batch)
 
     def _bind(self, weights: Tensor) -> None:
         """Set views of ``weights`` as the weights of the module's copy; its buffers are what they were."""

@@ -8,23 +8,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_entropy.diagnostics.examples import Batch
 from lightning_entropy.diagnostics.figures import Result
 from lightning_entropy.diagnostics.gradient_noise import gradient_noise
 from lightning_entropy.diagnostics.hessian import hessian_spectrum
 from lightning_entropy.diagnostics.local_entropy import local_entropy
 from lightning_entropy.diagnostics.loss import Loss
+from lightning_entropy.diagnostics.report.data import Data
+from lightning_entropy.diagnostics.report.losses import loss_and_error
+from lightning_entropy.diagnostics.report.names import said
 from lightning_entropy.diagnostics.report.rows import ROWS, Row
 from lightning_entropy.diagnostics.trajectory import TrajectoryResult, analyse_trajectory
 
 SECTIONS = {
+    "loss": "Loss and error",
     "hessian": "How flat is the minimum: the Hessian",
     "local_entropy": "How wide is the valley: local entropy and flatness profile",
     "gradient_noise": "How loud and how round is the noise: the diffusion matrix",
     "trajectory": "Does SGD walk in circles: the recorded path",
 }
+# Those that take settings from the command line.
 ESTIMATORS: dict[str, Callable[..., Result]] = {
     "hessian": hessian_spectrum,
     "local_entropy": local_entropy,
@@ -43,6 +46,10 @@ VALLEY: dict[str, Any] = {
 FIRST, GROWTH = 64, 4
 # What else grows with the examples, to what it is set to at the last look.
 GROWING = {"local_entropy": ("samples", "warmup", "draws")}
+# The fewest of them: Student's interval of two draws is twenty-five times as wide as that of many.
+FEWEST = 4
+
+_FACTS = {"epoch": "epoch", "step": "global_step", "lightning": "pytorch-lightning_version"}
 
 
 @dataclass
@@ -53,11 +60,13 @@ class Findings:
         title: The checkpoint's name.
         results: By section.
         left: Sections whose last, finest look was left out for want of time, with how many examples they have seen.
+        failed: Sections that could not be measured, with the reason.
     """
 
     title: str
     results: dict[str, Result] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> dict[str, list[Row]]:
         """Return each section's numbers, in the order of the page."""
@@ -69,11 +78,10 @@ class Subject:
 
     Args:
         module: With the weights to measure, on its device.
-        datamodule: Set up.
+        data: What it is measured on.
         title: Of the findings.
-        split: "train" or "val".
+        split: "train" or "val": what all sections but the loss's look at.
         loss: ``(module, batch) -> scalar``. None: cross entropy.
-        batch_dim: Dimension of the tensors that counts examples. None: that of the one size that they share.
         mode: "eval" or "train" for the Hessian and local entropy.
         seed: Of everything drawn, so that two checkpoints are measured alike.
         checkpoint: Where a :class:`~lightning_entropy.diagnostics.Trajectory` may have left its recording.
@@ -86,28 +94,24 @@ class Subject:
     def __init__(
         self,
         module: pl.LightningModule,
-        datamodule: pl.LightningDataModule,
+        data: Data,
         *,
         title: str,
         split: str = "train",
         loss: Loss | None = None,
-        batch_dim: int | None = None,
         mode: str = "eval",
         seed: int = 0,
         checkpoint: dict[str, Any] | None = None,
         settings: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        if split not in ("train", "val"):
-            raise ValueError(f'split must be "train" or "val", got {split!r}')
-        data: Any = datamodule.train_dataloader() if split == "train" else datamodule.val_dataloader()
-        self._data = data[0] if isinstance(data, list | tuple) and not isinstance(data[0], tuple) else data
-        self._module, self._seed = module, seed
+        if split not in data.splits:
+            raise ValueError(f"split must name a loader of the data, {list(data.splits)}, got {split!r}")
+        self._module, self._data, self._split, self._seed = module, data, split, seed
         self._given: dict[str, Any] = {
             "loss": loss,
-            "batch_dim": batch_dim,
+            "batch_dim": data.batch_dim,
             "seed": seed,
-            "transfer": transfer_of(module, datamodule),
-            "progress": True,
+            "transfer": data.transfer(module),
         }
         own: dict[str, dict[str, Any]] = {"hessian": {"mode": mode}, "local_entropy": {"mode": mode, **VALLEY}}
         self._own = {name: own.get(name, {}) | (settings or {}).get(name, {}) for name in ESTIMATORS}
@@ -116,9 +120,27 @@ class Subject:
 
     def measure(self, section: str, examples: int, share: float = 1.0) -> Result:
         """Run the estimator of a section, with a share of the draws that it is to have at the last look."""
+        if section == "loss":
+            splits = {name: self._data.batches(name, examples) for name in self._data.splits}
+            return loss_and_error(self._module, splits, **self._given)
         own = dict(self._own[section])
-        own |= {name: max(2, round(share * own[name])) for name in GROWING.get(section, ()) if share < 1}
-        return ESTIMATORS[section](self._module, self._data, examples=examples, **self._given, **own)
+        own |= {
+            name: min(own[name], max(FEWEST, round(share * own[name])))
+            for name in GROWING.get(section, ())
+            if share < 1
+        }
+        batches = self._data.batches(self._split, examples)
+        return ESTIMATORS[section](self._module, batches, examples=examples, progress=True, **self._given, **own)
+
+    def facts(self) -> list[str]:
+        """Return what the checkpoint says of itself."""
+        known = [f"{name} {self._checkpoint[key]}" for name, key in _FACTS.items() if key in self._checkpoint]
+        weights = sum(p.numel() for p in self._module.parameters() if p.requires_grad)
+        return [*known, f"{weights:,} trainable weights"]
+
+    def data_facts(self) -> str:
+        """Return which examples are looked at."""
+        return f"{self._split} split; loss and error on {' and '.join(self._data.splits)}"
 
     def recording(self) -> TrajectoryResult | None:
         """Analyse the path that a callback has left in the checkpoint, if one has."""
@@ -139,6 +161,8 @@ def look(
     from the last one of its section, in proportion to the examples, and to the draws where they grow too. The first
     look is taken whatever it takes. Ctrl+C ends the looking, and what was found stays.
 
+    A section that an estimator refuses is one that says why.
+
     Args:
         subjects: To be measured, in turn; their ``findings`` are filled.
         examples: Of the last look, >= 1.
@@ -158,10 +182,12 @@ def look(
         raise ValueError(f"examples must be at least 1, got {examples}")
     end = math.inf if budget is None else time.monotonic() + budget
     took: dict[str, tuple[int, float]] = {}
+    measured = [name for name in ("loss", *ESTIMATORS) if name not in skip]
     try:
         _record(subjects, skip, grown)
         for size in [examples] if budget is None else sizes(examples):
-            for section in sorted(set(ESTIMATORS) - skip, key=lambda name: (took.get(name, (0, 0.0))[1], name)):
+            # The quick ones first; at the first look, in the order of the page.
+            for section in sorted(measured, key=lambda name: took.get(name, (0, 0.0))[1]):
                 before, seconds = took.get(section, (size, 0.0))
                 power = 2 if section in GROWING else 1
                 if section in took and time.monotonic() + seconds * (size / before) ** power > end:
@@ -169,13 +195,18 @@ def look(
                         subject.findings.left[section] = before
                     continue
                 start = time.monotonic()
-                results = [subject.measure(section, size, size / examples) for subject in subjects]
+                try:
+                    results = [subject.measure(section, size, size / examples) for subject in subjects]
+                except (ValueError, RuntimeError) as error:
+                    _fail(subjects, section, said(error))
+                    measured = [name for name in measured if name != section]
+                    continue
                 took[section] = size, time.monotonic() - start
                 for subject, result in zip(subjects, results, strict=True):
                     subject.findings.results[section] = result
                 grown()
     except KeyboardInterrupt:
-        for section in set(ESTIMATORS) - skip:
+        for section in measured:
             seen = took.get(section, (0, 0.0))[0]
             for subject in subjects if seen < examples else ():
                 subject.findings.left[section] = seen
@@ -205,18 +236,10 @@ def _record(subjects: Sequence[Subject], skip: set[str], grown: Callable[[], Non
             grown()
 
 
-def transfer_of(module: pl.LightningModule, datamodule: pl.LightningDataModule) -> Callable[[Batch], Batch]:
-    """Compose the batch-transfer hooks as a trainer would: the datamodule's where it overrides them."""
-
-    def owner(hook: str) -> Any:
-        return datamodule if is_overridden(hook, datamodule) else module
-
-    def transfer(batch: Batch) -> Batch:
-        batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
-        batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, module.device, 0)
-        return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
-
-    return transfer
+def _fail(subjects: Sequence[Subject], section: str, reason: str) -> None:
+    """Note why a section has not been measured, or not more finely than it has been."""
+    for subject in subjects:
+        subject.findings.failed[section] = reason
 
 
 def _recording(checkpoint: dict[str, Any], seed: int) -> TrajectoryResult | None:

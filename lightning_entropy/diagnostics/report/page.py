@@ -1,41 +1,30 @@
 """All diagnostics of a checkpoint as one self-contained HTML page, and two checkpoints side by side."""
 
 import html
-import io
+from collections.abc import Mapping
 
-from lightning_entropy.diagnostics.figures import Result, draw
 from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings
-from lightning_entropy.diagnostics.report.rows import Row
+from lightning_entropy.diagnostics.report.pictures import figures, svg
+from lightning_entropy.diagnostics.report.rows import Row, smaller
+from lightning_entropy.diagnostics.report.style import STYLE
+from lightning_entropy.diagnostics.report.verdict import compared, verdict
 
-_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff }
-body { max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
-p { max-width: 46rem } .quiet { color: #5b6575 }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; font-variant-numeric: tabular-nums }
-th { text-align: left; font-weight: 600 } td, th { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e3e7ee }
-th { overflow-wrap: anywhere } th:first-child { width: 17rem } th.number { width: 13rem }
-td.flat { font-weight: 600; color: #0a6b3d }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem }
-figure { margin: 0; flex: 1 1 24rem; max-width: 48rem } figure.wide { flex-basis: 100%; max-width: none }
-figcaption { color: #5b6575; font-size: .9rem }
-svg { width: 100%; height: auto; display: block }
-@media (prefers-color-scheme: dark) {
-  :root { color: #e3e7ee; background: #14181f } .quiet, figcaption { color: #9aa5b5 } td.flat { color: #5fd39a }
-  td, th { border-color: #2b3340 } svg { background: #fff; border-radius: .4rem }
-}
-@media (max-width: 55rem) { table { display: block; overflow-x: auto; table-layout: auto } }
-"""
+_READING = (
+    "Error bars (±) are 99 % intervals. Curvature, local entropy and noise depend on how weights are scaled between "
+    "layers: compare nets of one architecture. "
+)
+_COMPARING = (
+    "A difference is a verdict only beyond its own 99 % interval, which is more than two and a half standard errors. "
+    "Both checkpoints are measured on the same examples, and differences are taken group by group of examples."
+)
 
 
-def page(findings: list[Findings], *, source: str = "") -> str:
+def page(findings: list[Findings], *, source: Mapping[str, str] | None = None) -> str:
     """Write one or two findings as an HTML page that needs nothing beside itself.
-
-    With two, smaller of a pair that differs by more than both error bars is marked as the flatter, and counted.
 
     Args:
         findings: One, or two to compare.
-        source: Where the numbers come from, in a sentence.
+        source: Where the numbers come from, by name.
 
     Returns:
         The page.
@@ -50,33 +39,53 @@ def page(findings: list[Findings], *, source: str = "") -> str:
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Diagnostics of {heading}</title><style>{_STYLE}</style></head><body>",
+        f"<title>Diagnostics of {heading}</title><style>{STYLE}</style></head><body><main>",
         f"<h1>Diagnostics of {heading}</h1>",
-        '<p class="quiet">Error bars are 99 % intervals. Curvature, local entropy and noise depend on how weights are ',
-        "scaled between layers: compare like with like.</p>",
+        f'<p class="quiet">{_READING}{_COMPARING if len(findings) == 2 else ""}</p>',
     ]
-    if len(findings) == 2:
-        parts.append(f"<p><strong>{verdict(*findings)}</strong></p>")
-    tables = [f.rows() for f in findings]
-    for section, title in SECTIONS.items():
-        if section not in findings[0].left and not any(section in table for table in tables):
-            continue
-        parts.append(f"<h2>{title}</h2>")
-        if section in findings[0].left:
-            parts.append(f"<p><strong>{unfinished(findings[0].left[section]).capitalize()}.</strong></p>")
-        if any(section in table for table in tables):
-            parts.append(_table([t.get(section, []) for t in tables], titles))
-        parts.append('<div class="pictures">')
-        for finding, name in zip(findings, titles, strict=True):
-            if section in finding.results:
-                picture = _svg(finding.results[section], f"{title}: {finding.title}")
-                caption = f"<figcaption>{name}</figcaption>" if len(findings) == 2 else ""
-                wide = ' class="wide"' if len(getattr(finding.results[section], "panels", ())) > 1 else ""
-                parts.append(f"<figure{wide}>{picture}{caption}</figure>")
-        parts.append("</div>")
+    if len(findings) == 2 and (sentences := verdict(*findings)):
+        parts.append("<ul class='verdict'>")
+        parts += [f"<li>{html.escape(sentence)}</li>" for sentence in sentences]
+        parts.append("</ul>")
+    for section in SECTIONS:
+        parts += _section(section, findings)
     if source:
-        parts.append(f'<p class="quiet">{html.escape(source)}</p>')
-    return "\n".join([*parts, "</body></html>", ""])
+        parts.append('<section><h2 id="source">Where this comes from</h2><dl>')
+        parts += [f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in source.items()]
+        parts.append("</dl></section>")
+    return "\n".join([*parts, "</main></body></html>", ""])
+
+
+def _section(section: str, findings: list[Findings]) -> list[str]:
+    rows = [f.rows().get(section, []) for f in findings]
+    first = findings[0]
+    if not (section in first.left or section in first.failed or any(rows)):
+        return []
+    title = SECTIONS[section]
+    parts = [f'<section aria-labelledby="{section}"><h2 id="{section}">{title}</h2>']
+    if section in first.failed:
+        parts.append(f"<p><strong>{html.escape(failure(first.failed[section], any(rows)))}</strong></p>")
+    elif section in first.left:
+        words = unfinished(first.left[section])
+        parts.append(f"<p><strong>{words[0].upper()}{words[1:]}.</strong></p>")
+    if any(rows):
+        parts.append(_table(title, rows, [f.title for f in findings]))
+    shown = [f for f in findings if section in f.results]
+    if shown:
+        parts.append('<div class="pictures">')
+        for i, (which, figure) in enumerate(figures([f.results[section] for f in shown])):
+            finding = shown[which]
+            numbers = "; ".join(f"{row.name} {row}" for row in finding.rows()[section][:4])
+            picture = svg(figure, f"Picture of {title}, {finding.title}: {numbers}", f"{section}{i}")
+            caption = f"<figcaption>{html.escape(finding.title)}</figcaption>" if len(findings) == 2 else ""
+            parts.append(f"<figure>{picture}{caption}</figure>")
+        parts.append("</div>")
+    return [*parts, "</section>"]
+
+
+def failure(reason: str, before: bool) -> str:
+    """Return a sentence on a section that an estimator has refused, perhaps after a first look."""
+    return f"{'Not measured on more examples' if before else 'Not measured'}: {reason}"
 
 
 def unfinished(examples: int) -> str:
@@ -86,53 +95,29 @@ def unfinished(examples: int) -> str:
     return f"a first look, on {examples:,} examples: a larger --budget has time for more"
 
 
-def _flatter(a: Row, b: Row) -> int | None:
-    """Return which of a pair is flatter beyond both error bars: 0 or 1, or None."""
-    if not a.flatter or not abs(a.value - b.value) > a.error + b.error:
-        return None
-    return int(b.value < a.value)
-
-
-def verdict(first: Findings, second: Findings) -> str:
-    """Return a sentence that says which of two minima is flatter, by how many of the numbers."""
-    pairs = [
-        (a, b)
-        for section, rows in first.rows().items()
-        for a in rows
-        for b in second.rows().get(section, [])
-        if a.name == b.name and a.flatter
-    ]
-    votes = [_flatter(a, b) for a, b in pairs]
-    won = votes.count(0), votes.count(1)
-    names = html.escape(first.title), html.escape(second.title)
-    if won[0] == won[1]:
-        return f"Neither is flatter: {won[0]} of {len(votes)} numbers for each."
-    best = int(won[1] > won[0])
-    return (
-        f"{names[best]} is flatter by {won[best]} of {len(votes)} numbers, {names[1 - best]} by {won[1 - best]}; "
-        f"{votes.count(None)} do not tell."
-    )
-
-
-def _table(columns: list[list[Row]], titles: list[str]) -> str:
+def _table(title: str, columns: list[list[Row]], titles: list[str]) -> str:
     names = list(dict.fromkeys(row.name for column in columns for row in column))
-    head = "".join(f'<th class="number">{t}</th>' for t in (titles if len(titles) == 2 else ["value"]))
-    lines = [f"<table><thead><tr><th>number</th>{head}<th>what it tells</th></tr></thead><tbody>"]
+    heads = [*titles, "difference, second less first"] if len(titles) == 2 else ["value"]
+    head = "".join(f'<th scope="col">{html.escape(t)}</th>' for t in heads)
+    lines = [
+        f"<table><caption>{title}: numbers</caption>",
+        f'<thead><tr><th scope="col">number</th>{head}<th scope="col">how to read it</th></tr></thead><tbody>',
+    ]
     for name in names:
         rows = [next((row for row in column if row.name == name), None) for column in columns]
-        best = _flatter(*rows) if len(rows) == 2 and all(rows) else None  # type: ignore[arg-type]
+        both = len(rows) == 2 and rows[0] is not None and rows[1] is not None
+        best = smaller(*rows) if both else None  # type: ignore[arg-type]
         cells = ""
-        for i, row in enumerate(rows):
-            mark = " flat" if best == i else ""
-            note = " (flatter)" if best == i else ""
-            cells += f'<td class="number{mark}">{row or "–"}{note}</td>'  # noqa: RUF001
+        for i, (row, label) in enumerate(zip(rows, titles, strict=True)):
+            mark = " best" if best == i else ""
+            text = "not measured" if row is None else html.escape(str(row))
+            cells += f'<td class="number{mark}" data-label="{html.escape(label) if len(rows) == 2 else ""}">{text}</td>'
+        if len(rows) == 2:
+            words = compared(*rows, titles) if both else ""  # type: ignore[call-arg,arg-type]
+            cells += f'<td data-label="difference">{html.escape(words)}</td>'
         meanings = dict.fromkeys(html.escape(row.meaning) for row in rows if row)
-        lines.append(f'<tr><td>{html.escape(name)}</td>{cells}<td class="quiet">{" | ".join(meanings)}</td></tr>')
+        meaning = " | ".join(meanings)
+        lines.append(
+            f'<tr><th scope="row">{html.escape(name)}</th>{cells}<td class="meaning quiet">{meaning}</td></tr>'
+        )
     return "\n".join([*lines, "</tbody></table>"])
-
-
-def _svg(result: Result, label: str) -> str:
-    buffer = io.StringIO()
-    draw(result).savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

@@ -10,7 +10,9 @@ import torch
 from lightning_entropy.diagnostics import Trajectory
 from lightning_entropy.diagnostics.report import command_line as command
 from lightning_entropy.diagnostics.report import findings
+from lightning_entropy.diagnostics.report import subjects as sources
 from lightning_entropy.diagnostics.report.command_line import main
+from lightning_entropy.diagnostics.report.data import Data
 from tests.diagnostics import tiny
 
 pytestmark = tiny.LIGHTNING_ADVICE
@@ -46,7 +48,7 @@ def checkpoints(tmp_path_factory):
 def test_report_is_one_page_with_every_section(checkpoints, tmp_path, capsys):
     output = main(["report", checkpoints[1], *CLASSES, *QUICK, "--output", str(tmp_path / "page.html")])
     text = output.read_text()
-    assert text.count("<svg") == 4  # Hessian, local entropy, noise, and the recorded path.
+    assert text.count("<svg") == 7  # Loss, Hessian, local entropy, noise, and the recorded path.
     assert "largest eigenvalue" in text
     assert "rank(D), clipped" in text
     assert "p-value of the current" in text
@@ -59,7 +61,7 @@ def test_compare_says_which_is_flatter(checkpoints, tmp_path, capsys):
         ["compare", *checkpoints, *CLASSES, *QUICK, "--skip", "gradient_noise", "--output", str(tmp_path / "p.html")]
     )
     text = output.read_text()
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 9  # Two for each section, and the three panels of the one recorded path.
     assert "flatter" in text
     assert "after-1.ckpt" in text
     assert "numbers" in capsys.readouterr().out
@@ -89,14 +91,14 @@ class Clock:
 def subjects(count=1):
     module, data = tiny.TinyModule(width=5), tiny.TinyData()
     data.setup("fit")
-    return [findings.Subject(module, data, title=str(i)) for i in range(count)]
+    return [findings.Subject(module, Data.of(data), title=str(i)) for i in range(count)]
 
 
 def test_a_first_look_comes_first_and_finer_ones_while_time_is_left(monkeypatch):
     clock, (subject,) = Clock(monkeypatch), subjects()
     # 64 examples take 6.4 s a section, 256 take 25.6 s; of local entropy, whose draws grow too, 102.4 s are expected.
     # After 12.8 + 51.2 s there is time for the Hessian's 51.2 s, and then none for 102.4 s.
-    findings.look([subject], examples=512, budget=145.0, skip=["gradient_noise"])
+    findings.look([subject], examples=512, budget=145.0, skip=["loss", "gradient_noise"])
     assert clock.draws == 4, "half of eight, at 256 of 512 examples"
     first = [(section, size) for size in (64, 256) for section in ("hessian", "local_entropy")]
     assert clock.asked == [*first, ("hessian", 512)]
@@ -106,18 +108,18 @@ def test_a_first_look_comes_first_and_finer_ones_while_time_is_left(monkeypatch)
 
 def test_two_checkpoints_are_looked_at_alike_and_without_a_budget_once(monkeypatch):
     clock, pair = Clock(monkeypatch), subjects(2)
-    findings.look(pair, examples=300, budget=None, skip=["gradient_noise"])
+    findings.look(pair, examples=300, budget=None, skip=["loss", "gradient_noise"])
     assert clock.asked == [("hessian", 300)] * 2 + [("local_entropy", 300)] * 2
     assert pair[0].findings.left == {}
     clock.asked.clear()
     assert clock.draws == 8
-    findings.look(pair, examples=300, budget=40.0, skip=["gradient_noise"])
+    findings.look(pair, examples=300, budget=40.0, skip=["loss", "gradient_noise"])
     assert {size for _, size in clock.asked} == {64}, "25.6 s for each of the two is too much for the 14.4 s left"
 
 
 def test_a_first_look_is_taken_whatever_the_one_before_took(monkeypatch):
     clock, (subject,) = Clock(monkeypatch), subjects()
-    findings.look([subject], examples=512, budget=1.0, skip=["gradient_noise"])
+    findings.look([subject], examples=512, budget=1.0, skip=["loss", "gradient_noise"])
     assert clock.asked == [("hessian", 64), ("local_entropy", 64)]
 
 
@@ -130,7 +132,16 @@ def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys)
         return take(self, section, examples, share)
 
     monkeypatch.setattr(findings.Subject, "measure", measure)
-    arguments = ["report", checkpoints[0], *CLASSES, "--examples=24", "--data.examples=32", "--skip", "gradient_noise"]
+    arguments = [
+        "report",
+        checkpoints[0],
+        *CLASSES,
+        "--examples=24",
+        "--data.examples=32",
+        "--skip",
+        "loss",
+        "gradient_noise",
+    ]
     text = main([*arguments, "--output", str(tmp_path / "page.html")]).read_text()
     assert "largest eigenvalue" in text
     assert "Not measured, since the look was ended" in text
@@ -149,8 +160,8 @@ def test_a_budget_is_positive(checkpoints):
     ("arguments", "message"),
     [
         (["report", "none.ckpt", *CLASSES], "File does not exist"),
-        (["report", __file__], "report needs --module package.Class, the class"),
-        (["compare", __file__, __file__, *CLASSES[:2]], "compare needs --data package.DataModule, the class"),
+        (["report", __file__], "report needs --module package.Class or --module train.py:Class, the class"),
+        (["compare", __file__, __file__, *CLASSES[:2]], "there must be data, got no --data and no train_dataloader"),
         (["report", __file__, "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
         (["report", __file__, "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
         (["report", __file__, *CLASSES, "--datum.x=1"], "--datum.x=1"),
@@ -201,8 +212,8 @@ def test_a_configuration_beside_a_checkpoint_imports_nothing(tmp_path, section, 
         {"a": {"class_path": "x"}},
     ):
         with pytest.raises(ValueError, match=f"section '{section}' must hold plain values, got a class_path in 'net'"):
-            command._configured(dict, section, {section: {"class_path": "any.Name", "init_args": {"net": values}}}, {})
-    found = command._configured(
+            sources._configured(dict, section, {section: {"class_path": "any.Name", "init_args": {"net": values}}}, {})
+    found = sources._configured(
         dict, section, {section: {"class_path": "evil_module.Evil", "init_args": {"n": 3}}}, {"m": 4}
     )
     assert found == {"n": 3, "m": 4}
@@ -214,7 +225,7 @@ def test_a_configuration_that_is_named_may_name_classes(checkpoints, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("model:\n  width: 5\ndata:\n  examples: 32\n")
     values = {"model": {"class_path": "any.Name", "init_args": {"net": {"class_path": "torch.nn.ReLU"}}}}
-    assert isinstance(command._configured(Holder, "model", values, {}, trusted=True).net, torch.nn.ReLU)
+    assert isinstance(sources._configured(Holder, "model", values, {}, trusted=True).net, torch.nn.ReLU)
     text = main(["report", checkpoints[0], *CLASSES, "--config", str(config), "--examples=24", "--output",
                  str(tmp_path / "p.html"), "--skip", "gradient_noise", "local_entropy"]).read_text()  # fmt: skip
     assert "largest eigenvalue" in text
@@ -226,7 +237,7 @@ class Holder:
 
 
 def test_a_configuration_that_may_not_is_refused_in_a_line(checkpoints, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "_config", lambda *_: {"data": {"x": {"class_path": "a.B"}}})
+    monkeypatch.setattr(sources, "_config", lambda *_: {"data": {"x": {"class_path": "a.B"}}})
     with pytest.raises(SystemExit):
         main(["report", checkpoints[0], *CLASSES])
     assert "If you trust it, name it: --config FILE" in capsys.readouterr().err
