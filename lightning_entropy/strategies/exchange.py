@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.strategies.compression import Format, GroupCollectives, Sum
 from lightning_entropy.strategies.options import Grid
 
@@ -193,6 +194,7 @@ class Round:
         # How many values are judged together: those of all weights, then those of every other tensor.
         self._sizes = [sum(t.numel() for t in self._judged), *(t.numel() for t in tensors[judged:])]
         flat = flatten(tensors)
+        self._device = flat.device
         with coupling.meeting():
             counts, notice = self._agree_inside(flat)
         self.finite = counts[0] > 0
@@ -226,8 +228,7 @@ class Round:
 
     def _agree_inside(self, flat: Tensor) -> tuple[list[float], float]:
         """Return what the replica's ranks decide together: whether each part counts, and whether they give notice."""
-        finite = torch.stack([part.isfinite().all() for part in flat.split(self._sizes)]).tolist()
-        lost = self._coupling.links.any_inside([*(not f for f in finite), self._coupling.notice])
+        lost = self._coupling.links.any_inside([*(not f for f in finite(flat, self._sizes)), self._coupling.notice])
         return [0.0 if flag else 1.0 for flag in lost[:-1]], float(lost[-1])
 
     @property
@@ -278,17 +279,18 @@ class Round:
             mean = self._reference + mean
         if self._compressed:
             coupling.memory = Memory(mean if coupling.differences else None, self._residual, self._sum.residual)
-        means = unflatten(self._whole(mean), self.tensors)
+        whole = self._whole(mean).to(self._device)
+        means = unflatten(whole, self.tensors)
         coupling.spread = None if coupling.distance is None else (squares / counts[0]) ** 0.5
         if self._judged and self.finite:
-            squared = [(t.detach() - m).square().sum() for t, m in zip(self._judged, means, strict=False)]
-            total, count = torch.stack(squared).sum(), sum(t.numel() for t in self._judged)
+            total, count = squared_distance(self._judged, whole), self._sizes[0]
             coupling.distance = coupling.links.sum_inside(total) / coupling.links.sum_inside(torch.tensor(float(count)))
         return means
 
     def _spread_out(self, counts: list[float], like: Tensor) -> Tensor:
         """Return for every value of all the tensors by how many replicas it was counted."""
-        return torch.tensor(counts, dtype=like.dtype).repeat_interleave(torch.tensor(self._sizes))
+        sizes, number = torch.tensor(self._sizes, device=like.device), sum(self._sizes)
+        return torch.tensor(counts, dtype=like.dtype, device=like.device).repeat_interleave(sizes, output_size=number)
 
     def _part(self, flat: Tensor) -> Tensor:
         """Return this rank's part of its replica's values, on the device they are sent from."""
@@ -327,15 +329,48 @@ def own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
     return mine
 
 
-def flatten(tensors: list[Tensor]) -> Tensor:
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Return the values of all tensors, copied into one on the first one's device: float64 if any is, else float32."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    if not tensors:
-        return torch.zeros(0, dtype=wide)
-    return torch.cat([t.detach().to(tensors[0].device, wide).reshape(-1) for t in tensors])
+    flat = torch.empty(sum(t.numel() for t in tensors), dtype=wide, device=tensors[0].device if tensors else None)
+    pieces = [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    # Apart: one tensor in another order in memory, and a list of copies is made one by one on a GPU.
+    for contiguous in (True, False):
+        some = [i for i, t in enumerate(tensors) if t.is_contiguous() is contiguous]
+        F.copy_([pieces[i] for i in some], [tensors[i].detach() for i in some])
+    return flat
 
 
-def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Return the values of a flat tensor in the shapes and on the devices of others."""
-    pieces = flat.split([t.numel() for t in like])
-    return [piece.view(t.shape).to(t.device) for piece, t in zip(pieces, like, strict=True)]
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the values of a flat tensor in the shapes and on the devices of others; views of it where it is there."""
+    sizes = [t.numel() for t in like]
+    pieces = {device: flat.to(device).split(sizes) for device in {t.device for t in like}}
+    return [pieces[t.device][i].view(t.shape) for i, t in enumerate(like)]
+
+
+def finite(flat: Tensor, sizes: Sequence[int]) -> list[bool]:
+    """Return of each part whether all its values are finite; a device is waited for once, whatever their number.
+
+    Args:
+        flat: values, in one dimension.
+        sizes: of the parts, the first by far the largest.
+
+    Example:
+        >>> finite(torch.tensor([1.0, 2.0, torch.nan, 3.0]), [2, 1, 0, 1])
+        [True, False, True, True]
+    """
+    good = flat.isfinite()
+    first = good[: sizes[0]].all().reshape(1)
+    if len(sizes) == 1:
+        return first.tolist()
+    # A part's values are all good if as many of them are counted as there are.
+    counts = good[sizes[0] :].cumsum(0, dtype=torch.int32)
+    ends = torch.tensor([0, *sizes[1:]]).cumsum(0).to(flat.device)
+    upto = torch.cat([counts.new_zeros(1), counts])[ends]
+    return torch.cat([first, upto.diff() == ends.diff()]).tolist()
+
+
+def squared_distance(tensors: Sequence[Tensor], means: Tensor) -> Tensor:
+    """Return the sum of squares of tensors less their means, which begin flat values on their device."""
+    difference = flatten(tensors)
+    return difference.sub_(means[: difference.numel()]).square_().sum()

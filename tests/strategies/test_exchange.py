@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_entropy.strategies.compression import LEVELS, LEVELS_4
-from lightning_entropy.strategies.exchange import Coupling, Links
+from lightning_entropy.strategies.exchange import Coupling, Links, finite, flatten, squared_distance, unflatten
+from tests.device_calls import Calls
+from tests.engine.test_launches import resnet50
 from tests.strategies.runs import FORK_WARNINGS, external
 
 pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
@@ -123,3 +125,73 @@ def test_a_notice_reaches_all_ranks_in_the_same_round(tmp_path: Path) -> None:
         return seen
 
     assert meet(4, work, tmp_path) == [[False, True, True]] * 4
+
+
+# Of both halves of an exchange together, that it begins and that it is used: calls of torch, views left out.
+MOST = {"float32": 24, "bfloat16": 40, "int8": 60, "int4": 72}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("format", MOST)
+def test_an_exchange_makes_few_calls_whatever_the_number_of_tensors(tmp_path: Path, replicas: int, format: Any) -> None:
+    def work(rank: int) -> list[int]:
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            for number in (10, 161):
+                coupling = Coupling(Links(replicas, 1), format=format)
+                for _ in range(3):  # the first is whole, the second has no rounding error before it
+                    tensors = [torch.randn(shape).to(dtype) for shape in resnet50(1)[:number]]
+                    with Calls() as calls:
+                        coupling(tensors)()
+                found.append(calls.counted.total())
+        return found
+
+    for rank in meet(replicas, work, tmp_path):
+        assert len(set(rank)) == 1 and rank[0] <= MOST[format], rank
+
+
+def test_so_it_does_with_buffers(tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        found = []
+        for number in (2, 106):  # of a ResNet-50's BatchNorm
+            coupling, given = Coupling(Links(2, 1)), [*values(rank), *(torch.ones(n % 7) for n in range(number))]
+            with Calls() as calls:
+                coupling(given, judged=3)()
+            found.append(calls.counted.total())
+        return found
+
+    for few, many in meet(2, work, tmp_path):
+        assert few == many <= 36
+
+
+def assorted() -> list[Tensor]:
+    some = [*values(3), torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last), torch.randn(5, 7).T]
+    return [*some, torch.empty(0, 3), torch.randn(6).to(torch.bfloat16), torch.arange(3)]
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_one_line_has_all_values_in_the_order_of_their_indices(wide: torch.dtype) -> None:
+    tensors = [t.to(wide) if t.dtype == torch.float32 else t for t in assorted()]
+    flat = flatten(tensors)
+    assert flat.dtype == wide
+    assert torch.equal(flat, torch.cat([t.to(wide).reshape(-1) for t in tensors]))
+    for back, t in zip(unflatten(flat, tensors), tensors, strict=True):
+        assert torch.equal(back, t.to(wide))
+    assert flatten([]).shape == (0,) and unflatten(flatten([]), []) == []
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_which_parts_are_finite(bad: float) -> None:
+    sizes = [9, 2, 0, 1, 3, 0]
+    for at in range(sum(sizes)):
+        flat = torch.ones(sum(sizes))
+        flat[at] = bad
+        assert finite(flat, sizes) == [bool(part.isfinite().all()) for part in flat.split(sizes)]
+    assert finite(torch.ones(2), [2]) == [True] and finite(flatten([]), [0]) == [True]
+
+
+def test_the_distance_is_that_of_the_definition() -> None:
+    tensors, means = assorted()[:6], torch.randn(5000)
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    expected = (flat.double() - means[: flat.numel()].double()).square().sum()
+    torch.testing.assert_close(squared_distance(tensors, means).double(), expected, rtol=1e-5, atol=0)

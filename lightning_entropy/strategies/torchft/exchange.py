@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.strategies.compression import Format
-from lightning_entropy.strategies.exchange import DIVERGED, flatten, unflatten
+from lightning_entropy.strategies.exchange import DIVERGED, finite, flatten, squared_distance, unflatten
 from lightning_entropy.strategies.torchft.assembly import Assembly, Met
 from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.rounding import ALONE, NEW, Left, Rounding
@@ -130,8 +130,9 @@ class ElasticRound:
         self._extras = [extra.detach() for extra in coupling.extras()]
         flat = flatten([*tensors, *self._extras])
         self._sizes = [sum(t.numel() for t in tensors), *(extra.numel() for extra in self._extras)]
+        self._device = flat.device
         parts = flat.split(self._sizes)
-        lost = coupling.assembly.agree([not bool(part.isfinite().all()) for part in parts])
+        lost = coupling.assembly.agree([not f for f in finite(flat, self._sizes)])
         for part, left_out in zip(parts, lost, strict=True):
             if left_out:
                 part.zero_()
@@ -212,6 +213,5 @@ class ElasticRound:
             coupling.last = means
         coupling.spread = None if coupling.distance is None else float(squares / counts[0]) ** 0.5
         if self.finite:
-            squared = [(t.detach() - m).square().sum() for t, m in zip(self.tensors, means, strict=True)]
-            coupling.distance = torch.stack(squared).sum() / sum(t.numel() for t in self.tensors)
+            coupling.distance = squared_distance(self.tensors, mean.to(self._device)) / self._sizes[0]
         return means
