@@ -126,6 +126,10 @@ class OuterRule:
         """The fragments whose exchange has begun and has not been used."""
         return ()
 
+    def exchanged(self, fragment: int) -> list[Weight]:
+        """Return the weights whose mean over replicas is taken together, in the order in which it is asked for."""
+        return list(self._weights)
+
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""
         self._replicas.forget()
@@ -279,7 +283,8 @@ class OuterStep:
         for key, value in state.items():
             # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
             if isinstance(value, Tensor) and value.shape == w.param.shape:
-                value = shards.part_of(value, w.param).to(w.anchor.device)
+                # A part is copied out of the whole, which would stay in memory otherwise, and out of deepcopy's reach.
+                value = shards.part_of(value, w.param).to(w.anchor.device, copy=w.value is not w.param)
                 value = value if x is w.anchor else shards.whole(value, w.param)
             optimizer.state[x][key] = value
 
