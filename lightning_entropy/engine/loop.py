@@ -353,6 +353,10 @@ class InnerOuter:
         """The fragments whose exchange has begun and has not been used."""
         return self._outer.under_way
 
+    def exchanged(self, fragment: int) -> list[Weight]:
+        """Return the weights of a fragment, in the order in which their mean over replicas is asked for."""
+        return self._outer.exchanged(fragment)
+
     def advance(self) -> None:
         """Count one inner step, and take the outer step when L are done."""
         self.inner_step += 1

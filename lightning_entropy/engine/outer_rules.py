@@ -126,6 +126,10 @@ class OuterRule:
         """The fragments whose exchange has begun and has not been used."""
         return ()
 
+    def exchanged(self, fragment: int) -> list[Weight]:
+        """Return the weights whose mean over replicas is taken together, in the order in which it is asked for."""
+        return list(self._weights)
+
     def forget_mean(self) -> None:
         """Drop the mean over replicas that is under way, once it has arrived."""
         self._replicas.forget()
@@ -148,8 +152,9 @@ class OuterRule:
         return {"anchors": {name: w.anchor for name, w in named}, "outer": outer}
 
     def _named(self, fragment: int) -> list[tuple[str, Weight]]:
-        """Return the weights of a fragment, with their names: all, as there is one."""
-        return list(self._weights.named())
+        """Return the weights of a fragment, with their names."""
+        own = set(self.exchanged(fragment))
+        return [(name, w) for name, w in self._weights.named() if w in own]
 
     @torch.no_grad()
     def load_common_state(self, state: Mapping[str, Any]) -> None:
@@ -302,7 +307,8 @@ class OuterStep:
         for key, value in state.items():
             # A moment has the weight's shape and place; a step counter stays where the optimizer had it.
             if isinstance(value, Tensor) and value.shape == w.param.shape:
-                value = shards.part_of(value, w.param).to(w.anchor.device)
+                # A part is copied out of the whole, which would stay in memory otherwise, and out of deepcopy's reach.
+                value = shards.part_of(value, w.param).to(w.anchor.device, copy=w.value is not w.param)
                 value = value if x is w.anchor else shards.whole(value, w.param)
             optimizer.state[x][key] = value
 

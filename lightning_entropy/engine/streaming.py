@@ -121,7 +121,7 @@ class StreamingRule(OuterRule):
         super().begin()
         given, self._given = self._given, {}
         for fragment, mean in given.items():
-            weights = self._of(fragment)
+            weights = self.exchanged(fragment)
             for w, step in zip(weights, mean, strict=True):
                 w.sent, w.fragment, w.moved = step.to(w.anchor), fragment, False
             self._under_way[fragment] = weights, [w.sent for w in weights if w.sent is not None]
@@ -171,6 +171,14 @@ class StreamingRule(OuterRule):
         """The fragments whose exchange has begun and has not been used."""
         return self._under_way.keys()
 
+    def exchanged(self, fragment: int) -> list[Weight]:
+        """Return the weights of a fragment, in the order in which their mean over replicas is asked for."""
+        # Of what trains now: frozen weights, which are not sent, would leave a fragment without any.
+        params = [p for p in self._weights.in_module_order if p.requires_grad or p in self._weights]
+        parts = balanced([p.numel() for p in params], len(self._phases))
+        own = [p for p, part in zip(params, parts, strict=True) if part == fragment and p in self._weights]
+        return [self._weights[p] for p in own]
+
     def forget_mean(self) -> None:
         """Drop the means under way, once they have arrived; they are asked for again if their steps are kept."""
         for _, mean in self._under_way.values():
@@ -197,21 +205,9 @@ class StreamingRule(OuterRule):
         for fragment in sorted(sent.keys() - self._under_way.keys()):
             self._send(fragment, sent[fragment])
 
-    def _of(self, fragment: int) -> list[Weight]:
-        """Return the fragment's weights."""
-        # Of what trains now: frozen weights, which are not sent, would leave a fragment without any.
-        params = [p for p in self._weights.in_module_order if p.requires_grad or p in self._weights]
-        parts = balanced([p.numel() for p in params], len(self._phases))
-        own = [p for p, part in zip(params, parts, strict=True) if part == fragment and p in self._weights]
-        return [self._weights[p] for p in own]
-
-    def _named(self, fragment: int) -> list[tuple[str, Weight]]:
-        own = set(self._of(fragment))
-        return [(name, w) for name, w in self._weights.named() if w in own]
-
     def _start(self, fragment: int) -> None:
         """Measure the fragment's pseudo-gradients and begin their exchange."""
-        weights = [w for w in self._of(fragment) if w.moved or self._replicas]
+        weights = [w for w in self.exchanged(fragment) if w.moved or self._replicas]
         if not weights:
             return
         if fragment in self._under_way:  # after a resume with other fragments, or another delay

@@ -12,7 +12,7 @@ goes on from the consensus and says what was missing.
 
 import os
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,10 +20,18 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_entropy.strategies.options import Grid
+from lightning_entropy.strategies.resharding import UnknownPlaceError, resharded
 
 KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and the loops' counters
+
+
+LEFT_OUT = (
+    "what rounding has left over in the exchanges before {} cannot be divided anew between ranks that each exchange a "
+    "share of whole weights: it is left out, and the next exchange begins without it"
+)
 
 
 class ReplicaFileError(RuntimeError):
@@ -203,7 +211,13 @@ class ReplicaFiles:
 
 
 def load(
-    checkpoint: dict[str, Any], path: Any, grid: Grid, weights_only: bool | None, *, sharded: bool = False
+    checkpoint: dict[str, Any],
+    path: Any,
+    grid: Grid,
+    weights_only: bool | None,
+    *,
+    sharded: bool = False,
+    params: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any] | None:
     """Read this rank's part of a checkpoint that has replicas. A collective.
 
@@ -213,6 +227,7 @@ def load(
         grid: where this rank stands.
         weights_only: as for ``torch.load``.
         sharded: this rank has shards.
+        params: of this rank's module, by name, for a load by other ranks than those that have saved shards.
 
     Returns:
         The rank's own state, or ``{"counters": ...}`` if all start from the consensus, with a warning that says why;
@@ -231,24 +246,25 @@ def load(
         rank_zero_warn(f"{path} has {info['replicas']} replicas, and there are {grid.replicas}: {start}")
         return counters
     was_sharded, ranks = info.get("sharded", False), info.get("data_parallel", 1)
-    if (was_sharded or sharded) and (was_sharded, ranks) != (sharded, grid.data_parallel):
-        then, now = (
-            f"{'shards' if s else 'whole weights'} of {n} ranks each"
-            for s, n in ((was_sharded, ranks), (sharded, grid.data_parallel))
-        )
-        rank_zero_warn(f"{path} has replicas with {then}, and here they have {now}: {start}")
-        return counters
-    # Version 0.1 wrote a file a replica; with another number of ranks, what a rank had of its own has no heir.
+    anew = (was_sharded or sharded) and (was_sharded, ranks) != (sharded, grid.data_parallel)
+    parts = ranks if was_sharded else 1  # ranks of a replica that each have a part of what is to be loaded anew
     names = [f"{grid.replica}"]
-    if grid.position and info.get("data_parallel") == grid.data_parallel:
+    if anew:
+        names += [_name(grid.replica, d) for d in range(1, parts)]
+    # Version 0.1 wrote a file a replica; with another number of ranks, what a rank had of its own has no heir.
+    elif grid.position and info.get("data_parallel") == grid.data_parallel:
         names.append(grid.file)
     found: list[dict[str, dict[str, Any]]] = []
+    steps: list[dict[str, int | None]] = []
     error = None
     try:
-        found = [contents(path, name, info["token"], weights_only) for name in names]
+        for name in names:
+            by_token = contents(path, name, info["token"], weights_only)
+            steps.append({token: _step(content) for token, content in by_token.items()})
+            found += [] if anew else [by_token]  # all of a replica's shards may be more than there is memory for
     except ReplicaFileError as caught:
         error = str(caught)
-    tokens = {token: _step(found[0][token]) for token in (set.intersection(*map(set, found)) if found else ())}
+    tokens = {token: steps[0][token] for token in (set.intersection(*map(set, steps)) if steps else ())}
     answers: list[Any] = [None] * grid.world_size
     dist.all_gather_object(answers, (error, tokens))
     errors = sorted({error for error, _ in answers if error is not None})
@@ -270,12 +286,71 @@ def load(
         rank_zero_warn(
             f"{path} is not complete: {lack}: training goes on from the last complete save, at step {tokens[token]}"
         )
-    known = {
-        str(r) if d == 0 else f"{r}-{d}" for r in range(grid.replicas) for d in range(info.get("data_parallel", 1))
-    }
+    known = {_name(r, d) for r in range(grid.replicas) for d in range(info.get("data_parallel", 1))}
     for extra in surplus(path, known):
         rank_zero_warn(f"{extra} belongs to none of the {grid.replicas} replicas of {path} and is not read")
-    return {key: value for contents in found for key, value in contents[token].items()}
+    if not anew:
+        state = {key: value for contents in found for key, value in contents[token].items()}
+        if info.get("data_parallel", grid.data_parallel) != grid.data_parallel and _has_memory(state["couplings"]):
+            rank_zero_warn(LEFT_OUT.format(path))
+            state["couplings"] = []
+        return state
+    read = _Reader(path, token, weights_only, sharded=was_sharded)
+    shares = not sharded and grid.data_parallel > 1
+    state, unknown = _anew(read, params or {}, grid, parts, shares=shares)
+    if unknown is not None:
+        then, now = (
+            f"{'shards' if s else 'whole weights'} of {n} ranks each"
+            for s, n in ((was_sharded, ranks), (sharded, grid.data_parallel))
+        )
+        rank_zero_warn(
+            f"{path} has replicas with {then}, and here they have {now}, which cannot be made of them, as it is not "
+            f"known of which parameter now {unknown} is: {start}"
+        )
+        return counters
+    return state
+
+
+class _Reader:
+    """Reads what the ranks have saved: called with the numbers of a replica and of a position in it."""
+
+    def __init__(self, path: Any, token: str, weights_only: bool | None, *, sharded: bool) -> None:
+        self.path, self._token, self._weights_only, self._sharded = path, token, weights_only, sharded
+
+    def __call__(self, replica: int, position: int) -> dict[str, Any]:
+        content = contents(self.path, _name(replica, position), self._token, self._weights_only)[self._token]
+        if self._sharded and "places" not in content:
+            raise UnknownPlaceError("any of it")
+        return {"places": {}, "layouts": [None] * len(content["couplings"]), **content}
+
+
+def _anew(
+    read: _Reader, params: Mapping[str, Tensor], grid: Grid, ranks: int, *, shares: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Return this rank's state of a save by other ranks, and what of it is not known on some rank. A collective."""
+    state: dict[str, Any] = {}
+    unknown, kept = None, True
+    try:
+        state, kept = resharded(
+            read,
+            params,
+            replica=grid.replica,
+            position=grid.position,
+            replicas=grid.replicas,
+            ranks=ranks,
+            shares=shares,
+        )
+    except UnknownPlaceError as caught:
+        unknown = str(caught)
+    answers: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(answers, unknown)
+    if not kept:
+        rank_zero_warn(LEFT_OUT.format(read.path))
+    return state, next((answer for answer in answers if answer is not None), None)
+
+
+def _has_memory(couplings: Any) -> bool:
+    return any(isinstance(value, Tensor) for memory in couplings for value in memory.values())
 
 
 def contents(path: Any, name: str, token: str, weights_only: bool | None) -> dict[str, dict[str, Any]]:
@@ -298,6 +373,10 @@ def contents(path: Any, name: str, token: str, weights_only: bool | None) -> dic
                 )
             by_token[content["token"]] = content
     return by_token
+
+
+def _name(replica: int, position: int) -> str:
+    return f"{replica}" if position == 0 else f"{replica}-{position}"
 
 
 def _run(token: str) -> str:

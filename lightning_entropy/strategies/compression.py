@@ -61,6 +61,16 @@ class GroupCollectives:
         return dist.all_gather(received, given, group=self._group, async_op=True)
 
 
+def share_size(n: int, ranks: int) -> int:
+    """Return how many of n values each of some ranks sums up, whole blocks of them: the last may have none.
+
+    Example:
+        >>> share_size(5000, 2)
+        3072
+    """
+    return -(-n // (ranks * BLOCK)) * BLOCK
+
+
 class Sum:
     """One sum over a group of processes, in progress.
 
@@ -88,7 +98,7 @@ class Sum:
             self.sent, self._given = values, values.clone()
             self._work = group.all_reduce(self._given)
         else:
-            self._share = -(-values.numel() // (group.size * BLOCK)) * BLOCK
+            self._share = share_size(values.numel(), group.size)
             padded = torch.nn.functional.pad(values, (0, self._share * group.size - values.numel())).view(
                 group.size, -1
             )

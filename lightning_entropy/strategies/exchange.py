@@ -174,6 +174,11 @@ class Coupling:
         """
         return dict(vars(self._before if repeat and self.round is not None else self.memory))
 
+    def covers(self, size: int) -> bool:
+        """Whether the memory, if there is any, is of all of that many numbers of this rank, and no share of them."""
+        tensors = [t for m in (self.memory, self._before) for t in (m.mean, m.residual) if t is not None]
+        return not self.links.shares and all(t.numel() == size for t in tensors)
+
     def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
         """Restore the memory that :meth:`state_dict` returned."""
         self.memory = Memory(**state)

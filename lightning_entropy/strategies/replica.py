@@ -17,6 +17,7 @@ from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
 from lightning_entropy.strategies.exchange import Coupling, Links, Meeting, Round
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
+from lightning_entropy.strategies.resharding import Place, place_of
 from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.consensus import ElasticConsensus
 from lightning_entropy.strategies.torchft.delegation import Delegation
@@ -287,8 +288,21 @@ class ReplicaLoops:
             "format": FORMAT,
             "loops": [loop.state_dict(anchor=True) for loop in self.loops.loops],
             "couplings": [coupling.state_dict(repeat=repeat) for coupling in self.couplings],
+            "layouts": self._layouts(),
             "module": self.consensus.own(),
         }
+
+    def _layouts(self) -> list[list[Place] | None]:
+        """Return of which parts the flat tensors of each stream's memory consist; None where they are shares."""
+        layouts: list[list[Place] | None] = []
+        for loop, couplings in zip(self.loops.loops, self._means, strict=False):
+            names = {w: name for name, w in loop.weights.named()}
+            for fragment, coupling in enumerate(couplings):
+                weights = loop.exchanged(fragment)
+                size = sum(w.value.numel() for w in weights)
+                known = isinstance(coupling, Coupling) and coupling.covers(size)
+                layouts.append([place_of(names[w], w.param) for w in weights] if known else None)
+        return layouts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; or only :meth:`counters` or :meth:`position`, with the module's weights for x."""

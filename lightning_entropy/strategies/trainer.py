@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.outer_rules import OuterFactory
@@ -38,6 +39,7 @@ from lightning_entropy.strategies.options import ReplicaOptions, register
 from lightning_entropy.strategies.outer_step_log import OuterStepLog
 from lightning_entropy.strategies.replica import ReplicaLoops, replica_loops
 from lightning_entropy.strategies.replica_ddp import Moment, ReplicaDDPStrategy
+from lightning_entropy.strategies.resharding import places_of
 from lightning_entropy.strategies.sharding import (
     check_sharding,
     gathered,
@@ -113,8 +115,9 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
     A replica of several ranks is DDP over them, or sharded by FSDP2: where the module's ``configure_model`` calls
     ``fully_shard(layer, mesh=self.device_mesh["data_parallel"])`` for layers and for the whole (``device_mesh`` is None
     outside of a fit, where nothing is to be sharded). Then each rank exchanges its own shards. The main checkpoint has
-    whole weights, gathered on the first rank, and every rank's shards are in a file of its own; with other numbers of
-    ranks training goes on from the consensus. After an exception nothing is saved, as it would take all ranks.
+    whole weights, gathered on the first rank, and every rank's shards are in a file of its own; as many replicas go on
+    from them exactly with other numbers of ranks, or with whole weights. After an exception nothing is saved, as it
+    would take all ranks.
 
     Saving is a collective, so it does not belong in a signal handler: on SLURM, use
     ``SLURMEnvironment(auto_requeue=False)``.
@@ -413,11 +416,11 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         self._loops.load_state_dict(restored)
         if "method" in restored:
             check_method(restored, self._method(), self.options.seed)
-        if restored.get("mid_epoch"):
+        if not restored.get("mid_epoch"):
+            self._epoch_rng = restored.get("rng")
+        elif "rng" in restored:
             # Making the loader's iterator has drawn a number, as it did at the start of the interrupted epoch.
             set_rng_state(restored["rng"])
-        else:
-            self._epoch_rng = restored.get("rng")
 
     def _method(self) -> dict[str, Any]:
         """Return what a resumed run should have in common with this one, as plain values."""
@@ -595,7 +598,13 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             "mid_epoch": not self._trainer.is_last_batch,
             "method": self._method(),
             "optimizers": [type(loop.optimizer).__name__ for loop in loops.loops.loops],
+            "parameters": [self._names(loop.params) for loop in loops.loops.loops],
         }
+
+    def _names(self, params: list[Tensor]) -> list[str]:
+        assert self.lightning_module is not None
+        names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
+        return [names.get(p, "") for p in params]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the main file and every replica's own, so that a crash leaves the last ones whole."""
@@ -621,10 +630,12 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
                 replica_files.save_whole(self.checkpoint_io, {**checkpoint, **info}, filepath, storage_options)
             return
         whole = {"checkpoint": parts, **state}
+        if sharded:
+            whole = {**own_parts(whole), "places": places_of(whole, state["parameters"])}
         self._files.save(
             self.checkpoint_io,
             checkpoint,
-            own_parts(whole) if sharded else whole,
+            whole,
             {"counters": ReplicaLoops.counters(state)},
             filepath,
             storage_options,
@@ -638,13 +649,15 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             return self._joins
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._fitting:
+            assert self.lightning_module is not None
             self._resumed = True
             if self.options.elastic:
                 info = checkpoint.pop(replica_files.KEY, None)
                 self._restored = None if info is None else {"counters": info["counters"]}
                 return checkpoint
+            sharded, params = self._sharded, dict(self.lightning_module.named_parameters())
             self._restored = replica_files.load(
-                checkpoint, checkpoint_path, self.grid, weights_only, sharded=self._sharded
+                checkpoint, checkpoint_path, self.grid, weights_only, sharded=sharded, params=params
             )
             checkpoint.update((self._restored or {}).pop("checkpoint", {}))
         return checkpoint

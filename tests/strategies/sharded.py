@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lightning_entropy as le
+from lightning_entropy.engine.shards import mapped
 from lightning_entropy.strategies import ElasticEntropyStrategy
 from tests.strategies import runs
 
@@ -27,7 +28,11 @@ METHODS: dict[str, Callable[[], ElasticEntropyStrategy]] = {
     "diloco": lambda: replicas(le.diloco(3)),
     "outer adam": lambda: replicas(le.local_sgd(3), outer=torch.optim.Adam),
     "int8": lambda: replicas(le.elastic_sgd(3), communication_dtype="int8"),
+    "bfloat16": lambda: replicas(le.elastic_sgd(3), communication_dtype="bfloat16"),
+    "streaming": lambda: replicas(le.streaming_diloco(3, 2, 2), communication_dtype="bfloat16"),
 }
+RESHARDED = ["noise", "diloco", "outer adam", "int8", "bfloat16", "streaming"]
+WHOLE = ["noise", "outer adam", "bfloat16"]  # of these, those that have whole weights before or after
 
 
 def replicas(relaxation: le.Relaxation, **options: Any) -> ElasticEntropyStrategy:
@@ -37,8 +42,8 @@ def replicas(relaxation: le.Relaxation, **options: Any) -> ElasticEntropyStrateg
 class Net(runs.Net):
     """Sharded over the ranks of its replica, or whole."""
 
-    def __init__(self, *, sharded: bool = True, over: str = "data_parallel") -> None:
-        super().__init__(batch=4, samples=32)
+    def __init__(self, *, sharded: bool = True, over: str = "data_parallel", batch: int = 4) -> None:
+        super().__init__(batch=batch, samples=32)
         self.sharded, self.over = sharded, over
         self.validated: list[float] = []
         self.spread: list[float] = []
@@ -62,6 +67,11 @@ class Seen(L.Callback):
         self.losses: list[float] = []
         self.path, self.lose = path, lose
         self.sent, self.spread = 0.0, None
+        self.state: Any = None  # where a resume has begun, or where it will
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, i: int) -> None:
+        if trainer.global_step == SAVE_AT and self.state is None:
+            self.state = state_of(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         weight = pl_module.net[2].weight
@@ -73,11 +83,19 @@ class Seen(L.Callback):
             with torch.no_grad():
                 pl_module.net[0].weight.to_local().fill_(float("nan"))
         if self.path is not None and trainer.global_step == SAVE_AT:
+            self.state = state_of(trainer)
             trainer.save_checkpoint(self.path)
             trainer.save_checkpoint(self.path.with_name("weights.ckpt"), weights_only=True)
         loops: Any = trainer.strategy._loops
         self.sent = loops.traffic()[0]
         self.spread = loops.metrics().get("entropy/spread", self.spread)
+
+
+def state_of(trainer: L.Trainer) -> Any:
+    """Return a replica's own state, whole: of the loops, and of the optimizer."""
+    strategy: Any = trainer.strategy
+    state = [[loop.state_dict() for loop in strategy._loops.loops.loops], trainer.optimizers[0].state_dict()["state"]]
+    return mapped(state, lambda _, t: (t.full_tensor() if isinstance(t, DTensor) else t).clone())
 
 
 def fit(
@@ -90,10 +108,11 @@ def fit(
     ranks: int = 4,
     own_init: int = 0,
     ckpt_path: Path | None = None,
+    batch: int = 4,
     **kwargs: Any,
 ) -> dict[str, Any]:
     L.seed_everything(7, verbose=False)
-    net = Net(sharded=sharded)
+    net = Net(sharded=sharded, batch=batch)
     if own_init:
         for p in net.parameters():
             torch.nn.init.normal_(p.data, generator=torch.Generator().manual_seed(own_init))
@@ -122,6 +141,7 @@ def fit(
         "final": whole(net.state_dict()),
         "sent": seen.sent,
         "spread": seen.spread,
+        "state": seen.state,
     }
 
 
@@ -219,18 +239,54 @@ def interrupted(folder: Path) -> list[str]:
     return [str(w.message) for w in caught]
 
 
+def told_of(folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    """Fit, and keep what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        told = fit(folder, name, **options)
+    told["warned"] = [str(w.message) for w in caught]
+    return told
+
+
 def play_fewer(rank: int, folder: Path) -> None:
-    """Go on from a checkpoint of two ranks each, by two replicas of one rank, with shards and with whole weights."""
+    """Go on from checkpoints of two ranks each, by two replicas of one rank, with shards and with whole weights.
+
+    Each has the batches of both. And save, for more to go on.
+    """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    one: dict[str, Any] = {"ranks": 2, "batch": 8}
+    told: dict[str, Any] = {}
+    for name in RESHARDED:
+        file = folder / name / "middle.ckpt"
+        told[name] = told_of(folder / "fewer", name, sharded=True, ckpt_path=file, **one)
+        told[f"{name} saved"] = fit(folder / f"{name} one", name, sharded=True, save=True, **one)
+        if name in WHOLE:
+            told[f"{name} whole"] = told_of(folder / "fewer", name, sharded=False, ckpt_path=file, **one)
+            fit(folder / f"{name} one whole", name, sharded=False, save=True, **one)
+    if rank == 0:
+        for file in (folder / "noise" / "middle.ckpt.replicas").iterdir():
+            content = torch.load(file)
+            content["places"]["/loops/0/slots/net.2.bias/anchor"]["name"] = "net.3.bias"
+            torch.save(content, file)
+    torch.distributed.barrier()
+    told["lost"] = told_of(folder / "fewer", "noise", sharded=True, ckpt_path=folder / "noise" / "middle.ckpt", **one)
+    torch.save(told, folder / f"fewer.{rank}.pt")
+
+
+def play_more(rank: int, folder: Path) -> None:
+    """Go on by two ranks each from checkpoints of replicas of one, with shards and with whole weights."""
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     told: dict[str, Any] = {}
-    for sharded in (True, False):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            told[str(sharded)] = fit(
-                folder / "fewer", "noise", sharded=sharded, ranks=2, ckpt_path=folder / "noise" / "middle.ckpt"
-            )
-        told[str(sharded)]["warned"] = [str(w.message) for w in caught]
-    torch.save(told, folder / f"fewer.{rank}.pt")
+    for name in RESHARDED:
+        for kind in ("one", "one whole") if name in WHOLE else ("one",):
+            file = folder / f"{name} {kind}" / "middle.ckpt"
+            told[f"{name} {kind}"] = told_of(folder / "more", name, sharded=True, ckpt_path=file)
+    file = folder / "bfloat16" / "middle.ckpt"
+    told["whole"] = told_of(folder / "more", "bfloat16", sharded=False, ckpt_path=file)
+    told["back"] = told_of(
+        folder / "more", "bfloat16", sharded=True, ckpt_path=folder / "bfloat16 whole" / "middle.ckpt"
+    )
+    torch.save(told, folder / f"more.{rank}.pt")
 
 
 def play(rank: int, folder: Path) -> None:

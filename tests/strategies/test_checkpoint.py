@@ -134,6 +134,26 @@ def test_resume_of_groups(tmp_path: Path, format: Any, at: int) -> None:
     assert_goes_on(whole, fit(tmp_path / "again", strategy(PARLE, **own), 4, **kwargs), 9 - at)
 
 
+@pytest.mark.processes
+def test_groups_of_another_size_begin_without_what_rounding_has_left_over_and_say_so(tmp_path: Path) -> None:
+    own = {"replicas": 2, "communication_dtype": "bfloat16"}
+    keep = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1)
+    fit(tmp_path, strategy(PARLE, **own), 4, make=Streaming, callbacks=[keep], **SHORT)
+    kwargs: dict[str, Any] = {"make": Streaming, "ckpt_path": tmp_path / "at.ckpt", **SHORT}
+    # Warnings are errors here, in the children too.
+    with pytest.raises(Exception, match=r"at.ckpt cannot be divided anew .* the next exchange begins without it"):
+        fit(tmp_path / "fewer", strategy(PARLE, **own), 2, **kwargs)
+    kwargs["callbacks"] = [Quiet()]
+    assert len(fit(tmp_path / "fewer", strategy(PARLE, **own), 2, **kwargs)[0]["iterates"]) == 4
+
+
+class Quiet(L.Callback):
+    """Says nothing, in the children."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        warnings.simplefilter("ignore")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two replicas after 7 of 16 steps."""
