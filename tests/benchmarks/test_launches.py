@@ -1,0 +1,28 @@
+"""The counts of calls: the command prints the tables that docs/benchmarks.md has."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_tables_of_ten_tensors() -> None:
+    command = [sys.executable, "-m", "benchmarks.launches", "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("10 tensors; SGD with momentum itself makes ")
+    rows = [
+        line.strip("| ").split(" | ") for line in done.stdout.splitlines() if re.match(r"\| (`|float32|bfl|int)", line)
+    ]
+    assert len(rows) == 20
+    found = [int(cell) for row in rows for cell in row[1:] if cell.strip("| ")]
+    assert len(found) == 74 and min(found) > 0 and max(found) <= 40
+    # The page names the same rows; its counts are of one version of torch.
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert all(f"| {row[0]} | " in page for row in rows)
