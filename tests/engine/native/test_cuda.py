@@ -1,6 +1,7 @@
 """compile=True on CUDA: the Triton kernel in Triton's interpreter, compiled for real, and absent. No GPU is needed."""
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -40,6 +41,8 @@ def test_it_compiles_for_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     from lightning_entropy.engine.native.triton_step import inner_step
 
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("Triton compiles without a GPU by another name before 3.3")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = {"table": "*i64", "numbers": "*fp32", "blocks": "*i32", "average": "fp32"}
     source = ASTSource(
