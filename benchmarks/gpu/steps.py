@@ -89,6 +89,8 @@ def contenders(kind: str, device: torch.device) -> dict[str, Callable[[list[torc
         "SAM's arithmetic, per step of two gradients": sam,
         "+ Entropy-SGD without noise": ours(le.entropy_sgd(PERIOD, 0.03, 0.0)),
         "+ Entropy-SGD": ours(le.entropy_sgd(PERIOD, 0.03, 1e-4)),
+        "+ Entropy-SGD without noise, compile=True": ours(le.entropy_sgd(PERIOD, 0.03, 0.0), compile=True),
+        "+ Entropy-SGD, compile=True": ours(le.entropy_sgd(PERIOD, 0.03, 1e-4), compile=True),
         "+ Lookahead, k = 5": ours(le.lookahead()),
         "+ heat, relative": ours(le.heat(width=0.1, scale="relative")),
         "+ DiLoCo's outer step, every 20": ours(le.diloco(PERIOD)),

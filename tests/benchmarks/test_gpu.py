@@ -1,6 +1,7 @@
 """The command for those who have a GPU, tried without one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_rows_of_one_table_stand_together_and_text_is_escaped() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compile=True needs a C++ compiler")
 def test_the_whole_at_small_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,9 +25,9 @@ class CppKernel:
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._call = kernel().inner_step
+        kernel()  # and not kept: a loop may be copied and pickled
 
     def run(self, device: torch.device, rows: Sequence[Row], average: float) -> None:
         """Advance parameters, see :class:`Kernel`."""
         packed = [_PARAMETER.pack(*r.addresses, r.size, *r.update, r.pull, r.noise.scale, *r.noise.keys) for r in rows]
-        self._call(b"".join(packed), len(packed), average, torch.get_num_threads())
+        kernel().inner_step(b"".join(packed), len(packed), average, torch.get_num_threads())

@@ -11,6 +11,7 @@ and are compiled for each net's list of sizes. This one is compiled once for a k
 the middle of 16 bytes, as gradients in buckets do.
 """
 
+import functools
 import struct
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,20 @@ BLOCK = 2048  # weights of one program of the grid; the noise depends on it
 _ROW = struct.Struct("<5Qqq6f2I")
 
 
+@functools.cache
+def kernel() -> Any:
+    """Return the Triton kernel.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    try:
+        from lightning_entropy.engine.native.triton_step import inner_step
+    except ImportError as error:
+        raise RuntimeError(f"compile=True needs Triton on CUDA, got: {error}") from error
+    return inner_step
+
+
 class TritonKernel:
     """The :class:`Kernel` of CUDA. Compiling it takes seconds, once a machine: Triton keeps it.
 
@@ -38,11 +53,7 @@ class TritonKernel:
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        try:
-            from lightning_entropy.engine.native.triton_step import inner_step
-        except ImportError as error:
-            raise RuntimeError(f"compile=True needs Triton on CUDA, got: {error}") from error
-        self._inner_step: Any = inner_step
+        kernel()
         self._blocks: dict[torch.device, tuple[list[int], Tensor]] = {}  # of which sizes
         self._table: dict[torch.device, tuple[bytes, Tensor]] = {}  # of which bytes
         try:
@@ -58,7 +69,7 @@ class TritonKernel:
         packed = [_ROW.pack(*r.addresses, r.size, r.noise.start, *n) for r, n in zip(rows, numbers, strict=True)]
         with _on(device):
             table, blocks = self._table_of(device, packed), self._blocks_of(device, rows)
-            self._inner_step[(len(blocks),)](
+            kernel()[(len(blocks),)](
                 table,
                 table.view(torch.float32),
                 blocks,

@@ -16,8 +16,9 @@ from lightning_entropy.engine.arithmetic import Move, inner_move_
 from lightning_entropy.engine.gaussian import Place
 from lightning_entropy.engine.native import cuda, step
 from lightning_entropy.engine.native.cuda import BLOCK, TritonKernel
-from lightning_entropy.engine.noise import NoiseStreams, seed_of
+from lightning_entropy.engine.noise import NoiseStreams
 from tests.device_calls import as_on_a_gpu
+from tests.engine.native.philox import SIZE, WEIGHTS, normal, philox
 from tests.engine.native.test_step import odd_gradients, small_step, train
 
 NUMPYS = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -107,40 +108,15 @@ def noise_of(sizes: list[int], seed: int, *, moving: list[int] | None = None, nu
     return some
 
 
-def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011), Philox4x32 with ten rounds."""
-    a, b, c, d = counter
-    low, high = key
-    for _ in range(10):
-        left, right = 0xD2511F53 * a, 0xCD9E8D57 * c
-        a, b, c, d = (right >> 32) ^ b ^ low, right & 0xFFFFFFFF, (left >> 32) ^ d ^ high, left & 0xFFFFFFFF
-        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
-    return [a, b, c, d]
-
-
-def box_muller(a: int, b: int) -> tuple[float, float]:
-    radius = math.sqrt(-2 * math.log((a >> 8) * 2.0**-24 + 2.0**-25))
-    signed = b - (1 << 32) if b >> 31 else b
-    angle = (signed >> 2) * 2.0**-29 * math.pi / 4
-    pair = math.cos(angle) * (-1 if b & 1 else 1), math.sin(angle)
-    return (radius * pair[1], radius * pair[0]) if b & 2 else (radius * pair[0], radius * pair[1])
-
-
 def test_the_noise_to_the_number() -> None:
     """Against the generator's definition, whose first answer for zeros is its authors'."""
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    sizes = [7, 2 * BLOCK + 3]
-    _, found = noise_of(sizes, 3)
-    streams = NoiseStreams(3)
-    places = streams.seeds(params := [torch.zeros(s) for s in sizes], params, 0)
-    assert isinstance(places[1], Place) and places[1].start == 7
-    key = [places[1].seed, seed_of(places[1].seed, 1)]
-    quarter = BLOCK // 4
-    for i in (0, 1, quarter - 1, quarter, 2 * quarter + 5, BLOCK - 1, BLOCK, BLOCK + 700, 2 * BLOCK + 2):
-        block, which, lane = i // BLOCK, i % BLOCK // quarter, i % quarter
-        a, b, c, d = philox([block * quarter + lane, 7, 0, 0], key)
-        expected = [*box_muller(a, b), *box_muller(c, d)][which]
-        assert found[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    _, found = noise_of([7, SIZE], 3)
+    params = [torch.zeros(7), torch.zeros(SIZE)]
+    _, place = NoiseStreams(3).seeds(params, params, 0)
+    assert isinstance(place, Place) and place.start == 7
+    for i in WEIGHTS:
+        assert found[i].item() == pytest.approx(normal(place, i), rel=1e-5, abs=1e-6)
 
 
 def test_the_noise_is_normal() -> None:

@@ -1,6 +1,9 @@
 """compile=True on CUDA: the Triton kernel in Triton's interpreter, compiled for real, and absent. No GPU is needed."""
 
+import copy
+import inspect
 import os
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -38,6 +41,8 @@ def test_it_compiles_for_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     from lightning_entropy.engine.native.triton_step import inner_step
 
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("Triton compiles without a GPU by another name before 3.3")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = {"table": "*i64", "numbers": "*fp32", "blocks": "*i32", "average": "fp32"}
     source = ASTSource(
@@ -55,6 +60,7 @@ def test_it_compiles_for_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_without_triton_nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lightning_entropy.engine.native.triton_step", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(cuda, "kernel", cuda.kernel.__wrapped__)
     with pytest.raises(RuntimeError, match=r"compile=True needs Triton on CUDA, got: .*triton"):
         cuda.TritonKernel([])
 
@@ -70,15 +76,22 @@ def test_a_triton_that_does_not_work_is_said_at_the_start(monkeypatch: pytest.Mo
 
 
 @NEEDS_TRITON
+def test_it_can_be_copied_and_pickled() -> None:
+    kernel = cuda.TritonKernel([])
+    for again in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        assert vars(again) == vars(kernel)
+
+
 def test_a_launch_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, launched = cuda.TritonKernel([]), list[tuple[int, ...]]()
+    launched = list[tuple[int, ...]]()
 
     class Launcher:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             launched.append(grid)
             return lambda *given, **options: None
 
-    kernel._inner_step = Launcher()
+    monkeypatch.setattr(cuda, "kernel", Launcher)
+    kernel = cuda.TritonKernel([])
     rows = [Row((64, 64, 0, 0, 0), size, Update(), 0.5, Noise()) for size in (1, cuda.BLOCK + 1, 0)]
     with Calls() as calls:
         for _ in range(3):

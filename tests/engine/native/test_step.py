@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import functools
+import pickle
 import shutil
 from typing import Any
 
@@ -411,3 +412,11 @@ def test_a_write_into_weights_that_the_kernel_perturbed_is_seen() -> None:
 def test_where_it_can_do_nothing_it_says_so() -> None:
     with pytest.warns(UserWarning, match="compile=True does nothing for parameters on meta: its kernels are"):
         step.NativeStep([torch.nn.Parameter(torch.empty(3, device="meta"))])
+
+
+def test_a_loop_with_a_kernel_can_be_copied() -> None:
+    kernel = step.NativeStep([torch.nn.Parameter(torch.ones(3))])
+    for again in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        y = torch.ones(1)
+        again.move_(Move([y], [torch.zeros(1)], None, [1.0], [0.0]))
+        assert y.item() == 0.5
