@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -143,7 +144,7 @@ class Encounter:
     ) -> None:
         self.record, self.payload, self.common, self.rounding = record, payload, common, rounding
         self.met: Met | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.over = threading.Event()
         self._assembly = assembly
         self._since: float | None = None  # it is waited for
@@ -368,7 +369,10 @@ class Assembly:
                 return
             self._failures += 1
             self._say(f"has lost a peer in a meeting and goes on without its result ({_short(error)})")
-        except Exception as error:
+            # Others who wait for this one's numbers then know at once, and not at the end of their patience.
+            self._group.abort(errored=False)
+            self._group_id = -1
+        except BaseException as error:  # a panic of torchft's is no Exception, and who waits must hear of it
             task.error = error
         else:
             self._failures, self.present, task.met = 0, met.present, met
@@ -551,7 +555,7 @@ def said_by(lighthouse: str) -> str:
     try:
         with urllib.request.urlopen(f"{lighthouse}/status", timeout=2.0) as page:
             found = re.search(r"Next quorum status:\s*([^<\n]+)", page.read().decode())
-    except OSError:
+    except (OSError, HTTPException):
         return ", which does not answer"
     return f", which says: {found[1].strip()}" if found else ""
 
