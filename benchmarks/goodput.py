@@ -14,7 +14,7 @@ others, or half as many.
     python -m benchmarks.goodput --slow 2 --seconds 120
 
 With ``--devices 2`` a replica is two processes, of which either may be killed; ``--communication-dtype int8`` sends a
-quarter of the bytes, and ``--method diloco`` pseudo-gradients.
+quarter of the bytes, and ``--method diloco`` pseudo-gradients, ``streaming_diloco`` in two parts.
 """
 
 import argparse
@@ -60,7 +60,12 @@ def work(folder: Path) -> None:
     plan = Plan(**json.loads((folder / "plan").read_text()))
     last = int(replica) == plan.replicas - 1
     step, length = (STEP * plan.slow, plan.inner_steps) if last else (STEP, INNER_STEPS)
-    method = {"parle": le.parle(length), "diloco": le.diloco(length, outer_lr=0.5, outer_momentum=0.5)}[plan.method]
+    outer = {"outer_lr": 0.5, "outer_momentum": 0.5}
+    method = {
+        "parle": le.parle(length),
+        "diloco": le.diloco(length, **outer),
+        "streaming_diloco": le.streaming_diloco(length, 2, 2, **outer),
+    }[plan.method]
     torch.manual_seed(0)
     teacher = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
     inputs = torch.randn(6000, 20)
@@ -238,7 +243,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--slow", type=float, help="by how much the last replica's steps take longer; nobody is killed")
     parser.add_argument("--devices", type=int, default=1, help="processes of a replica (default: 1)")
-    parser.add_argument("--method", choices=["parle", "diloco"], default="parle")
+    parser.add_argument("--method", choices=["parle", "diloco", "streaming_diloco"], default="parle")
     parser.add_argument("--communication-dtype", choices=FORMATS, default="float32")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -130,7 +130,8 @@ def start(command: list[str], replicas: int, each: int, lighthouse: str, folder:
         status = folder / f"{replica}.json"
         environment = {
             "RUST_LOG": "error",  # torchft writes several lines a meeting
-            **os.environ,
+            # Every job finds a port of its own: one that all are given could be one's alone.
+            **{name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")},
             "TORCHFT_LIGHTHOUSE": lighthouse,
             "REPLICA_GROUP_ID": str(replica),
             "NUM_REPLICA_GROUPS": str(replicas),

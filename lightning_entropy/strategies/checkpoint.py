@@ -48,7 +48,9 @@ def is_local(path: Any) -> bool:
     return "://" not in str(path)
 
 
-def save_whole(io: CheckpointIO, content: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+def save_whole(
+    io: CheckpointIO, content: dict[str, Any], path: Any, storage_options: Any = None, *, writer: str = ""
+) -> None:
     """Write a checkpoint atomically: at every moment the file is the old one or the new one, never a part.
 
     Args:
@@ -56,11 +58,12 @@ def save_whole(io: CheckpointIO, content: dict[str, Any], path: Any, storage_opt
         content: the checkpoint.
         path: of the file.
         storage_options: for ``io``.
+        writer: a name of whoever writes, where another process may write the same file meanwhile.
     """
     if type(io) is not TorchCheckpointIO or not is_local(path):
         io.save_checkpoint(content, path, storage_options=storage_options)
         return
-    provisional = f"{os.fspath(path)}.part"
+    provisional = f"{os.fspath(path)}{writer and f'.{writer}'}.part"
     try:
         io.save_checkpoint(content, provisional, storage_options=storage_options)
         os.replace(provisional, path)

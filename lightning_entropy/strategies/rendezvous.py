@@ -1,5 +1,6 @@
-"""How ranks that torchrun has restarted find each other."""
+"""How ranks find each other where Lightning's way does not do: restarted by torchrun, or one alone among others."""
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -37,3 +38,25 @@ def join_after_restart(
         device_id=None if device.type == "cpu" else device,
         **wait,
     )
+
+
+def join_alone(backend: str, device: torch.device, timeout: timedelta | None) -> None:
+    """Create the process group of a single rank, without a port: jobs beside it may have the one that it would take.
+
+    Args:
+        backend: of the process group.
+        device: of this rank.
+        timeout: of the process group; None: torch's own.
+    """
+    if dist.is_initialized():
+        return
+    wait: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    place = None if device.type == "cpu" else device
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=place, **wait)
+    if backend == "nccl":  # which warns of a group that is left
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

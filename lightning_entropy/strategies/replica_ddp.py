@@ -8,7 +8,9 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_entropy.strategies.lightning_internals import backend, timeout
 from lightning_entropy.strategies.options import Grid, OptionAttributes, ReplicaOptions, check_arguments
+from lightning_entropy.strategies.rendezvous import join_alone
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 
 
@@ -36,6 +38,12 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
 
     membership = property(attrgetter("options.membership"))
     min_replicas = property(attrgetter("options.min_replicas"))
+
+    def setup_distributed(self) -> None:
+        """Join the process group; a replica of one rank that is a job of its own has nobody to find in it."""
+        if self.options.elastic and self.num_nodes * self.num_processes == 1:
+            join_alone(backend(self), self.root_device, timeout(self))
+        super().setup_distributed()
 
     @property
     def grid(self) -> Grid:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -627,7 +628,11 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         if self.options.elastic:
             if self._writes:
                 info = {replica_files.KEY: {"replicas": 0, "token": "", "counters": ReplicaLoops.counters(state)}}
-                replica_files.save_whole(self.checkpoint_io, {**checkpoint, **info}, filepath, storage_options)
+                # One that was late may write yet what the next one, the first that is there, has begun to write.
+                writer = str(self.grid.replica)
+                replica_files.save_whole(
+                    self.checkpoint_io, {**checkpoint, **info}, filepath, storage_options, writer=writer
+                )
             return
         whole = {"checkpoint": parts, **state}
         if sharded:
@@ -693,7 +698,8 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         """Remove the main file and the replicas' files."""
         if self.options.elastic:
             if self._writes:
-                self.checkpoint_io.remove_checkpoint(filepath)
+                with suppress(FileNotFoundError):  # another replica, which was the first before, has removed it
+                    self.checkpoint_io.remove_checkpoint(filepath)
             return
         super().remove_checkpoint(filepath)
         if self.is_global_zero:

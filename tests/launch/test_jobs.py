@@ -9,7 +9,7 @@ import pytest
 from lightning_entropy.launch import job as job_module
 from lightning_entropy.launch.__main__ import main
 from lightning_entropy.launch.job import Job
-from lightning_entropy.launch.jobs import Jobs
+from lightning_entropy.launch.jobs import Jobs, start
 
 pytestmark = pytest.mark.processes
 
@@ -92,3 +92,10 @@ def test_numbers_out_of_range_are_refused(
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_jobs_are_given_no_port_that_one_of_them_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    program = "import os; raise SystemExit(3 if 'MASTER_PORT' in os.environ else 0)"
+    code, _ = run(*start([sys.executable, "-c", program], 2, 1, "http://127.0.0.1:1", tmp_path))
+    assert code == 0

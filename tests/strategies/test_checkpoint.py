@@ -309,6 +309,35 @@ class Crash(BaseException):
     pass
 
 
+def test_two_that_write_one_file_at_a_time_leave_that_of_the_last(tmp_path: Path, monkeypatch: Any) -> None:
+    """Where replicas come and go, one that was late may be writing yet when the next one does."""
+    path, io = tmp_path / "last.ckpt", replica_files.TorchCheckpointIO()
+    replace = os.replace
+
+    def between(*names: Any) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        replica_files.save_whole(io, {"value": 2}, path, writer="1")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", between)
+    replica_files.save_whole(io, {"value": 1}, path, writer="0")
+    assert torch.load(path, weights_only=True) == {"value": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_file_that_another_replica_has_removed_is_no_error(monkeypatch: Any) -> None:
+    pytest.importorskip("torchft")
+    elastic = le.ElasticEntropyStrategy(membership="torchft")
+    monkeypatch.setattr(le.ElasticEntropyStrategy, "_writes", True)
+
+    class Gone(replica_files.TorchCheckpointIO):
+        def remove_checkpoint(self, path: Any) -> None:
+            raise FileNotFoundError(path)
+
+    elastic.checkpoint_io = Gone()
+    elastic.remove_checkpoint("last.ckpt")
+
+
 @pytest.mark.parametrize("moment", range(6))
 def test_a_crash_while_saving_leaves_one_whole_checkpoint(tmp_path: Path, moment: int, monkeypatch: Any) -> None:
     """One process stands for both ranks, one after the other; it dies before its i-th write or rename."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.exchange import DIVERGED, finite, flatten, squared_distance, unflatten
-from lightning_entropy.strategies.torchft.assembly import Assembly, Met
+from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.delegation import Delegation
+from lightning_entropy.strategies.torchft.records import Met
 from lightning_entropy.strategies.torchft.rounding import ALONE, NEW, Left, Rounding
 
 

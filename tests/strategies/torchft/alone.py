@@ -9,7 +9,8 @@ from torch import Tensor
 import lightning_entropy as le
 from lightning_entropy.strategies.options import Grid
 from lightning_entropy.strategies.replica import ReplicaLoops
-from lightning_entropy.strategies.torchft.assembly import Assembly, Met, Record
+from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.records import Met, Record
 
 
 class Round:

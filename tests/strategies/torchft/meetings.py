@@ -5,6 +5,7 @@ each with its servers and its process group, where none of them has to die.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -120,6 +121,44 @@ def behind() -> Any:
         return {"taken": taken, "means": means, "versions": [c.version for c in two]}
 
 
+def fails_alone() -> Any:
+    """One of four fails in the sum; what the meeting brings, and seconds until all have heard, who wait for 20."""
+    with lighthouse(min_replicas=4) as address:
+        four = [coupled(r, address) for r in range(4)]
+        gather(four)
+        summed = four[3].assembly._sum
+
+        def fail(*_: Any, **__: Any) -> Any:
+            four[3].assembly._sum = summed
+            raise RuntimeError("out of memory, say")
+
+        four[3].assembly._sum = fail
+        start = time.monotonic()
+        lost = side_by_side([lambda c=c: mean(c, torch.ones(50_000)) for c in four])
+        seconds = time.monotonic() - start
+        means = side_by_side([lambda r=r: mean(four[r], torch.full((2,), float(r))) for r in range(4)])
+        for c in four:
+            c.assembly.close()
+        return {"lost": lost, "seconds": seconds, "next": means}
+
+
+def panics() -> Any:
+    """The meeting's thread ends with what is no Exception, as a panic of torchft's is."""
+
+    def panic(_: Any) -> Any:
+        raise KeyboardInterrupt("a panic")
+
+    with lighthouse() as address:
+        place = meeting(0, address)
+        place._meet = panic
+        try:
+            place.exchange(torch.ones(1)).wait()
+        except BaseException as error:
+            return str(error)
+        finally:
+            place.close()
+
+
 def another_model() -> Any:
     with lighthouse() as address:
         three = [coupled(r, address) for r in range(3)]
@@ -202,18 +241,43 @@ def no_lighthouse() -> Any:
     return None
 
 
-def member(replica: int, address: str, dies_after: int, meetings: int) -> None:
-    """One of three replicas that send their number plus one, in a process of its own; prints what it got."""
+def three_processes(member: Callable[[int, str], Any], min_replicas: int = 1) -> Any:
+    """Run three members, of which the last is killed, forked while this process has no threads of torchft.
+
+    Returns:
+        Exit codes, and what the others have returned, by replica.
+    """
+    fork = multiprocessing.get_context("fork")
+    address, out = fork.SimpleQueue(), fork.SimpleQueue()
+
+    def work(replica: int) -> None:
+        out.put((replica, member(replica, address.get())))
+
+    jobs = [fork.Process(target=work, args=(r,), daemon=True) for r in range(3)]
+    for job in jobs:
+        job.start()
+    with lighthouse(min_replicas) as at:
+        for _ in jobs:
+            address.put(at)
+        got = dict(out.get() for _ in range(2))
+        for job in jobs:
+            job.join()
+    return {"codes": [job.exitcode for job in jobs], "got": got}
+
+
+def member(replica: int, address: str) -> list[Any]:
+    """One of three replicas that send their number plus one, in a process of its own; what it got."""
     c = coupled(replica, address)
+    got: list[Any] = []
     done = 0
-    while done < meetings:
-        got = mean(c, torch.full((50_000,), float(replica + 1)))
-        value = None if got is None else got[0][0]
-        print(json.dumps({"mean": value, "present": c.assembly.present}), flush=True)
+    while done < 12:
+        means = mean(c, torch.full((50_000,), float(replica + 1)))
+        got.append({"mean": None if means is None else means[0][0], "present": c.assembly.present})
         done += len(c.assembly.present) == 3 or done > 0
-        if done == dies_after:  # when the others wait for what it sends
+        if replica == 2 and done == 5:  # when the others wait for what it sends
             c.assembly._sum = lambda *_, **__: os.kill(os.getpid(), 9)
     c.assembly.close()
+    return got
 
 
 def values(replica: int, t: int) -> Tensor:
@@ -278,26 +342,19 @@ def rounded_steps() -> Any:
 
 def killed() -> Any:
     """Three processes, of which one is killed."""
-    with lighthouse() as address:
-        command = [sys.executable, "-m", "tests.strategies.torchft.meetings", "member"]
-        jobs = [
-            subprocess.Popen(
-                [*command, str(r), address, "5" if r == 2 else "-1", "12"], stdout=subprocess.PIPE, text=True, cwd=ROOT
-            )
-            for r in range(3)
-        ]
-        out = [[json.loads(line) for line in job.communicate(timeout=100)[0].splitlines()] for job in jobs]
-        return {"codes": [job.returncode for job in jobs], "got": out}
+    return three_processes(member)
 
 
 SCENARIOS = (
+    "killed",
     "exact",
     "behind",
     "another_model",
+    "fails_alone",
+    "panics",
     "join",
     "too_few",
     "closed",
-    "killed",
     "rounded",
     "rounded_steps",
     "no_lighthouse",
@@ -319,7 +376,4 @@ def run(*scenarios: str, module: str = "meetings") -> tuple[Any, str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "member":
-        member(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
-    else:
-        print(json.dumps({name: globals()[name]() for name in sys.argv[1:]}), flush=True)
+    print(json.dumps({name: globals()[name]() for name in sys.argv[1:]}), flush=True)

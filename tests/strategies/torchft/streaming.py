@@ -5,7 +5,6 @@ where one has to die. What they train is a small net, on data that a replica's n
 """
 
 import json
-import multiprocessing
 import os
 import sys
 import threading
@@ -19,7 +18,7 @@ from torch import Tensor
 import lightning_entropy as le
 from lightning_entropy.strategies.options import Grid
 from lightning_entropy.strategies.replica import ReplicaLoops
-from tests.strategies.torchft.meetings import lighthouse, meeting, side_by_side
+from tests.strategies.torchft.meetings import lighthouse, meeting, side_by_side, three_processes
 
 # Exchanges begin after steps 1 and 4 of a loop, and are used after steps 3 and 6.
 METHOD = le.streaming_diloco(6, 2, 2, 0.5, outer_lr=0.7, outer_momentum=0.5)
@@ -204,31 +203,23 @@ def out_of_step() -> Any:
         return {"means": means, "taken": taken, "said": said}
 
 
-def member(replica: int, address: Any, out: Any) -> None:
+def member(replica: int, address: str) -> Any:
     """One of three replicas in a process of its own; the last one dies in an exchange, which it has begun."""
-    t = Training(replica, meeting(replica, address.get(), 2))
+    t = Training(replica, meeting(replica, address, 3))
     while t.steps < 6 * METHOD.inner_steps:
+        if t.steps == 3:  # all three have met
+            t.assembly._min_replicas = 2
         if t.steps == 9 and replica == 2:  # it is to begin after the next step, to be used two steps later
             t.assembly._sum = lambda *_, **__: os.kill(os.getpid(), 9)
         t.step()
         time.sleep(0.05)
-    out.put((replica, {"x": t.x(), "lost": t.lost, "present": t.assembly.present}))
     t.assembly.close()
+    return {"x": t.x(), "lost": t.lost, "present": t.assembly.present}
 
 
 def killed() -> Any:
-    """Three processes, forked while this one has no threads."""
-    fork = multiprocessing.get_context("fork")
-    address, out = fork.SimpleQueue(), fork.SimpleQueue()
-    jobs = [fork.Process(target=member, args=(r, address, out)) for r in range(3)]
-    for job in jobs:
-        job.start()
-    with lighthouse(min_replicas=2) as at:
-        for _ in jobs:
-            address.put(at)
-        for job in jobs:
-            job.join(60)
-    return {"codes": [job.exitcode for job in jobs], "got": dict(out.get() for _ in range(2))}
+    """Three processes, of which one is killed."""
+    return three_processes(member, min_replicas=2)
 
 
 SCENARIOS = ("killed", "exact", "rounded", "join", "join_untold", "out_of_step")

@@ -1,12 +1,15 @@
 """Who meets, who is lost, who joins, and for whom one waits."""
 
+import socket
+import threading
+
 import pytest
 
 from tests.strategies.torchft.meetings import Met
 
 pytest.importorskip("torchft")
 
-from lightning_entropy.strategies.torchft.assembly import address_toward
+from lightning_entropy.strategies.torchft.assembly import address_toward, said_by
 
 pytestmark = pytest.mark.processes
 
@@ -15,12 +18,37 @@ def test_one_of_three_is_killed_in_a_meeting_and_the_next_is_of_two(met: Met) ->
     result, said = met("killed")
     assert result["codes"] == [0, 0, -9]
     for replica in (0, 1):
-        got = result["got"][replica]
+        got = result["got"][str(replica)]
         means = [entry["mean"] for entry in got]
         lost = means.index(None)
         assert means[lost - 1] == 2.0 and got[lost - 1]["present"] == [0, 1, 2]
         assert set(means[lost + 1 :]) == {1.5} and got[-1]["present"] == [0, 1]
         assert f"replica {replica} has lost a peer in a meeting and goes on without its result" in said
+
+
+def test_one_that_fails_in_a_meeting_lets_the_others_know_at_once(met: Met) -> None:
+    result, _ = met("fails_alone")
+    assert result["lost"] == [None] * 4 and result["seconds"] < 15
+    assert result["next"] == [[[1.5, 1.5]]] * 4
+
+
+def test_who_waits_hears_of_whatever_has_ended_a_meeting(met: Met) -> None:
+    assert met("panics")[0] == "a panic"
+
+
+def test_an_answer_of_the_lighthouse_that_breaks_off_ends_nobody() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nNext quorum")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert said_by(f"http://127.0.0.1:{listener.getsockname()[1]}") == ", which does not answer"
+        thread.join()
 
 
 def test_a_replica_that_joins_gets_the_state_and_is_counted_in_no_mean_before(met: Met) -> None:

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_entropy.strategies.torchft.assembly import Assembly, Encounter, Met, Record
+from lightning_entropy.strategies.torchft.assembly import Assembly, Encounter
 from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.exchange import ElasticCoupling
+from lightning_entropy.strategies.torchft.records import Met, Record
 from tests.strategies.runs import external
 
 pytestmark = pytest.mark.processes

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import lightning_entropy as le
-from lightning_entropy.strategies.torchft.assembly import Record, most_wanted
+from lightning_entropy.strategies.torchft.records import Record, most_wanted
 from tests.strategies.runs import external
 from tests.strategies.torchft import meetings
 from tests.strategies.torchft.alone import Replica
