@@ -368,7 +368,7 @@ def run(*scenarios: str, module: str = "meetings") -> tuple[Any, str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=200,
+        timeout=400,
         env={**os.environ, "RUST_LOG": "error"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
