@@ -1,6 +1,7 @@
 """What belongs to one replica, in a file of its own beside the checkpoint: ``<file>.replicas/<r>.pt``.
 
-If a replica has several ranks, what its other ranks do not share with the first is in ``<r>-<position>.pt``.
+If a replica has several ranks, what its other ranks do not share with the first is in ``<r>-<position>.pt``. Where its
+weights are sharded, that is their shards, and with them where in the whole they are.
 
 A save is complete or absent. The ranks write their files under provisional names that contain the save's token, which
 says the run, the number of the save and the step; then the checkpoint with the same token replaces the old one; then
@@ -268,16 +269,15 @@ def load(
     except ReplicaFileError as caught:
         error = str(caught)
     tokens = {token: steps[0][token] for token in (set.intersection(*map(set, steps)) if steps else ())}
+    absent = [name for name, own in zip(names, steps, strict=False) if info["token"] not in own]
     answers: list[Any] = [None] * grid.world_size
-    dist.all_gather_object(answers, (error, tokens))
-    errors = sorted({error for error, _ in answers if error is not None})
+    dist.all_gather_object(answers, (error, tokens, absent))
+    errors = sorted({error for error, _, _ in answers if error is not None})
     if errors:
         raise ReplicaFileError("; ".join(errors))
-    token = _complete([tokens for _, tokens in answers], info["token"])
+    token = _complete([tokens for _, tokens, _ in answers], info["token"])
     if token is None or token != info["token"]:
-        gone = sorted(
-            {_final(path, str(r // grid.data_parallel)) for r, (_, t) in enumerate(answers) if info["token"] not in t}
-        )
+        gone = sorted({_final(path, name) for *_, absent in answers for name in absent})
         lack = (
             f"{', '.join(gone)}, of one of {grid.replicas} replicas, is missing"
             if gone

@@ -301,7 +301,7 @@ class Round:
         """Return this rank's part of its replica's values, on the device they are sent from."""
         links = self._coupling.links
         offloaded = flat.device.type == "cpu"  # unless the replicas are on the CPU
-        device = torch.device("cpu" if links.by_host else "cuda") if links.by_host or offloaded else flat.device
+        device = "cpu" if links.by_host else "cuda" if offloaded else flat.device
         if not links.shares:
             return flat.to(device)
         size = -(-flat.numel() // links.data_parallel)

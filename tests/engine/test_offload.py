@@ -128,6 +128,36 @@ def test_an_outer_optimizer_that_somebody_holds_is_the_same_all_along() -> None:
     assert all(p.numel() == 0 for group in made[-1].param_groups for p in group["params"])
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_replica_that_was_away_takes_over_what_the_others_have_in_common(first: bool) -> None:
+    found = []
+    for offload in (first, not first):
+        there, its, loop = begin("diloco", first)
+        away, own, behind = begin("diloco", offload)
+        for i in range(3):
+            step(there, its, i)
+        step(away, own, 0)
+        behind.load_common_state(through_a_file(loop.common_state()))
+        for i in range(1, 6):
+            step(away, own, i)
+        found.append([*values(away.parameters()), *values(behind.anchor)])
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("name", ["elastic_sgd", "diloco"])
+def test_a_replica_that_has_diverged_starts_again_at_the_mean(name: str) -> None:
+    found = []
+    for offload in (False, True):
+        net, optimizer, loop = begin(name, offload)
+        for i in range(4):
+            step(net, optimizer, i)
+        loop.restart([torch.full_like(x, 0.25) for x in loop.anchor])
+        for i in range(4, 8):
+            step(net, optimizer, i)
+        found.append([*values(net.parameters()), *values(loop.anchor)])
+    assert_equal(*found)
+
+
 @pytest.mark.parametrize(
     ("relaxation", "words"),
     [

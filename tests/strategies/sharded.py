@@ -268,8 +268,10 @@ def play_fewer(rank: int, folder: Path) -> None:
             content = torch.load(file)
             content["places"]["/loops/0/slots/net.2.bias/anchor"]["name"] = "net.3.bias"
             torch.save(content, file)
+        (folder / "diloco" / "middle.ckpt.replicas" / "1-1.pt").unlink()
     torch.distributed.barrier()
     told["lost"] = told_of(folder / "fewer", "noise", sharded=True, ckpt_path=folder / "noise" / "middle.ckpt", **one)
+    told["gone"] = told_of(folder / "fewer", "diloco", sharded=True, ckpt_path=folder / "diloco" / "middle.ckpt", **one)
     torch.save(told, folder / f"fewer.{rank}.pt")
 
 

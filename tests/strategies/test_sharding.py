@@ -140,14 +140,18 @@ def test_what_rounding_has_left_over_is_not_divided_into_shares_and_that_is_said
             assert any("cannot be divided anew" in m for m in seen["warned"]) == (rank == 0)
 
 
-def test_a_part_of_a_parameter_that_is_not_known_starts_replicas_from_the_consensus(
+def test_a_part_that_is_not_known_or_missing_starts_replicas_from_the_consensus(
     fewer: list[dict[str, Any]],
 ) -> None:
     for rank in range(2):
-        warned = [m for m in fewer[rank]["lost"]["warned"] if "start from the consensus" in m]
-        assert len(warned) == (rank == 0)
-        assert all("of which parameter now /loops/0/slots/net.2.bias/anchor is" in m for m in warned)
-    close(fewer[0]["lost"]["final"], fewer[1]["lost"]["final"])
+        for kind, words in (
+            ("lost", "of which parameter now /loops/0/slots/net.2.bias/anchor is"),
+            ("gone", "1-1.pt, of one of 2 replicas, is missing"),
+        ):
+            warned = [m for m in fewer[rank][kind]["warned"] if "start from the consensus" in m]
+            assert len(warned) == (rank == 0)
+            assert all(words in m for m in warned)
+            close(fewer[0][kind]["final"], fewer[1][kind]["final"])
 
 
 def test_one_process_goes_on_from_the_file(folder: Path, tmp_path: Path) -> None:
