@@ -14,7 +14,8 @@ if _missing:
 
 # The functions local_entropy and gradient_noise stand in folders of their names. Python sets a folder as an attribute
 # when it is first imported, which is here, before the function of that name takes its place for good.
-from lightning_entropy.diagnostics.estimate import Estimate  # noqa: E402
+from lightning_entropy.diagnostics.estimate import Estimate, GroupValues  # noqa: E402
+from lightning_entropy.diagnostics.figures import overview  # noqa: E402
 from lightning_entropy.diagnostics.gradient_noise import (  # noqa: E402
     GradientNoise,
     GradientNoiseResult,
@@ -42,6 +43,7 @@ __all__ = [
     "FlatnessProfile",
     "GradientNoise",
     "GradientNoiseResult",
+    "GroupValues",
     "HessianResult",
     "HessianSpectrum",
     "LocalEntropy",
@@ -55,5 +57,6 @@ __all__ = [
     "gradient_noise",
     "hessian_spectrum",
     "local_entropy",
+    "overview",
     "probability_current",
 ]

@@ -264,23 +264,31 @@ class LossSurface:
     def _hessian_products(self, weights: Tensor, vectors: Tensor) -> Tensor:
         products = torch.zeros_like(vectors)
         for i, (batch, share) in enumerate(zip(self.batches, self.shares, strict=True)):
-            w, gradient = self._gradient_graph(weights, batch, i)
-            for k, vector in enumerate(vectors):
-                last = len(self.batches) > 1 and k == len(vectors) - 1
-                if gradient.requires_grad:  # A loss linear in w has none, and no curvature.
-                    product = torch.autograd.grad(gradient, w, vector, retain_graph=not last, materialize_grads=True)
-                    products[k].add_(product[0], alpha=share)
+            for k, product in enumerate(self.batch_products(weights, vectors, batch, i, keep=len(self.batches) == 1)):
+                products[k].add_(product, alpha=share)
         return products
 
-    def _gradient_graph(self, weights: Tensor, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
-        if self._graph is not None and self._graph[0] is weights:
+    def batch_products(
+        self, weights: Tensor, vectors: Tensor, batch: Batch, index: int, *, keep: bool = False
+    ) -> Iterator[Tensor]:
+        """Multiply each vector, shape (k, P), by the Hessian of one batch's loss; with ``keep`` its graph stays."""
+        w, gradient = self._gradient_graph(weights, batch, index, keep)
+        for k, vector in enumerate(vectors):
+            last = not keep and k == len(vectors) - 1
+            if gradient.requires_grad:
+                yield torch.autograd.grad(gradient, w, vector, retain_graph=not last, materialize_grads=True)[0]
+            else:  # A loss linear in w has no curvature.
+                yield torch.zeros_like(vector)
+
+    def _gradient_graph(self, weights: Tensor, batch: Batch, index: int, keep: bool) -> tuple[Tensor, Tensor]:
+        if keep and self._graph is not None and self._graph[0] is weights:
             self._bind(self._graph[1])  # a checkpointed part is run again
             return self._graph[1:]
         w = weights.detach().requires_grad_()
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
             _, gradient = self._differentiated(w, batch, index, create_graph=True)
-        if len(self.batches) == 1:
+        if keep:
             self._graph = weights, w, gradient
         return w, gradient
 

@@ -1,11 +1,15 @@
 """How loud and how round is the noise of SGD: the diffusion matrix of per-example gradients."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_entropy.diagnostics.estimate import Estimate
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, checked_examples
 from lightning_entropy.diagnostics.gradient_noise.example_gradients import CentredGradients
 from lightning_entropy.diagnostics.gradient_noise.result import GradientNoiseResult
@@ -30,6 +34,7 @@ def gradient_noise(
     state: Mapping[str, Tensor] | None = None,
     transfer: Callable[[Batch], Batch] | None = None,
     progress: bool = False,
+    groups: int = 0,
 ) -> GradientNoiseResult:
     r"""Measure D = (1/N) sum_k (g_k - g)(g_k - g)^T from per-example gradients g_k, in eval mode.
 
@@ -62,6 +67,9 @@ def gradient_noise(
         state: Weights and buffers by name, in place of the module's own.
         transfer: Moves a batch to the device. None: a plain copy.
         progress: Show a bar when it takes long.
+        groups: Of examples, for the error that the choice of examples makes: 0, or >= 2. Leaving each out in turn (the
+            jackknife) takes as many eigenvalue problems again. A sum of outer products is kept for each where there
+            are fewer weights than examples: none of it where ``memory`` does not hold them.
 
     Returns:
         The spectrum; see :class:`GradientNoiseResult`.
@@ -77,6 +85,8 @@ def gradient_noise(
         ([1.0], 4.0)
     """
     checked_examples(examples, 2)
+    if groups < 0 or groups == 1:
+        raise ValueError(f"groups must be 0 or at least 2, got {groups}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be None or at least 1, got {chunk}")
     with untouched(module, "eval", seed):
@@ -104,29 +114,69 @@ def gradient_noise(
             )
         stream = CentredGradients(surface, chunk, vectorize)
         held = max(chunk, (rows - 3 * chunk) // chunk * chunk)
-        matrix = _dense(stream, progress) if size <= n else _gram(stream, held, progress)
-        eigenvalues = torch.linalg.eigvalsh(matrix / n).cpu().numpy()[::-1].copy()
-        return GradientNoiseResult(
-            weights=size,
-            examples=n,
-            loss=surface.value,
-            eigenvalues=np.maximum(eigenvalues, 0.0),
-            gradient_squared=float(stream.mean @ stream.mean),
-            noise_scale=stream.noise_scale(),
-            lr=lr,
-            batch_size=batch_size,
-        )
+        count = min(groups, n // 2)
+        if size <= n:
+            count = count if (count + 2) * side * side * 8 / 2**30 <= memory else 0
+            matrix, others = _dense(stream, _borders(n, count), progress)
+        else:
+            matrix = _gram(stream, held, progress)
+            others = list(_without(matrix, _borders(n, count)))
+
+        def result(spectrum: Tensor, examples: int, scale: Estimate, rest: tuple[GradientNoiseResult, ...] = ()) -> Any:
+            return GradientNoiseResult(
+                weights=size,
+                examples=examples,
+                loss=surface.value,
+                eigenvalues=np.maximum(torch.linalg.eigvalsh(spectrum).cpu().numpy()[::-1].copy(), 0.0),
+                gradient_squared=float(stream.mean @ stream.mean),
+                noise_scale=scale,
+                lr=lr,
+                batch_size=batch_size,
+                left_out=rest,
+            )
+
+        rest = tuple(result(other, kept, Estimate(math.nan)) for other, kept in others)
+        return result(matrix / n, n, stream.noise_scale(), rest)
 
 
-def _dense(stream: CentredGradients, progress: bool) -> Tensor:
-    """Sum the P x P matrix of outer products."""
-    size = len(stream.mean)
+def _borders(examples: int, count: int) -> list[tuple[int, int]]:
+    """Return where groups of equal size begin and end; none for fewer than two."""
+    ends = [round(examples * g / count) for g in range(count + 1)] if count > 1 else [0]
+    return list(pairwise(ends))
+
+
+def _dense(
+    stream: CentredGradients, borders: list[tuple[int, int]], progress: bool
+) -> tuple[Tensor, list[tuple[Tensor, int]]]:
+    """Sum the P x P matrix of outer products, and return D without each group with how many examples it is of."""
+    size, n = len(stream.mean), stream.surface.examples
     matrix = torch.zeros(size, size, dtype=torch.float64, device=stream.mean.device)
-    with progress_bar("Gradient noise", -(-stream.surface.examples // stream.chunk), progress) as bar:
+    parts = [(torch.zeros_like(matrix), torch.zeros_like(matrix[0])) for _ in borders]
+    position = 0
+    with progress_bar("Gradient noise", -(-n // stream.chunk), progress) as bar:
         for rows in stream.rows():
             matrix += rows.T @ rows
+            for (start, stop), (outer, total) in zip(borders, parts, strict=True):
+                theirs = rows[max(start - position, 0) : max(stop - position, 0)].double()
+                outer += theirs.T @ theirs
+                total += theirs.sum(0)
+            position += len(rows)
             bar.update()
-    return matrix
+    others = []
+    for (start, stop), (outer, total) in zip(borders, parts, strict=True):
+        kept = n - (stop - start)
+        mean = -total / kept  # all rows sum to zero
+        others.append(((matrix - outer) / kept - torch.outer(mean, mean), kept))
+    return matrix, others
+
+
+def _without(gram: Tensor, borders: list[tuple[int, int]]) -> Iterator[tuple[Tensor, int]]:
+    """Yield the Gram matrix over N without each group, centred anew, with how many examples it is of."""
+    for start, stop in borders:
+        kept = torch.cat([torch.arange(start), torch.arange(stop, len(gram))]).to(gram.device)
+        part = gram[kept][:, kept]
+        part = part - part.mean(0, keepdim=True)
+        yield (part - part.mean(1, keepdim=True)) / len(kept), len(kept)
 
 
 def _gram(stream: CentredGradients, held: int, progress: bool) -> Tensor:

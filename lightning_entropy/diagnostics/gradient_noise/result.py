@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_entropy.diagnostics.estimate import Estimate
+from lightning_entropy.diagnostics.estimate import Estimate, GroupValues, student
 from lightning_entropy.diagnostics.figures import axes_for
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class GradientNoiseResult:
         noise_scale: tr(D) / |g|^2 in examples, of the population that the N were drawn from.
         lr: Learning rate, if known.
         batch_size: Mini-batch size b, if known.
+        left_out: The same without each of several groups of examples, whose noise scale is NaN; empty without groups.
     """
 
     weights: int
@@ -38,6 +39,27 @@ class GradientNoiseResult:
     noise_scale: Estimate
     lr: float | None = None
     batch_size: int | None = None
+    left_out: "tuple[GradientNoiseResult, ...]" = ()
+
+    def groups(self, name: str) -> GroupValues | None:
+        """Return the jackknife's pseudo-values of a number of this result, such as "stable_rank"; None without groups.
+
+        Args:
+            name: Of an attribute that is a number.
+
+        Returns:
+            G v - (G - 1) v_g for each group g, where v_g is the number without it: their scatter is its error.
+        """
+        n = len(self.left_out)
+        if n < 2:
+            return None
+        values = np.array([getattr(other, name) for other in self.left_out])
+        return GroupValues(n * getattr(self, name) - (n - 1) * values, np.full(n, 1 / n))
+
+    def estimate(self, name: str) -> Estimate:
+        """Return a number of this result with the error of the choice of examples, if there are groups."""
+        value, groups = Estimate(float(getattr(self, name))), self.groups(name)
+        return value if groups is None else value.widened(groups.estimate)
 
     @property
     def trace(self) -> float:
@@ -138,6 +160,17 @@ class GradientNoiseResult:
         }
         return numbers if self.temperature is None else numbers | {"temperature": self.temperature}
 
+    def _short(self, name: str) -> str:
+        found = self.estimate(name)
+        return f"{found.value:.3g} ± {found.error:.2g}" if found.error else f"{found.value:.3g}"
+
+    def _eigenvalue_errors(self) -> np.ndarray:
+        """Half-widths of the 99 % intervals of as many eigenvalues as every one of the left out has."""
+        n = len(self.left_out)
+        length = min(len(other.eigenvalues) for other in self.left_out)
+        values = np.array([other.eigenvalues[:length] for other in self.left_out])
+        return np.asarray(np.sqrt((n - 1) * values.var(0)) * student(n - 1))
+
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the eigenvalues against their rank, both logarithmic, with the talk's threshold and round noise."""
         ax = axes_for(ax)
@@ -145,6 +178,11 @@ class GradientNoiseResult:
         positive = self.eigenvalues[self.eigenvalues > 1e-6 * self.eigenvalues[0]]
         index = np.arange(1, len(positive) + 1)
         ax.loglog(index, positive, ".", ms=4, color="tab:blue", label=f"eigenvalues of D, {self.examples:,} examples")
+        if self.left_out:
+            error = self._eigenvalue_errors()[: len(positive)]
+            those = positive[: len(error)]
+            low, high = np.maximum(those - error, 0.02 * those), those + error
+            ax.fill_between(index[: len(error)], low, high, color="tab:blue", alpha=0.2, lw=0, label="99 % interval")
         label = r"counted as zero when clipped: $\lambda_1 P \epsilon_{32}$"
         ax.axhline(self.threshold, color="tab:red", lw=1, ls="--", label=label)
         ax.axhline(self.mean, color="tab:gray", lw=1, ls=":", label="round noise of equal power: tr(D) / P")
@@ -158,7 +196,7 @@ class GradientNoiseResult:
         lines = [
             f"clipped: λ(D) = {self.clipped_mean:.2g} ± {self.clipped_std:.2g}, rank {self.rank_percent:.2g} %",
             f"unclipped: λ(D) = {self.mean:.2g} ± {self.std:.2g}",
-            f"stable rank {self.stable_rank:.3g}, participation {self.participation:.3g} directions",
+            f"stable rank {self._short('stable_rank')}, participation {self._short('participation')} directions",
             f"noise scale {self.noise_scale} examples"
             if math.isfinite(self.noise_scale.value)
             else "noise scale: mean gradient lost in the noise",

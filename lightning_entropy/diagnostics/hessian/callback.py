@@ -25,6 +25,7 @@ class HessianSpectrum(Diagnostic):
         steps: Lanczos steps of each probe.
         dense_limit: With no more weights than this, the exact spectrum.
         memory: GiB for Lanczos vectors.
+        groups: Of examples, for the error that their choice makes, logged as ``largest_error`` too; 0: none.
         **when: When, on what and how to measure; see :class:`~lightning_entropy.diagnostics.callback.Diagnostic`.
 
     Example:
@@ -43,11 +44,12 @@ class HessianSpectrum(Diagnostic):
         steps: int = 40,
         dense_limit: int = 1000,
         memory: float = 8.0,
+        groups: int = 0,
         **when: Any,
     ) -> None:
         super().__init__(**when)
         self.top, self.bottom, self.probes, self.steps = top, bottom, probes, steps
-        self.dense_limit, self.memory = dense_limit, memory
+        self.dense_limit, self.memory, self.groups = dense_limit, memory, groups
 
     def measure(self, module: nn.Module, data: Iterable[Batch], **settings: Any) -> HessianResult:
         """Run :func:`hessian_spectrum` with the callback's settings."""
@@ -60,5 +62,6 @@ class HessianSpectrum(Diagnostic):
             steps=self.steps,
             dense_limit=self.dense_limit,
             memory=self.memory,
+            groups=self.groups,
             **settings,
         )

@@ -1,5 +1,7 @@
 """The density of eigenvalues from quadrature nodes and their masses."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -33,7 +35,12 @@ def smoothed_density(nodes: np.ndarray, masses: np.ndarray, grid: np.ndarray, si
 
 
 def density_of(
-    nodes: list[np.ndarray], masses: list[np.ndarray], sigma: float | None, *, exact: bool
+    nodes: list[np.ndarray],
+    masses: list[np.ndarray],
+    sigma: float | None,
+    *,
+    exact: bool,
+    resampled: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Smooth the quadrature of every probe and average over probes.
 
@@ -41,7 +48,9 @@ def density_of(
         nodes: Of each probe, shape (n,). None of them: no density.
         masses: Of each probe, shape (n,), summing to 1.
         sigma: Width of the Gaussians, > 0, the unit of ``nodes``. None: 1 % of the range of the nodes.
-        exact: Whether the one set of nodes is the spectrum itself, which leaves no error.
+        exact: Whether the one set of nodes is the spectrum itself, which leaves no error of probes.
+        resampled: Nodes and masses on examples drawn anew: one for each probe, or several for an exact spectrum. Their
+            scatter about the others is the error of the choice of examples, which is added in squares.
 
     Returns:
         The grid, the density, the half-widths of its 99 % intervals, and the width of the Gaussians.
@@ -52,7 +61,11 @@ def density_of(
     width = sigma or 0.01 * max(high - low, 1e-3 * abs(high), 1e-12)
     grid = np.linspace(low - 4 * width, high + 4 * width, _GRID)
     curves = np.array([smoothed_density(n, m, grid, width) for n, m in zip(nodes, masses, strict=True)])
+    others = np.array([smoothed_density(n, m, grid, width) for n, m in resampled])
+    # A draw differs from its own probe by what other examples change alone.
+    examples = ((others - curves) ** 2).mean(0) if len(others) else np.zeros(_GRID)
+    factor = student(len(others)) if len(others) else 0.0
     if exact:
-        return grid, curves[0], np.zeros(_GRID), width
+        return grid, curves[0], np.sqrt(examples) * factor, width
     mean, stderr, dof = mean_and_stderr(torch.from_numpy(curves))
-    return grid, mean.numpy(), stderr.numpy() * student(dof), width
+    return grid, mean.numpy(), np.hypot(stderr.numpy() * student(dof), np.sqrt(examples) * factor), width

@@ -1,6 +1,7 @@
 """How flat is the minimum: eigenvalues, trace and spectral density of the Hessian of the loss."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,14 +9,17 @@ from torch import Tensor, nn
 
 from lightning_entropy.diagnostics.estimate import Estimate
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
+from lightning_entropy.diagnostics.groups import Groups
 from lightning_entropy.diagnostics.hessian.density import density_of
 from lightning_entropy.diagnostics.hessian.lanczos import extreme_eigenpairs, gauss_quadrature
-from lightning_entropy.diagnostics.hessian.result import HessianResult
+from lightning_entropy.diagnostics.hessian.result import ByGroup, HessianResult
 from lightning_entropy.diagnostics.loss import Loss
 from lightning_entropy.diagnostics.progress import progress_bar
 from lightning_entropy.diagnostics.surface import LossSurface, untouched
 
 _BASIS = 200
+# Spectra of groups drawn anew, where a dense one is cheap.
+_SPECTRA = 16
 
 
 def hessian_spectrum(
@@ -38,6 +42,7 @@ def hessian_spectrum(
     state: Mapping[str, Tensor] | None = None,
     transfer: Callable[[Batch], Batch] | None = None,
     progress: bool = False,
+    groups: int = 0,
 ) -> HessianResult:
     r"""Measure the Hessian of f(x) = mean loss: extreme eigenvalues, tr H and the density of eigenvalues.
 
@@ -49,6 +54,12 @@ def hessian_spectrum(
     so that the outliers, which carry most of the variance, are summed exactly; and the density by stochastic
     Lanczos quadrature from the same probes (Ghorbani et al. 2019, arXiv:1901.10159). The trace costs no product
     beyond the density's; ``steps=1`` gives the trace alone, ``probes=0`` the eigenvalues alone.
+
+    Without ``groups`` the numbers are those of these examples, and error bars are of the probes. With them, examples
+    stand for the population that they were drawn from. An eigenvalue with eigenvector u is the mean over groups g of
+    u^T H_g u, to first order what other examples change of it, and the trace that of tr H_g; the groups' scatter is
+    their standard error. The density's is told from groups drawn anew with replacement, a draw a probe, beside the
+    same probe on all of them (a paired bootstrap), which takes as many products again as the density.
 
     Args:
         module: The network, at the weights to measure.
@@ -72,6 +83,8 @@ def hessian_spectrum(
         state: Weights and buffers by name, in place of the module's own.
         transfer: Moves a batch to the device. None: a plain copy.
         progress: Show a bar when it takes long.
+        groups: Of examples, for the error that the choice of examples makes: 0, or >= 2. There are fewer where there is
+            less to divide; in train mode they are of whole batches.
 
     Returns:
         The numbers, with error bars; see :class:`HessianResult`.
@@ -92,6 +105,8 @@ def hessian_spectrum(
             raise ValueError(f"{name} must be at least 0, got {count}")
     if probes < 0 or probes == 1:
         raise ValueError(f"probes must be 0 or at least 2, got {probes}")
+    if groups < 0 or groups == 1:
+        raise ValueError(f"groups must be 0 or at least 2, got {groups}")
     for name, number in (("steps", steps), ("tolerance", tolerance), ("memory", memory), ("sigma", sigma or 1.0)):
         if number <= 0:
             raise ValueError(f"{name} must be positive, got {number}")
@@ -109,8 +124,9 @@ def hessian_spectrum(
             transfer=transfer,
         )
         size = len(surface)
+        divided = Groups(surface, groups)
         if size <= dense_limit:
-            return _dense(surface, top + bottom, sigma, progress)
+            return _dense(surface, divided, sigma, progress)
         gib = size * surface.weights.element_size() / 2**30
         vectors = int(memory / gib)
         needed = max(2 * (top + bottom) + 6 if top + bottom else 0, min(steps, size) + 4 if probes else 0)
@@ -118,11 +134,12 @@ def hessian_spectrum(
             raise ValueError(
                 f"memory must be at least {needed * gib:.3g} GiB for {needed} vectors of {size:,} weights, got {memory}"
             )
-        return _iterative(surface, top, bottom, probes, steps, sigma, tolerance, vectors, seed, progress)
+        return _iterative(surface, divided, top, bottom, probes, steps, sigma, tolerance, vectors, seed, progress)
 
 
 def _iterative(
     surface: LossSurface,
+    groups: Groups,
     top: int,
     bottom: int,
     probes: int,
@@ -163,6 +180,7 @@ def _iterative(
     nodes: list[np.ndarray] = []
     masses: list[np.ndarray] = []
     forms: list[Tensor] = []
+    drawn: list[Tensor] = []
     theta = torch.from_numpy(values).to(x)
     with progress_bar("Hessian density", -(-probes // abreast) * min(steps, size), progress) as bar:
         for start in range(0, probes, abreast):
@@ -171,16 +189,73 @@ def _iterative(
             theirs, weights, hz = gauss_quadrature(lambda v: surface.hessian_products(x, v), z, steps, tick=bar.update)
             nodes += theirs
             masses += weights
+            drawn.append(z)
             inside, crossed = z @ eigenvectors.T, hz @ eigenvectors.T
             forms.append((z * hz).sum(1) - 2 * (inside * crossed).sum(1) + (inside**2 * theta).sum(1))
     trace = None
     if probes:
         rest = Estimate.of(torch.cat(forms))
         trace = Estimate(rest.value + float(values.sum()), rest.stderr, rest.dof)
-    return _result(surface, values, errors, trace, nodes, masses, sigma, exact=False)
+    z = torch.cat(drawn) if drawn else x.new_empty(0, size)
+    del drawn
+    by_group = _by_group(groups, eigenvectors, z)
+    resampled = _resampled(groups, z, steps, max(1, vectors // (min(steps, size) + 4)), seed, progress)
+    return _result(surface, values, errors, trace, nodes, masses, sigma, by_group, resampled, exact=False)
 
 
-def _dense(surface: LossSurface, wanted: int, sigma: float | None, progress: bool) -> HessianResult:
+def _by_group(groups: Groups, u: Tensor, z: Tensor) -> ByGroup | None:
+    """Return u^T H_g u of eigenvectors u, shape (k, P), and tr H_g from probes z, shape (m, P), of each group."""
+    if not len(groups) or not len(u) + len(z):
+        return None
+    curvatures, traces = [], []
+    inside = (z @ u.T).double()
+    for products in groups.hessian_products(torch.cat([u, z])):
+        small = (u @ products[: len(u)].T).double()
+        crossed = (products[len(u) :] @ u.T).double()
+        forms = (z * products[len(u) :]).double().sum(1) - 2 * (inside * crossed).sum(1)
+        forms += ((inside @ small) * inside).sum(1)
+        curvatures.append(small.diagonal().cpu().numpy())
+        traces.append(float(small.trace() + forms.mean()) if len(z) else np.nan)
+    return ByGroup(groups.shares, np.array(curvatures), np.array(traces) if len(z) else None)
+
+
+def _resampled(
+    groups: Groups, z: Tensor, steps: int, abreast: int, seed: int, progress: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the quadrature of each probe, shape (m, P), on groups of examples drawn anew for it."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    if not len(groups):
+        return found
+    draws = groups.resampling(len(z), seed)
+    rounds = -(-len(z) // abreast) * min(steps, z.shape[1])
+    with progress_bar("Hessian density, error", rounds, progress) as bar:
+        for start in range(0, len(z), abreast):
+            part = slice(start, start + abreast)
+            products = partial(groups.resampled_products, counts=draws[part])
+            nodes, masses, _ = gauss_quadrature(products, z[part], steps, tick=bar.update)
+            found += zip(nodes, masses, strict=True)
+    return found
+
+
+def _dense_by_group(
+    groups: Groups, values: np.ndarray, vectors: Tensor, seed: int
+) -> tuple[ByGroup | None, list[tuple[np.ndarray, np.ndarray]]]:
+    """As :func:`_by_group` with all eigenvectors, and the spectra of matrices of groups drawn anew."""
+    if not len(groups):
+        return None, []
+    eye = torch.eye(len(vectors), dtype=groups.surface.weights.dtype, device=groups.surface.device)
+    matrices = [m.double().cpu() for m in groups.hessian_products(eye)]
+    curvatures = np.array([(vectors * (m @ vectors)).sum(0).numpy() for m in matrices])
+    found = ByGroup(groups.shares, curvatures, np.array([float(m.trace()) for m in matrices]))
+    spectra, stacked = [], torch.stack(matrices)
+    for counts in groups.resampling(_SPECTRA, seed):
+        weights = counts * torch.from_numpy(groups.shares)
+        matrix = torch.einsum("g,gij->ij", weights / weights.sum(), stacked)
+        spectra.append((torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy(), np.full(len(values), 1 / len(values))))
+    return found, spectra
+
+
+def _dense(surface: LossSurface, groups: Groups, sigma: float | None, progress: bool) -> HessianResult:
     size, x = len(surface), surface.weights
     matrix = torch.empty(size, size, dtype=torch.float64)
     block = 64
@@ -190,11 +265,13 @@ def _dense(surface: LossSurface, wanted: int, sigma: float | None, progress: boo
             rows[range(len(rows)), range(start, start + len(rows))] = 1
             matrix[start : start + len(rows)] = surface.hessian_products(x, rows)
             bar.update()
-    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy()[::-1].copy()
+    ascending, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values = ascending.numpy()[::-1].copy()
     errors = np.full(size, torch.finfo(x.dtype).eps * np.abs(values).max())
     trace = Estimate(float(values.sum()))
     masses = np.full(size, 1 / size)
-    return _result(surface, values, errors, trace, [values[::-1]], [masses], sigma, exact=True)
+    by_group, spectra = _dense_by_group(groups, values, vectors.flip(1), surface.seed)
+    return _result(surface, values, errors, trace, [values[::-1]], [masses], sigma, by_group, spectra, exact=True)
 
 
 def _result(
@@ -205,10 +282,12 @@ def _result(
     nodes: list[np.ndarray],
     masses: list[np.ndarray],
     sigma: float | None,
+    by_group: ByGroup | None,
+    resampled: list[tuple[np.ndarray, np.ndarray]],
     *,
     exact: bool,
 ) -> HessianResult:
-    grid, density, density_errors, width = density_of(nodes, masses, sigma, exact=exact)
+    grid, density, density_errors, width = density_of(nodes, masses, sigma, exact=exact, resampled=resampled)
     return HessianResult(
         weights=len(surface),
         examples=surface.examples,
@@ -224,4 +303,6 @@ def _result(
         nodes=tuple(nodes),
         masses=tuple(masses),
         exact=exact,
+        by_group=by_group,
+        resampled=tuple(resampled),
     )

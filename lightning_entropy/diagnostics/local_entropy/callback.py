@@ -27,6 +27,7 @@ class LocalEntropy(Diagnostic):
         chains: Independent chains.
         leaps: Gradients for a proposal.
         draws: Pairs for each sigma.
+        groups: Of examples, for the error that their choice makes; 0: none.
         **when: When, on what and how to measure; see :class:`~lightning_entropy.diagnostics.callback.Diagnostic`.
 
     Example:
@@ -47,11 +48,13 @@ class LocalEntropy(Diagnostic):
         chains: int = 4,
         leaps: int = 4,
         draws: int = 8,
+        groups: int = 0,
         **when: Any,
     ) -> None:
         super().__init__(**when)
         self.gamma, self.temperature, self.sigmas = gamma, temperature, tuple(sigmas)
         self.samples, self.warmup, self.chains, self.leaps, self.draws = samples, warmup, chains, leaps, draws
+        self.groups = groups
 
     def measure(self, module: nn.Module, data: Iterable[Batch], **settings: Any) -> LocalEntropyResult:
         """Run :func:`local_entropy` with the callback's settings."""
@@ -66,5 +69,6 @@ class LocalEntropy(Diagnostic):
             chains=self.chains,
             leaps=self.leaps,
             draws=self.draws,
+            groups=self.groups,
             **settings,
         )

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.estimate import mean_and_stderr, student
+from lightning_entropy.diagnostics.estimate import GroupValues, mean_and_stderr, student
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
+from lightning_entropy.diagnostics.groups import Groups
 from lightning_entropy.diagnostics.local_entropy.flatness import grid_of, profile_of
 from lightning_entropy.diagnostics.local_entropy.gamma_ladder import climb
 from lightning_entropy.diagnostics.local_entropy.result import LocalEntropyResult
@@ -37,6 +39,7 @@ def local_entropy(
     state: Mapping[str, Tensor] | None = None,
     transfer: Callable[[Batch], Batch] | None = None,
     progress: bool = False,
+    groups: int = 0,
 ) -> LocalEntropyResult:
     r"""Measure local entropy F(x, gamma) relative to f(x), its gradient, and the flatness profile.
 
@@ -78,6 +81,8 @@ def local_entropy(
         state: Weights and buffers by name, in place of the module's own.
         transfer: Moves a batch to the device. None: a plain copy.
         progress: Show a bar when it takes long.
+        groups: Of examples, for the error that the choice of examples makes: 0, or >= 2. To first order, other
+            examples change u - f(x) by <f(y)> - f(x) of theirs.
 
     Returns:
         The numbers, with error bars; see :class:`LocalEntropyResult`.
@@ -105,6 +110,8 @@ def local_entropy(
         if number < least[name]:
             raise ValueError(f"{name} must be at least {least[name]}, got {number}")
 
+    if groups < 0 or groups == 1:
+        raise ValueError(f"groups must be 0 or at least 2, got {groups}")
     grid = None if sigmas is None else grid_of(sigmas)
 
     with untouched(module, mode, seed):
@@ -125,6 +132,14 @@ def local_entropy(
             values, gradients = zip(*(surface.value_and_gradient(p) for p in points), strict=True)
             return torch.stack(values), torch.stack(gradients)
 
+        divided = Groups(surface, groups)
+        sums: dict[int, Tensor] = {}
+
+        def visit(panel: int, points: Tensor) -> None:
+            for point in points if len(divided) else ():
+                losses = divided.losses(point) / (samples * chains)
+                sums[panel] = sums[panel] + losses if panel in sums else losses
+
         with progress_bar("Local entropy", samples + warmup, progress) as bar:
 
             def begin(total: int) -> None:
@@ -144,11 +159,19 @@ def local_entropy(
                 generator=generator,
                 begin=begin,
                 tick=bar.update,
+                visit=visit,
             )
         rises, stderrs, dof = mean_and_stderr(ladder.rises)
+        chain_errors = (stderrs * student(dof)).cpu().numpy() + ladder.quadrature_errors
+        by_group: tuple[GroupValues, ...] = ()
+        if len(divided):
+            base = divided.losses(surface.weights)
+            by_group = tuple(
+                GroupValues((sums[panel] - base).cpu().numpy(), divided.shares) for panel in range(len(ladder.gammas))
+            )
         gradient, gradient_stderr, _ = mean_and_stderr(-gamma * ladder.displacement)
         signal = gradient.double().square().sum() - gradient_stderr.double().square().sum()
-        profile = None if grid is None else profile_of(surface, grid, draws, generator)
+        profile = None if grid is None else profile_of(surface, grid, draws, generator, divided)
         return LocalEntropyResult(
             weights=len(surface),
             examples=surface.examples,
@@ -157,10 +180,27 @@ def local_entropy(
             temperature=temperature,
             gammas=ladder.gammas,
             rises=rises.cpu().numpy(),
-            rise_errors=(stderrs * student(dof)).cpu().numpy() + ladder.quadrature_errors,
+            rise_errors=np.hypot(chain_errors, [g.estimate.error for g in by_group] or 0.0),
             gradient=gradient.cpu().numpy(),
             gradient_stderr=gradient_stderr.cpu().numpy(),
             gradient_norm=math.sqrt(max(0.0, signal.item())),
+            gradient_norm_error=_norm_error(gamma * ladder.displacement.double()),
+            chain_errors=chain_errors,
+            groups=by_group,
             acceptance=ladder.acceptance,
             profile=profile,
         )
+
+
+def _norm_error(gradients: Tensor) -> float:
+    """Half-width of the 99 % interval of the norm of the mean of each chain's, shape (C, P), by the jackknife."""
+    chains = len(gradients)
+    if chains < 3:
+        return math.nan
+    norms = []
+    for c in range(chains):
+        rest = torch.cat([gradients[:c], gradients[c + 1 :]])
+        mean, stderr, _ = mean_and_stderr(rest)
+        norms.append((mean.square().sum() - stderr.square().sum()).clamp(min=0).sqrt())
+    spread = torch.stack(norms).var(unbiased=False) * (chains - 1)
+    return float(spread.sqrt()) * student(chains - 1)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.diagnostics.estimate import mean_and_stderr, student
+from lightning_entropy.diagnostics.estimate import Estimate, GroupValues, mean_and_stderr
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
 from lightning_entropy.diagnostics.figures import axes_for
+from lightning_entropy.diagnostics.groups import Groups
 from lightning_entropy.diagnostics.loss import Loss
 from lightning_entropy.diagnostics.surface import LossSurface, untouched
 
@@ -26,12 +27,16 @@ class FlatnessProfile:
     Args:
         sigmas: Standard deviations of the noise on every weight, ascending.
         rises: The mean rise of the loss at each.
-        errors: Half-widths of their 99 % intervals.
+        errors: Half-widths of their 99 % intervals: of the draws and, with groups, of the choice of examples.
+        draws: The same, with the error of the draws alone.
+        groups: Each rise on groups of the examples; empty without groups.
     """
 
     sigmas: np.ndarray
     rises: np.ndarray
     errors: np.ndarray
+    draws: tuple[Estimate, ...] = ()
+    groups: tuple[GroupValues, ...] = ()
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the rise of the loss against sigma, both logarithmic, with error bars."""
@@ -61,6 +66,7 @@ def flatness_profile(
     seed: int = 0,
     state: Mapping[str, Tensor] | None = None,
     transfer: Callable[[Batch], Batch] | None = None,
+    groups: int = 0,
 ) -> FlatnessProfile:
     r"""Measure E f(x + sigma N(0, I)) - f(x) over a grid of sigma, from antithetic pairs x +- sigma xi.
 
@@ -81,6 +87,7 @@ def flatness_profile(
         seed: Of noise and examples.
         state: Weights and buffers by name, in place of the module's own.
         transfer: Moves a batch to the device. None: a plain copy.
+        groups: Of examples, for the error that the choice of examples makes: 0, or >= 2.
 
     Returns:
         The profile, with 99 % error bars.
@@ -109,7 +116,8 @@ def flatness_profile(
             state=state,
             transfer=transfer,
         )
-        return profile_of(surface, grid, draws, torch.Generator(surface.device).manual_seed(seed))
+        generator = torch.Generator(surface.device).manual_seed(seed)
+        return profile_of(surface, grid, draws, generator, Groups(surface, groups))
 
 
 def grid_of(sigmas: Iterable[float]) -> np.ndarray:
@@ -128,15 +136,28 @@ def grid_of(sigmas: Iterable[float]) -> np.ndarray:
     return grid
 
 
-def profile_of(surface: LossSurface, grid: np.ndarray, draws: int, generator: torch.Generator) -> FlatnessProfile:
+def profile_of(
+    surface: LossSurface, grid: np.ndarray, draws: int, generator: torch.Generator, groups: Groups | None = None
+) -> FlatnessProfile:
     """Average f(x +- sigma xi) - f(x) over pairs, with the same xi at every sigma."""
     x, rows = surface.weights, []
+    divided = groups is not None and len(groups) > 0
+
+    def evaluate(w: Tensor) -> Tensor:
+        return groups.losses(w) if groups is not None and divided else surface.evaluate(w)[None]
+
+    base = evaluate(x)
+    shares = groups.shares if groups is not None and divided else np.ones(1)
     for _ in range(draws):
         noise = torch.randn(len(x), generator=generator, device=x.device, dtype=x.dtype)
-        pairs = [(surface.evaluate(x + s * noise), surface.evaluate(x - s * noise)) for s in grid]
-        rows.append(torch.stack([(plus + minus) / 2 - surface.value for plus, minus in pairs]))
-    mean, stderr, dof = mean_and_stderr(torch.stack(rows).cpu())
-    return FlatnessProfile(grid, mean.numpy(), stderr.numpy() * student(dof))
+        pairs = [(evaluate(x + s * noise), evaluate(x - s * noise)) for s in grid]
+        rows.append(torch.stack([(plus + minus) / 2 - base for plus, minus in pairs]))
+    every = torch.stack(rows).cpu()  # (draws, sigmas, groups)
+    mean, stderr, dof = mean_and_stderr(every @ torch.from_numpy(shares))
+    own = tuple(Estimate(float(m), float(s), dof) for m, s in zip(mean, stderr, strict=True))
+    by_group = tuple(GroupValues(values.numpy(), shares) for values in every.mean(0)) if divided else ()
+    whole = [e.widened(g.estimate) for e, g in zip(own, by_group, strict=True)] if divided else own
+    return FlatnessProfile(grid, mean.numpy(), np.array([e.error for e in whole]), own, by_group)
 
 
 def draw_rises(
@@ -147,6 +168,7 @@ def draw_rises(
     bars = np.minimum(errors, 0.9 * rises)[shown], errors[shown]
     if shown.any():
         ax.errorbar(x[shown], rises[shown], bars, fmt=style, ms=3.5, lw=1.2, capsize=2, color=color, label=label)
+        ax.fill_between(x[shown], rises[shown] - bars[0], rises[shown] + bars[1], color=color, alpha=0.15, lw=0)
 
 
 def finish_rises(ax: "Axes") -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def climb(
     generator: torch.Generator,
     begin: Callable[[int], object] = lambda total: None,
     tick: Callable[[], object] = lambda: None,
+    visit: Callable[[int, Tensor], object] = lambda panel, points: None,
 ) -> Ladder:
     """Integrate the virial over log gamma; see :func:`local_entropy` for method and arguments.
 
@@ -66,6 +68,7 @@ def climb(
         generator: Of everything drawn.
         begin: Called with the number of proposals, once it is known.
         tick: Called after each proposal.
+        visit: Called with the points of every sample at the end of a panel, shape (C, P), and the panel's number.
 
     Returns:
         Every chain's own account, independent of the others'.
@@ -103,7 +106,7 @@ def climb(
     start = torch.randn(chains, len(anchor), generator=generator, device=anchor.device, dtype=anchor.dtype)
     start = start * math.sqrt(temperature / gammas[-1])
     angle, acceptance, displacement = None, 1.0, torch.empty(0)
-    for g in gammas[::-1]:
+    for rung, g in reversed(list(enumerate(gammas))):
         found = gibbs_samples(
             function,
             anchor,
@@ -116,6 +119,7 @@ def climb(
             generator=generator,
             angle=angle,
             tick=tick,
+            visit=partial(visit, rung // 2) if rung % 2 == 0 else lambda points: None,
         )
         start, angle, acceptance = found.last, found.angle, min(acceptance, found.acceptance)
         virials.append(found.virial)

@@ -43,6 +43,7 @@ def gibbs_samples(
     generator: torch.Generator,
     angle: float | None = None,
     tick: Callable[[], object] = lambda: None,
+    visit: Callable[[Tensor], object] = lambda points: None,
 ) -> GibbsSamples:
     r"""Sample y from exp(-(f(y) + gamma/2 |y - x|^2) / T), the measure of local entropy.
 
@@ -67,6 +68,7 @@ def gibbs_samples(
         generator: Of the momenta.
         angle: a to start from. None: a quarter circle over ``leaps``.
         tick: Called after each proposal.
+        visit: Called with the points y of every sample, shape (C, P).
 
     Returns:
         Each chain's averages.
@@ -118,5 +120,6 @@ def gibbs_samples(
             displacement += shift / samples
             virial += (shift * gradient).double().sum(1) / samples
             accepted += chance / samples
+            visit(anchor + shift)
         tick()
     return GibbsSamples(displacement, virial, accepted.mean().item(), shift, turn.item())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_entropy.diagnostics.estimate import GroupValues
 from lightning_entropy.diagnostics.figures import axes_for
 from lightning_entropy.diagnostics.local_entropy.flatness import FlatnessProfile, draw_rises, finish_rises
 
@@ -26,12 +27,16 @@ class LocalEntropyResult:
         temperature: T, loss.
         gammas: The ladder, from ``gamma`` up to where f is nearly constant.
         rises: u(x, gamma) - f(x) at each rung of the ladder: the value relative to f(x).
-        rise_errors: Half-widths of their 99 % intervals, quadrature included.
+        rise_errors: Half-widths of their 99 % intervals: of the chains, quadrature included, and, with groups, of the
+            choice of examples.
         gradient: gamma (x - <y>) = grad u, the direction of Entropy-SGD, shape (P,).
         gradient_stderr: Its standard errors from the scatter of the chains, shape (P,).
         gradient_norm: |grad u|, freed of the noise's contribution.
         acceptance: Lowest share of accepted proposals on the ladder; below 0.5 distrust the numbers.
         profile: The flatness profile, if asked for.
+        gradient_norm_error: Half-width of its 99 % interval, from leaving chains out; NaN for two.
+        chain_errors: ``rise_errors`` of the chains alone.
+        groups: Each rise on groups of the examples, to first order; empty without groups.
     """
 
     weights: int
@@ -47,6 +52,9 @@ class LocalEntropyResult:
     gradient_norm: float
     acceptance: float
     profile: FlatnessProfile | None = None
+    gradient_norm_error: float = 0.0
+    chain_errors: np.ndarray | None = None
+    groups: tuple[GroupValues, ...] = ()
 
     @property
     def rise(self) -> float:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import Path_fr
 
 from lightning_entropy.diagnostics.figures import overview
-from lightning_entropy.diagnostics.report.findings import ESTIMATORS, SECTIONS, VALLEY, Findings, look
+from lightning_entropy.diagnostics.report.findings import ESTIMATORS, GROUPS, SECTIONS, VALLEY, Findings, look
 from lightning_entropy.diagnostics.report.names import Refused
 from lightning_entropy.diagnostics.report.page import failure, page, unfinished
 from lightning_entropy.diagnostics.report.record import record, source_of
@@ -194,6 +194,7 @@ def _parser() -> ArgumentParser:
         command.add_argument("--image", type=str | None, help="a file (png, pdf, svg) for all pictures in one")
         for name, estimator in ESTIMATORS.items():
             command.add_function_arguments(estimator, name, skip=set(_COMMON))
+        command.set_defaults({f"{name}.groups": GROUPS for name in ESTIMATORS})
         command.set_defaults({f"local_entropy.{name}": value for name, value in VALLEY.items()})
     parser = Parser(prog=COMMAND, description=_DESCRIPTION)
     commands = parser.add_subcommands(dest="command", required=True)

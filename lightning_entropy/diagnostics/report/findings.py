@@ -42,6 +42,8 @@ VALLEY: dict[str, Any] = {
 }
 
 
+# Of examples, for the errors that their choice makes.
+GROUPS = 16
 # Examples of the first look; each of the next ones has four times as many.
 FIRST, GROWTH = 64, 4
 # What else grows with the examples, to what it is set to at the last look.
@@ -113,8 +115,9 @@ class Subject:
             "seed": seed,
             "transfer": data.transfer(module),
         }
-        own: dict[str, dict[str, Any]] = {"hessian": {"mode": mode}, "local_entropy": {"mode": mode, **VALLEY}}
-        self._own = {name: own.get(name, {}) | (settings or {}).get(name, {}) for name in ESTIMATORS}
+        modes: dict[str, dict[str, Any]] = {"hessian": {"mode": mode}, "local_entropy": {"mode": mode, **VALLEY}}
+        own = {name: {"groups": GROUPS, **modes.get(name, {})} for name in ESTIMATORS}
+        self._own = {name: own[name] | (settings or {}).get(name, {}) for name in ESTIMATORS}
         self._checkpoint = checkpoint or {}
         self.findings = Findings(title)
 

@@ -114,7 +114,7 @@ def _table(title: str, columns: list[list[Row]], titles: list[str]) -> str:
             cells += f'<td class="number{mark}" data-label="{html.escape(label) if len(rows) == 2 else ""}">{text}</td>'
         if len(rows) == 2:
             words = compared(*rows, titles) if both else ""  # type: ignore[call-arg,arg-type]
-            cells += f'<td data-label="difference">{html.escape(words)}</td>'
+            cells += f'<td data-label="{"difference" if words else ""}">{html.escape(words)}</td>'
         meanings = dict.fromkeys(html.escape(row.meaning) for row in rows if row)
         meaning = " | ".join(meanings)
         lines.append(

@@ -61,7 +61,8 @@ def _alike(results: Sequence[Result]) -> Sequence[Result]:
 
 
 def _smoothed(result: HessianResult, sigma: float) -> HessianResult:
-    grid, density, errors, _ = density_of(list(result.nodes), list(result.masses), sigma, exact=result.exact)
+    nodes, masses = list(result.nodes), list(result.masses)
+    grid, density, errors, _ = density_of(nodes, masses, sigma, exact=result.exact, resampled=result.resampled)
     return replace(result, grid=grid, density=density, density_errors=errors, sigma=sigma)
 
 

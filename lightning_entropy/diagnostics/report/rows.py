@@ -105,11 +105,13 @@ def _hessian_rows(r: HessianResult) -> list[Row]:
             "Sharpness, in loss / weight². Plain gradient descent is stable below 2 / learning rate, and often trains "
             "up to about that.",
             "flatter",
+            r.eigenvalue_groups(0),
         ),
         Row(
             "smallest eigenvalue",
             _known(r.smallest, ends[1]),
             "Negative: the loss still curves down in some direction. Typically a few per cent of the largest.",
+            groups=r.eigenvalue_groups(-1),
         ),
     ]
     if r.trace is not None:
@@ -117,7 +119,7 @@ def _hessian_rows(r: HessianResult) -> list[Row]:
             f"Sum of all curvatures, in loss / weight²; divided by {r.weights:,} weights, their mean. Noise of width s "
             "on every weight raises the loss by about s² / 2 times this."
         )
-        rows.append(Row("trace", r.trace, meaning, "flatter"))
+        rows.append(Row("trace", r.trace, meaning, "flatter", r.trace_groups))
     if r.exact or high - low < 0.5:
         meaning = "Nearly flat directions; most of them, typically, in a net that fits its data."
         rows.append(Row("share of |λ| ≤ 1e-4", _known((low + high) / 2, (high - low) / 2), meaning))
@@ -135,13 +137,14 @@ def _local_entropy_rows(r: LocalEntropyResult) -> list[Row]:
     rows = [
         Row(
             "rise of the smoothed loss",
-            _known(r.rise, r.rise_error),
+            _known(r.rise, r.rise_error if r.chain_errors is None else float(r.chain_errors[0])),
             smoothed,
             "flatter" if r.acceptance >= 0.5 and r.rise + r.rise_error >= 0 else None,
+            r.groups[0] if r.groups else None,
         ),
         Row(
             "norm of its gradient",
-            Estimate(r.gradient_norm),
+            _known(r.gradient_norm, r.gradient_norm_error),
             "Length of Entropy-SGD's step direction, in loss / weight; 0 at the bottom of the smoothed valley.",
         ),
         Row(
@@ -155,10 +158,11 @@ def _local_entropy_rows(r: LocalEntropyResult) -> list[Row]:
         rows += [
             Row(
                 f"rise at sigma = {r.profile.sigmas[i]:.2g}",
-                _known(float(r.profile.rises[i]), float(r.profile.errors[i])),
+                r.profile.draws[i],
                 "Mean rise of the loss under Gaussian noise of this width on every weight; as sigma² in a quadratic "
                 "valley.",
                 "flatter",
+                r.profile.groups[i] if r.profile.groups else None,
             )
             for i in picked
         ]
@@ -167,29 +171,29 @@ def _local_entropy_rows(r: LocalEntropyResult) -> list[Row]:
 
 def _gradient_noise_rows(r: GradientNoiseResult) -> list[Row]:
     scale = r.noise_scale
+
+    def row(name: str, number: str, meaning: str) -> Row:
+        return Row(name, Estimate(float(getattr(r, number))), meaning, groups=r.groups(number))
+
     return [
-        Row(
-            "trace of D",
-            Estimate(r.trace),
-            "Loudness: mean squared distance of one example's gradient from their mean.",
-        ),
-        Row(
+        row("trace of D", "trace", "Loudness: mean squared distance of one example's gradient from their mean."),
+        row(
             "λ(D), clipped",
-            Estimate(r.clipped_mean),
+            "clipped_mean",
             f"Mean eigenvalue as Chaudhari & Soatto count; it varies by {r.clipped_std:.3g} (sd) over directions.",
         ),
-        Row(
+        row(
             "rank(D), clipped, %",
-            Estimate(r.rank_percent),
+            "rank_percent",
             f"As they count: {r.rank} eigenvalues above λ₁ P ε. A few per cent is typical: the noise is not round.",
         ),
-        Row("λ(D)", Estimate(r.mean), f"Mean eigenvalue; it varies by {r.std:.3g} (sd) over directions."),
-        Row(
+        row("λ(D)", "mean", f"Mean eigenvalue; it varies by {r.std:.3g} (sd) over directions."),
+        row(
             "stable rank",
-            Estimate(r.stable_rank),
+            "stable_rank",
             f"Trace over largest eigenvalue: round noise would have {r.weights:,}, a handful is typical.",
         ),
-        Row("participation", Estimate(r.participation), "About how many directions share the noise."),
+        row("participation", "participation", "About how many directions share the noise."),
         Row(
             "noise scale, examples",
             scale,

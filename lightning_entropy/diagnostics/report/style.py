@@ -25,7 +25,8 @@ dt { color: var(--quiet) } dd { margin: 0 }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
   table, caption, tbody, tr, th, td { display: block; border: 0; padding: 0 }
   tr { padding: .6rem 0; border-bottom: 1px solid var(--line) } td.number { white-space: normal }
-  td.number::before { content: attr(data-label) "\\a0 "; color: var(--quiet); font-weight: 400 }
+  td[data-label]:not([data-label=""])::before { content: attr(data-label) "\\a0 "; color: var(--quiet) }
+  td[data-label]::before { font-weight: 400 }
   td.meaning { font-size: .9rem } dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem }
 }
 @media screen and (prefers-color-scheme: dark) {

@@ -99,6 +99,8 @@ def test_pairs_of_examples_tell_what_two_error_bars_do_not():
     assert first.error > 0.05
     gap = difference(first, second)
     assert gap.value == pytest.approx(-0.05, abs=1e-3)
+    apart = 0.01 * np.sin(np.arange(200))
+    assert gap.stderr == pytest.approx(apart.std(ddof=1) / math.sqrt(200))
     assert gap.error < 0.01
     assert smaller(first, second) == 1
     unpaired = replace(first, groups=GroupValues(hard[:100], np.full(100, 0.01)))
