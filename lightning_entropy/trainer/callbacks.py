@@ -118,17 +118,19 @@ class HeatSmoothing(InnerOuterCallback):
     before the next forward pass of a submodule after each step. What is written into perturbed weights would be lost
     and is a ``RuntimeError``.
 
-    What to try first: ``HeatSmoothing(width=0.1, scale="relative")``, noise of a tenth of each filter's norm. At 0.02
-    one sees nothing; 0.2 and more are for wrong labels. Search the weight decay first, which has some of the same
-    effects. ``width=Warmup(0.1, 500)`` lets the noise grow over 500 steps, and ``width=Starting(0.1, at=0.88)`` has it
-    in the last part of the training alone.
+    The default is noise of a tenth of each filter's norm. At 0.02 one sees nothing; 0.2 and more are for wrong labels,
+    where :func:`lightning_entropy.smoothed_lookahead` does better. Search the weight decay first, which has some of the
+    same effects. ``width=Warmup(0.1, 500)`` lets the noise grow over 500 steps, and ``width=Starting(0.1, at=0.88)``
+    has it in the last part of the training alone.
 
     Args:
         inner_steps: gradients averaged per update, int >= 1.
-        gamma: 1 / variance of the perturbation, > 0, in the unit of ``scale``; None: 1e4, or what ``width`` says.
-        width: size of the perturbation, gamma^(-1/2), >= 0, in the place of gamma.
-        scale: its unit: ``"absolute"`` (a weight; the heat equation), ``"filter"`` (a filter's norm, for each of its
-            weights; LPF-SGD) or ``"relative"`` (the norm of the noise over the norm of the filter, whatever its size).
+        gamma: 1 / variance of the perturbation, > 0, in the unit of ``scale``; None: what ``width`` says.
+        width: size of the perturbation, gamma^(-1/2), >= 0, in the place of gamma. None without a gamma: 0.1, and 0.01
+            for the scales ``"absolute"`` and ``"filter"``.
+        scale: its unit: ``"relative"`` (the norm of the noise over the norm of the filter, whatever its size),
+            ``"absolute"`` (a weight; the heat equation) or ``"filter"`` (a filter's norm, for each of its weights;
+            LPF-SGD). None: ``"absolute"`` for a gamma, else ``"relative"``.
         seed: of the perturbation, >= 0.
         compile: the perturbation in one compiled pass over memory.
 
@@ -144,7 +146,7 @@ class HeatSmoothing(InnerOuterCallback):
         gamma: Number | None = None,
         *,
         width: Number | None = None,
-        scale: Scale = "absolute",
+        scale: Scale | None = None,
         seed: int | None = None,
         compile: bool = False,
     ) -> None:

@@ -192,7 +192,7 @@ def hamilton_jacobi(**options: Any) -> Parts:
 
 
 def heat(**options: Any) -> Parts:
-    """Gaussian smoothing with the same noise for every weight; options of ``lightning_entropy.HeatSmoothing``."""
+    """Gaussian smoothing; options of ``lightning_entropy.HeatSmoothing``."""
     return Parts([le.HeatSmoothing(**options)])
 
 

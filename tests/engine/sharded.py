@@ -83,7 +83,7 @@ SCENARIOS = {
     "streaming": Scenario(le.streaming_diloco(4, 2, 1)),
     "outer adam": Scenario(le.lookahead(2), outer=torch.optim.Adam),
     "two time scales": Scenario(le.two_timescale(gamma=1.0, noise=0.05)),
-    "heat": Scenario(le.heat(2, width=0.1)),
+    "heat": Scenario(le.heat(2, width=0.1, scale="absolute")),
     "filter heat": Scenario(le.heat(2, width=0.1, scale="filter")),
     "relative heat": Scenario(le.heat(1, width=0.1, scale="relative"), adam=True),
     "compiled": Scenario(le.entropy_sgd(3, gamma=2.0, noise=0.0), compile=True),
@@ -224,7 +224,7 @@ def like(value: Tensor, p: Tensor) -> Tensor:
 def write_perturbed() -> None:
     """Write a number that rank 0 alone has, while the weights are perturbed."""
     net = sharded_net()
-    _, loop = attach(net, Scenario(le.heat(1, width=0.1)))
+    _, loop = attach(net, Scenario(le.heat(1, width=0.1, scale="absolute")))
     loop.prepare()
     with torch.no_grad():
         net.scale.mul_(2)

@@ -14,10 +14,10 @@ PRESETS = exported_presets()
 # The numbers of the papers, not read from the package; a new preset needs its row.
 EXPECTED: dict[str, dict[str, Any]] = {
     "lookahead": {"inner_steps": 5, "outer_lr": 0.5},
-    "smoothed_lookahead": {"inner_steps": 20, "outer_lr": 0.3, "width": 0.1, "scale": "relative"},
+    "smoothed_lookahead": {"inner_steps": 20, "outer_lr": 0.3, "width": 0.2, "scale": "relative"},
     "entropy_sgd": {"inner_steps": 20, "gamma": le.Scoping(0.03, 1e-3), "noise": 1e-4, "average": 0.75},
     "hamilton_jacobi": {"inner_steps": 20, "gamma": le.Scoping(0.03, 1e-3)},
-    "heat": {"inner_steps": 1, "gamma": 1e4, "perturb": True},
+    "heat": {"inner_steps": 1, "width": 0.1, "scale": "relative", "perturb": True},
     "two_timescale": {"inner_steps": 1, "gamma": 1.0, "reset": False, "outer_lr": 0.1},
     "elastic_sgd": {"inner_steps": 10, "rho": 0.5},
     "local_sgd": {"inner_steps": 10, "elastic_target": "pseudo_gradient"},
@@ -90,6 +90,18 @@ def test_a_preset_hands_on_every_argument() -> None:
         inner_steps=3, gamma=0.5, rho=0.1, average=0.2, elastic_target="average", coupled=True, outer_lr=0.3,
         outer_momentum=0.4,
     )  # fmt: skip
+
+
+def test_the_unit_of_heat_follows_the_number() -> None:
+    """A width is a share of a filter's norm, a gamma the heat equation's; whoever names a unit has it."""
+    relative = le.Relaxation(width=0.1, perturb=True, scale="relative")
+    assert le.heat() == le.heat(width=0.1) == le.heat(scale="relative") == relative
+    assert le.heat(gamma=4.0) == le.Relaxation(gamma=4.0, perturb=True)
+    assert le.heat(gamma=4.0, scale="relative") == le.Relaxation(gamma=4.0, perturb=True, scale="relative")
+    assert le.heat(width=0.5, scale="absolute") == le.Relaxation(width=0.5, perturb=True)
+    assert le.heat(scale="absolute") == le.Relaxation(gamma=1e4, perturb=True)
+    assert le.heat(scale="filter") == le.Relaxation(gamma=1e4, perturb=True, scale="filter")
+    assert le.HeatSmoothing().relaxation == relative
 
 
 def test_heat_takes_gamma_or_width() -> None:
