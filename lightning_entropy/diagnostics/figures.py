@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Pictures side by side in an overview.
+_ABREAST = 4
+
+
 class Result(Protocol):
     """What an estimator returns: numbers to log and a picture."""
 
@@ -31,10 +35,10 @@ def draw(result: Result) -> "Figure":
 
 
 def overview(results: "Mapping[str, Sequence[Result]]") -> "Figure":
-    """Draw several results on one figure, a row for each checkpoint, as an image for a logger or a slide.
+    """Draw several results on one figure, as an image for a logger or a slide.
 
     Args:
-        results: What was measured, by the title of a row: in each of them at least one.
+        results: What was measured, by the title that stands above its pictures.
 
     Returns:
         The figure; ``logger.experiment.add_figure(name, figure, step)`` logs it to TensorBoard.
@@ -45,14 +49,15 @@ def overview(results: "Mapping[str, Sequence[Result]]") -> "Figure":
     from matplotlib.figure import Figure
 
     panels = {title: [p for r in row for p in getattr(r, "panels", (r.plot,))] for title, row in results.items()}
-    width = max((len(row) for row in panels.values()), default=0)
+    width = min(_ABREAST, max((len(row) for row in panels.values()), default=0))
     if not width:
         raise ValueError("results must hold something to draw, got none")
-    figure = Figure(figsize=(6.0 * width, 4.6 * len(panels)), layout="constrained")
-    parts = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
-    for part, (title, row) in zip(parts, panels.items(), strict=True):
+    heights = [max(1, -(-len(row) // width)) for row in panels.values()]
+    figure = Figure(figsize=(6.0 * width, 4.4 * sum(heights) + 0.4 * len(heights)), layout="constrained")
+    parts = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, height, (title, row) in zip(parts, heights, panels.items(), strict=True):
         part.suptitle(title)
-        axes = part.subplots(1, width, squeeze=False)[0]
+        axes = part.subplots(height, width, squeeze=False).flatten()
         for ax, panel in zip(axes, row, strict=False):
             panel(ax)
         for ax in axes[len(row) :]:

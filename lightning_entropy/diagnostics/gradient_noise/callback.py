@@ -22,6 +22,7 @@ class GradientNoise(Diagnostic):
         chunk: Per-example gradients computed at once. None: as ``memory`` allows.
         memory: GiB for gradients.
         vectorize: False for modules that cannot run under ``vmap``.
+        groups: Of examples, for the error that their choice makes, in the picture; 0: none.
         **when: When and on what to measure; see :class:`~lightning_entropy.diagnostics.callback.Diagnostic`.
 
     Raises:
@@ -34,11 +35,19 @@ class GradientNoise(Diagnostic):
 
     default_name = "gradient_noise"
 
-    def __init__(self, *, chunk: int | None = None, memory: float = 2.0, vectorize: bool = True, **when: Any) -> None:
+    def __init__(
+        self,
+        *,
+        chunk: int | None = None,
+        memory: float = 2.0,
+        vectorize: bool = True,
+        groups: int = 0,
+        **when: Any,
+    ) -> None:
         super().__init__(**when)
         if self.mode != "eval":
             raise ValueError(f'mode must be "eval" for gradients of single examples, got {self.mode!r}')
-        self.chunk, self.memory, self.vectorize = chunk, memory, vectorize
+        self.chunk, self.memory, self.vectorize, self.groups = chunk, memory, vectorize, groups
         self._lr: float | None = None
         self._batch_size: int | None = None
 
@@ -60,5 +69,6 @@ class GradientNoise(Diagnostic):
             chunk=self.chunk,
             memory=self.memory,
             vectorize=self.vectorize,
+            groups=self.groups,
             **settings,
         )

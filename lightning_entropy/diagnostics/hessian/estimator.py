@@ -1,7 +1,6 @@
 """How flat is the minimum: eigenvalues, trace and spectral density of the Hessian of the loss."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from lightning_entropy.diagnostics.estimate import Estimate
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
 from lightning_entropy.diagnostics.groups import Groups
+from lightning_entropy.diagnostics.hessian.by_group import by_group_of, dense_by_group, resampled_of
 from lightning_entropy.diagnostics.hessian.density import density_of
 from lightning_entropy.diagnostics.hessian.lanczos import extreme_eigenpairs, gauss_quadrature
 from lightning_entropy.diagnostics.hessian.result import ByGroup, HessianResult
@@ -18,8 +18,6 @@ from lightning_entropy.diagnostics.progress import progress_bar
 from lightning_entropy.diagnostics.surface import LossSurface, untouched
 
 _BASIS = 200
-# Spectra of groups drawn anew, where a dense one is cheap.
-_SPECTRA = 16
 
 
 def hessian_spectrum(
@@ -198,61 +196,9 @@ def _iterative(
         trace = Estimate(rest.value + float(values.sum()), rest.stderr, rest.dof)
     z = torch.cat(drawn) if drawn else x.new_empty(0, size)
     del drawn
-    by_group = _by_group(groups, eigenvectors, z)
-    resampled = _resampled(groups, z, steps, max(1, vectors // (min(steps, size) + 4)), seed, progress)
+    by_group = by_group_of(groups, eigenvectors, z)
+    resampled = resampled_of(groups, z, steps, max(1, vectors // (min(steps, size) + 4)), seed, progress)
     return _result(surface, values, errors, trace, nodes, masses, sigma, by_group, resampled, exact=False)
-
-
-def _by_group(groups: Groups, u: Tensor, z: Tensor) -> ByGroup | None:
-    """Return u^T H_g u of eigenvectors u, shape (k, P), and tr H_g from probes z, shape (m, P), of each group."""
-    if not len(groups) or not len(u) + len(z):
-        return None
-    curvatures, traces = [], []
-    inside = (z @ u.T).double()
-    for products in groups.hessian_products(torch.cat([u, z])):
-        small = (u @ products[: len(u)].T).double()
-        crossed = (products[len(u) :] @ u.T).double()
-        forms = (z * products[len(u) :]).double().sum(1) - 2 * (inside * crossed).sum(1)
-        forms += ((inside @ small) * inside).sum(1)
-        curvatures.append(small.diagonal().cpu().numpy())
-        traces.append(float(small.trace() + forms.mean()) if len(z) else np.nan)
-    return ByGroup(groups.shares, np.array(curvatures), np.array(traces) if len(z) else None)
-
-
-def _resampled(
-    groups: Groups, z: Tensor, steps: int, abreast: int, seed: int, progress: bool
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the quadrature of each probe, shape (m, P), on groups of examples drawn anew for it."""
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    if not len(groups):
-        return found
-    draws = groups.resampling(len(z), seed)
-    rounds = -(-len(z) // abreast) * min(steps, z.shape[1])
-    with progress_bar("Hessian density, error", rounds, progress) as bar:
-        for start in range(0, len(z), abreast):
-            part = slice(start, start + abreast)
-            products = partial(groups.resampled_products, counts=draws[part])
-            nodes, masses, _ = gauss_quadrature(products, z[part], steps, tick=bar.update)
-            found += zip(nodes, masses, strict=True)
-    return found
-
-
-def _dense_by_group(
-    groups: Groups, values: np.ndarray, vectors: Tensor, seed: int
-) -> tuple[ByGroup | None, list[tuple[np.ndarray, np.ndarray]]]:
-    """As :func:`_by_group` with all eigenvectors, and the spectra of matrices of groups drawn anew."""
-    if not len(groups):
-        return None, []
-    eye = torch.eye(len(vectors), dtype=groups.surface.weights.dtype, device=groups.surface.device)
-    matrices = [m.double().cpu() for m in groups.hessian_products(eye)]
-    curvatures = np.array([(vectors * (m @ vectors)).sum(0).numpy() for m in matrices])
-    found = ByGroup(groups.shares, curvatures, np.array([float(m.trace()) for m in matrices]))
-    spectra, stacked = [], torch.stack(matrices)
-    for counts in groups.resampling(_SPECTRA, seed):
-        weights = counts * torch.from_numpy(groups.shares)
-        matrix = torch.einsum("g,gij->ij", weights / weights.sum(), stacked)
-        spectra.append((torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy(), np.full(len(values), 1 / len(values))))
-    return found, spectra
 
 
 def _dense(surface: LossSurface, groups: Groups, sigma: float | None, progress: bool) -> HessianResult:
@@ -270,7 +216,7 @@ def _dense(surface: LossSurface, groups: Groups, sigma: float | None, progress: 
     errors = np.full(size, torch.finfo(x.dtype).eps * np.abs(values).max())
     trace = Estimate(float(values.sum()))
     masses = np.full(size, 1 / size)
-    by_group, spectra = _dense_by_group(groups, values, vectors.flip(1), surface.seed)
+    by_group, spectra = dense_by_group(groups, values, vectors.flip(1), surface.seed)
     return _result(surface, values, errors, trace, [values[::-1]], [masses], sigma, by_group, spectra, exact=True)
 
 

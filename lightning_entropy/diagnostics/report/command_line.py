@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         parser.error(f"nothing could be measured: {next(iter(findings[0].failed.values()))}")
     write()
     if options.image is not None:
-        overview({found.title: list(found.results.values()) for found in findings}).savefig(options.image, dpi=120)
+        overview({found.title: found.in_order() for found in findings}).savefig(options.image, dpi=120)
     _print(findings)
     print(f"wrote {', '.join(str(options[name]) for name in ('output', 'json', 'image') if options[name] is not None)}")
     return output

@@ -70,6 +70,10 @@ class Findings:
     left: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
+    def in_order(self) -> list[Result]:
+        """Return the results in the order of the page."""
+        return [self.results[name] for name in SECTIONS if name in self.results]
+
     def rows(self) -> dict[str, list[Row]]:
         """Return each section's numbers, in the order of the page."""
         return {name: ROWS[name](self.results[name]) for name in SECTIONS if name in self.results}

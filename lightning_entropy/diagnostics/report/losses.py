@@ -90,8 +90,11 @@ class LossResult:
         noun = "batches" if units == {"batch"} else "examples"
         ax.set_xlabel(f"loss of one {noun.removesuffix('es') if noun == 'batches' else 'example'}")
         ax.set_ylabel(f"share of {noun} with a larger loss")
-        ax.legend(fontsize=8, loc="lower left")
-        lines = [f"{name} {values.estimate}" for name, (_, values) in self.numbers().items()]
+        ax.legend(fontsize=8, loc="upper right")
+        lines = [
+            f"{name.removesuffix(', %')} {values.estimate}{' %' if name.endswith('%') else ''}"
+            for name, (_, values) in self.numbers().items()
+        ]
         ax.set_title("\n".join(lines), fontsize=9)
         return ax.figure, ax  # type: ignore[return-value]
 
