@@ -60,11 +60,11 @@ class Training:
             assembly=assembly,
         )
 
-    def step(self, *, tells: bool = True) -> None:
+    def step(self, *, tells: bool | None = None) -> None:
         """Train a step, and give the state to a replica that waits for it.
 
         Args:
-            tells: what is on its way too.
+            tells: what is on its way, which has arrived; or not; None: what there happens to be.
         """
         self.loops.begin()
         self.optimizer.zero_grad()
@@ -77,8 +77,11 @@ class Training:
             self.lost += self.assembly is not None and before not in (None, coupling.round) and before.means is None
         self.steps += 1
         self.anchors[self.steps] = self.x()
+        for coupling in self.loops.couplings if tells is not None else []:
+            if coupling.round is not None:
+                coupling.round._encounter.over.wait(10)
         if self.assembly is not None and self.assembly.asks():
-            if tells:
+            if tells in (None, True):
                 self.loops.receive()
             position = ReplicaLoops.position(self.loops.state_dict())
             self.assembly.give_state({"x": self.x(), "position": position, "steps": self.steps})
@@ -123,12 +126,11 @@ def joined(*, tells: bool) -> Any:
         three = [Training(r, meeting(r, address, 2)) for r in range(3)]
 
         def train(t: Training) -> None:
-            while t.steps < 4 * METHOD.inner_steps:
+            while t.steps < 5 * METHOD.inner_steps:
                 if t.steps == 7:  # of the first fragment's second loop: its exchange has begun
                     here.wait()
                     time.sleep(1.0)  # the lighthouse has heard of the third
                 t.step(tells=tells)
-                time.sleep(0.05)  # an exchange takes less than a step
 
         def come(t: Training) -> None:
             while three[0].steps < 7:

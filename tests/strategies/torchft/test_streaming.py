@@ -79,7 +79,7 @@ def test_one_that_joins_has_the_others_anchors_when_it_has_met_them(met: meeting
     result, _ = met(scenario)
     first, second, third = ({int(n): x for n, x in anchors.items()} for anchors in result["anchors"])
     begins, end = min(third), max(third)
-    assert 7 <= begins < METHOD.inner_steps + 6 and first.keys() == second.keys()
+    assert 7 <= begins < end - METHOD.inner_steps - METHOD.delay and first.keys() == second.keys()
     assert third[begins] == first[begins]
     # What is on its way when it joins is told; where it is not known yet, it is taken over at the next exchange.
     apart = [n for n in third if third[n] != first[n]]
