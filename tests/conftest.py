@@ -64,6 +64,7 @@ PLACES = {
     "diagnostics/test_callback.py": "slow",
     "diagnostics/local_entropy": "slow",
     "diagnostics/report": "slow",
+    "diagnostics/test_groups_of_noise_and_valley.py": "slow",
 }
 
 # Markers by the test's name; slow is what takes seconds on an idle core. tests/test_lanes.py looks for each name.

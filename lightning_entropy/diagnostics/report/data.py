@@ -42,7 +42,8 @@ class Data:
         batch_dim: BatchDim = None,
         seed: int = 0,
     ) -> None:
-        self.splits = {name: data for name, data in (("train", train), ("val", val)) if data is not None}
+        given = {"train": train, "val": val}
+        self.splits = {name: data for name, data in given.items() if data is not None and not _empty(data)}
         if not self.splits:
             raise ValueError("data must have a training or a validation loader, got neither")
         self.owner, self.batch_dim, self.seed = owner, batch_dim, seed
@@ -83,6 +84,10 @@ class Data:
         return transfer
 
 
+def _empty(data: Any) -> bool:
+    return isinstance(data, list | tuple) and not data
+
+
 def _first(loaders: Any) -> Any:
     """Return the first of several loaders; a list of batches is one."""
     if isinstance(loaders, dict) and loaders:
@@ -101,6 +106,9 @@ def is_loader(value: Any) -> bool:
         >>> is_loader([torch.zeros(2)]), is_loader(torch.zeros(2)), is_loader("data")
         (True, False, False)
     """
+    # An iterator is read once, and a report reads again.
+    if hasattr(value, "__next__"):
+        return False
     if isinstance(value, Tensor | str | bytes | dict | type):
         return False
     return hasattr(value, "__iter__")

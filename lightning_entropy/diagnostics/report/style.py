@@ -20,7 +20,7 @@ figure { margin: 0; flex: 1 1 20rem; min-width: 0; max-width: 40rem }
 figcaption { font-size: .9rem } svg { width: 100%; height: auto; display: block }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem }
 dt { color: var(--quiet) } dd { margin: 0 }
-@media (max-width: 48rem) {
+@media screen and (max-width: 48rem) {
   body { padding: 1rem .9rem 2rem } figure { flex-basis: 100% }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
   table, caption, tbody, tr, th, td { display: block; border: 0; padding: 0 }
@@ -36,7 +36,8 @@ dt { color: var(--quiet) } dd { margin: 0 }
 @media print {
   @page { margin: 16mm }
   :root { color-scheme: light; font-size: 10pt } body { max-width: none; padding: 0 }
-  h2 { break-after: avoid } tr, figure, dl { break-inside: avoid } .pictures { display: block }
-  figure { max-width: 15cm; margin-bottom: .5cm }
+  h2 { break-after: avoid; margin-top: 1.2rem } tr, figure, dl { break-inside: avoid } table { font-size: 9pt }
+  tbody th { min-width: 6rem } .pictures { display: block }
+  figure { display: inline-block; width: 49%; max-width: none; margin-bottom: .4cm } figure:only-child { width: 65% }
 }
 """

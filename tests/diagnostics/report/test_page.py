@@ -110,7 +110,7 @@ def test_it_has_an_outline_and_every_picture_its_words(text):
 
 def test_nothing_has_a_fixed_width_or_comes_from_elsewhere(text):
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
-    for rule in ("prefers-color-scheme: dark", "@media print", "@media (max-width"):
+    for rule in ("prefers-color-scheme: dark", "@media print", "@media screen and (max-width"):
         assert rule in style
     assert not re.search(r"(?<![-\w])(?:min-)?width: *[2-9]\d*px", style)
     for svg in Outline(text).all("svg"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_entropy.diagnostics.report.command_line import main
+from lightning_entropy.diagnostics.report.data import Data
 from lightning_entropy.diagnostics.report.names import Refused, find
 from lightning_entropy.diagnostics.report.page import page
 from tests.diagnostics import tiny
@@ -55,6 +56,9 @@ def needs(root):
 
 def number():
     return 3
+
+def generator():
+    return iter(train())
 
 def breaks():
     raise FileNotFoundError("no folder\\n  data")
@@ -156,6 +160,7 @@ def test_a_module_has_its_own_loaders_and_a_loss_its_own_script(folder):
         (("BROKEN:Net",), r"--module .*broken_tiny.py:Net: importing .* has failed with SystemExit: usage: broken"),
         (("no.such.module.Net",), r"--module must be an import path such as .*, got 'no.such.module.Net'"),
         (("@Net", "@number"), r"--data must be a function that returns a DataLoader, a pair .*, got a int"),
+        (("@Net", "@generator"), r"--data must be a function that returns a DataLoader, .*, got a _SingleProcess"),
         (("@Net", "@three"), r"--data must be callable or a DataLoader, .*, got .*:three, a int"),
         (("@Net", "@Net"), r"--data must be a LightningDataModule or a function, .*, the class Net"),
         (("@Net", "@breaks"), r"calling it has failed with FileNotFoundError: no folder data"),
@@ -238,3 +243,9 @@ def test_the_differences_are_in_the_json_and_an_image_has_both(folder):
 def test_three_checkpoints_are_too_many():
     with pytest.raises(ValueError, match="findings must be one or two, got 0"):
         page([])
+
+
+def test_a_split_of_no_loaders_is_none():
+    assert list(Data([torch.ones(2, 1)], []).splits) == ["train"]
+    with pytest.raises(ValueError, match="data must have a training or a validation loader, got neither"):
+        Data(None, [])
