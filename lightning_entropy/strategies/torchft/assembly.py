@@ -292,8 +292,8 @@ class Assembly:
 
     def _meet(self, task: Encounter) -> Met | int:
         """Return what the next meeting brings, or for which exchange it was if not for this one."""
-        self._states.withdraw()
         self._gather()
+        self._states.withdraw()  # not before: one that joins is waited for here, and may be fetching its state yet
         met = Met(self._records(task.record), self._rank)
         living = [record for record in met.records if not record.joins]
         if met.source == self._rank and len(living) < len(met.records) and len(met.records) > 1:

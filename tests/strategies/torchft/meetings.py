@@ -187,11 +187,12 @@ def join() -> Any:
         together = mean(first, torch.tensor([5.0]))
         met = encounter.wait()
         wanted = first.assembly.wants_state
-        got = side_by_side(
-            [lambda: second.take_state(met), lambda: first.assembly.give_state({"x": torch.tensor([5.0]), "t": 3})]
-        )[0]
+        first.assembly.give_state({"x": torch.tensor([5.0]), "t": 3})
+        later = first([torch.tensor([6.0])])
+        time.sleep(0.5)  # the first has come to its next meeting, in which it waits for the second
+        got = second.take_state(met)
         second.close()
-        later = mean(first, torch.tensor([6.0]))
+        later = [m.tolist() for m in later()]
         first.assembly.close()
         return {
             "alone": alone,
