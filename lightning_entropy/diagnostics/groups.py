@@ -63,17 +63,17 @@ class Groups:
         """Multiply vectors, shape (k, P), by the Hessian of each group's mean loss in turn."""
         for group in self._groups:
             size = sum(part.size for part in group)
-            shares = [torch.full((len(vectors),), part.size / size) for part in group]
+            shares = [[part.size / size] * len(vectors) for part in group]
             yield self._products(vectors, group, shares)
 
-    def resampled_products(self, vectors: Tensor, counts: Tensor) -> Tensor:
+    def resampled_products(self, vectors: Tensor, counts: np.ndarray) -> Tensor:
         """Multiply each of k vectors, shape (k, P), by the Hessian where group g counts ``counts[k, g]`` times."""
         parts, shares = [], []
-        total = counts.double() @ torch.from_numpy(self.shares)
+        total = self.surface.examples * (counts @ self.shares)
         for g, group in enumerate(self._groups):
             for part in group:
                 parts.append(part)
-                shares.append(counts[:, g] * part.size / self.surface.examples / total)
+                shares.append((counts[:, g] * part.size / total).tolist())
         return self._products(vectors, parts, shares)
 
     def losses(self, weights: Tensor) -> Tensor:
@@ -86,22 +86,21 @@ class Groups:
                 found.append(torch.stack(values).sum())
         return torch.stack(found)
 
-    def _products(self, vectors: Tensor, parts: list[_Part], shares: list[Tensor]) -> Tensor:
+    def _products(self, vectors: Tensor, parts: list[_Part], shares: list[list[float]]) -> Tensor:
         products = torch.zeros_like(vectors)
         for part, share in zip(parts, shares, strict=True):
             for k, product in enumerate(
                 self.surface.batch_products(self.surface.weights, vectors, part.batch, part.index)
             ):
                 if share[k]:
-                    products[k].add_(product, alpha=float(share[k]))
+                    products[k].add_(product, alpha=share[k])
         return products
 
-    def resampling(self, times: int, seed: int) -> Tensor:
+    def resampling(self, times: int, seed: int) -> np.ndarray:
         """Draw as many groups as there are with replacement, ``times`` times: how often each, shape (times, G)."""
-        generator = torch.Generator().manual_seed(seed)
         n = len(self)
-        drawn = torch.randint(n, (times, n), generator=generator)
-        return torch.nn.functional.one_hot(drawn, n).sum(1).double()
+        drawn = np.random.default_rng(seed).integers(n, size=(times, n))
+        return (drawn[:, :, None] == np.arange(n)).sum(1).astype(float)
 
 
 def _whole(parts: list[_Part], count: int) -> list[list[_Part]]:

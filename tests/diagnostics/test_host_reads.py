@@ -17,10 +17,17 @@ STEEP = {"gamma": 100.0, "temperature": 1e-2, "leaps": 1, "draws": 2}  # few run
 # What is measured, how often the work of it may be multiplied by, and the arguments that do.
 MORE: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "density": (D.hessian_spectrum, {"top": 0, "bottom": 0, "probes": 4, "dense_limit": 1}, {"steps": (5, 20)}),
+    "grouped density": (
+        D.hessian_spectrum,
+        {"top": 0, "bottom": 0, "probes": 4, "dense_limit": 1, "groups": 4},
+        {"steps": (5, 20)},
+    ),
     "trace": (D.hessian_spectrum, {"top": 0, "bottom": 0, "steps": 1, "dense_limit": 1}, {"probes": (4, 16)}),
     "samples": (D.local_entropy, {**STEEP, "warmup": 2}, {"samples": (2, 12)}),
     "warmup": (D.local_entropy, {**STEEP, "samples": 2}, {"warmup": (2, 12)}),
-    "chains": (D.local_entropy, {**STEEP, "samples": 2, "warmup": 2}, {"chains": (2, 6)}),
+    # Two chains have no error of the norm, whose read is the one more that three have.
+    "chains": (D.local_entropy, {**STEEP, "samples": 2, "warmup": 2}, {"chains": (3, 9)}),
+    "grouped draws": (D.flatness_profile, {"sigmas": [0.1, 0.2], "groups": 4}, {"draws": (4, 16)}),
     "profile": (D.flatness_profile, {"sigmas": [0.1, 0.2]}, {"draws": (4, 16)}),
     "examples": (D.gradient_noise, {}, {"chunk": (15, 3)}),
     "looped": (D.gradient_noise, {"vectorize": False, "chunk": 5}, {"examples": (15, 30)}),

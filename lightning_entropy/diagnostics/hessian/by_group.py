@@ -61,7 +61,7 @@ def dense_by_group(
     found = ByGroup(groups.shares, curvatures, np.array([float(m.trace()) for m in matrices]))
     spectra, stacked = [], torch.stack(matrices)
     for counts in groups.resampling(_SPECTRA, seed):
-        weights = counts * torch.from_numpy(groups.shares)
+        weights = torch.from_numpy(counts * groups.shares)
         matrix = torch.einsum("g,gij->ij", weights / weights.sum(), stacked)
         spectra.append((torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy(), np.full(len(values), 1 / len(values))))
     return found, spectra
