@@ -259,6 +259,10 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
     data = digits() if args.data == "digits" else fashion_mnist(args.root, args.train_size)
     results = {name: Rows() for name in METHODS}
+    print(
+        f"{len(METHODS)} methods, {args.seeds} seeds, {args.epochs} epochs each: a minute or two on two cores",
+        flush=True,
+    )
     with tqdm(total=len(METHODS) * args.seeds * args.epochs, unit="epoch", disable=None) as bar:
         for seed in range(args.seeds):
             for name, rows in results.items():

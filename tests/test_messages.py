@@ -54,7 +54,10 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: le.InnerOuterCallback(le.HeatSmoothing()), "got HeatSmoothing: HeatSmoothing has one"),  # type: ignore[arg-type]
     (lambda: fit(callbacks=[le.EntropySGD]), r"^EntropySGD is a class .*write callbacks=\[EntropySGD\(...\)\]"),
     (lambda: fit(callbacks=[le.EntropySGD(), le.HamiltonJacobi()]), "got EntropySGD and HamiltonJacobi: remove one"),
-    (lambda: le.relax(optimizer(), 3), "relaxation must be a Relaxation such as entropy_sgd\\(\\), got int$"),  # type: ignore[arg-type]
+    (
+        lambda: le.relax(optimizer(), 3),
+        "relaxation must be a Relaxation, as le.entropy_sgd\\(\\) and the other presets return, got int$",
+    ),  # type: ignore[arg-type]
 ]
 
 

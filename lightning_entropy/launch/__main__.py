@@ -53,10 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
 def at_least_one(text: str) -> int:
     """Return an integer of the command line that is at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -66,7 +66,13 @@ class Jobs:
         return bool(self._signals) or self._done
 
     def _look_after(self, job: Job) -> None:
-        if job.look() and job.code:
+        ended = job.look()
+        if ended and job.code == 0 and not job.reports and not self._signals:
+            self._say(
+                f"replica {job.replica} has ended well and reported no outer step: does its Trainer have "
+                "ElasticEntropyStrategy(membership='torchft')?"
+            )
+        if ended and job.code:
             if self._over:
                 then = ""
             elif job.lost:

@@ -336,4 +336,6 @@ def check_relaxation(value: Any) -> Relaxation:
         hint = f": {name} has one, at its attribute relaxation"
     elif callable(value):
         hint = f": call the preset, as in {name}()"
-    raise TypeError(f"relaxation must be a Relaxation such as entropy_sgd(), got {name}{hint}")
+    raise TypeError(
+        f"relaxation must be a Relaxation, as le.entropy_sgd() and the other presets return, got {name}{hint}"
+    )

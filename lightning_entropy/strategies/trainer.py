@@ -1,6 +1,7 @@
 """Replicas under the Trainer: every device, or group of devices, trains one, elastically tied to their mean."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -55,7 +56,7 @@ from lightning_entropy.strategies.stopping import JointStop
 from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.internals import check_installed
-from lightning_entropy.strategies.torchft.join import PEER, join, lighthouse_address
+from lightning_entropy.strategies.torchft.join import LIGHTHOUSE, PEER, join, lighthouse_address
 from lightning_entropy.strategies.torchft.status import report
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import training_is_complete, warn_if_pinned
@@ -233,6 +234,11 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             return
         assert self.lightning_module is not None
         self._own_the_loop()
+        if not self.options.elastic and LIGHTHOUSE in os.environ:
+            rank_zero_warn(
+                f"{LIGHTHOUSE} is set, and membership is 'static': this job meets no other. Replicas that come and go "
+                f"need {type(self).__name__}(membership='torchft')"
+            )
         self._left, self._restored, self._resumed = None, None, False
         self._unclosed, self._epoch_rng = None, None
         self._base_seed = self.options.common_seed(self.broadcast)

@@ -68,13 +68,13 @@ class RefreshBatchNorm(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say before training, which may have no validation, when there will be nothing to refresh."""
-        if not any(map(_keeps_statistics, pl_module.modules())):
+        if not any(map(keeps_statistics, pl_module.modules())):
             rank_zero_warn(NOTHING)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which layers are in evaluation mode while the others train: to them their statistics are weights."""
         if batch_idx == 0 or self._frozen is None:
-            self._frozen = {name for name, m in pl_module.named_modules() if _keeps_statistics(m) and not m.training}
+            self._frozen = {name for name, m in pl_module.named_modules() if keeps_statistics(m) and not m.training}
 
     # The epoch-start hooks: by then every callback, the module and the strategy have put the weights in place.
 
@@ -99,7 +99,7 @@ class RefreshBatchNorm(Callback):
             MisconfigurationException: no training data, or no batch in it.
         """
         frozen = self._frozen or ()
-        layers = [m for name, m in pl_module.named_modules() if _keeps_statistics(m) and name not in frozen]
+        layers = [m for name, m in pl_module.named_modules() if keeps_statistics(m) and name not in frozen]
         if not layers:
             if not frozen and trainer.state.fn != TrainerFn.FITTING:
                 rank_zero_warn(NOTHING)
@@ -139,7 +139,8 @@ class RefreshBatchNorm(Callback):
         )
 
 
-def _keeps_statistics(module: Module) -> TypeGuard[_BatchNorm]:
+def keeps_statistics(module: Module) -> TypeGuard[_BatchNorm]:
+    """Return whether a module is a BatchNorm with running statistics."""
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 

@@ -20,6 +20,7 @@ from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.relaxation import Relaxation, check_relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer import sharded
+from lightning_entropy.trainer.batchnorm import RefreshBatchNorm, keeps_statistics
 from lightning_entropy.trainer.metrics import OuterStepMetrics
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import (
@@ -144,8 +145,14 @@ class InnerOuterCallback(Callback):
         Raises:
             ValueError: a state of ours that is not whole; an empty one is not loaded, so that it is looked at here.
         """
-        if self.state_key in checkpoint.get("callbacks", {}):
-            check_state(type(self).__name__, checkpoint["callbacks"][self.state_key], FORMAT)
+        states = checkpoint.get("callbacks", {})
+        if self.state_key in states:
+            check_state(type(self).__name__, states[self.state_key], FORMAT)
+        elif other := next((key for key, state in states.items() if _is_ours(state)), None):
+            rank_zero_warn(
+                f"the checkpoint's loop is of {other.partition('{')[0]}, not of {type(self).__name__}: it is not loaded, "
+                "and a new loop begins at its x"
+            )
         self._loaded_from = trainer.ckpt_path
         self._optimizer_states = checkpoint.get("optimizer_states", [])
 
@@ -186,6 +193,17 @@ class InnerOuterCallback(Callback):
                 self._loops.load_state_dict(self._resumed["loops"])
         self._logged_at = trainer.global_step
         self._metrics = OuterStepMetrics(trainer)
+        rank_zero_info(self._describe(trainer, pl_module))
+
+    def _describe(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Say in a sentence what is going to happen."""
+        steps = self.relaxation.inner_steps
+        every = "at every optimizer step" if steps == 1 else f"every {steps} optimizer steps"
+        said = f"{type(self).__name__}: the weights that you keep move {every}"
+        refreshed = any(isinstance(c, RefreshBatchNorm) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if refreshed or not any(map(keeps_statistics, pl_module.modules())):
+            return said
+        return f"{said}; BatchNorm's statistics are of the weights in between, RefreshBatchNorm(20) re-estimates them"
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first backward pass: an epoch may have none (SWA's last, for BatchNorm)."""
@@ -425,6 +443,11 @@ class HideAnchor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put y back, before the module's own hooks put theirs."""
         self._owner.hide()
+
+
+def _is_ours(state: Any) -> bool:
+    """Return whether the state of a callback is that of one like this."""
+    return isinstance(state, dict) and {"format", "loops", "method"} <= state.keys()
 
 
 def _classes(optimizers: Iterable[Optimizer]) -> list[str]:

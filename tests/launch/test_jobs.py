@@ -36,6 +36,17 @@ def test_one_that_dies_in_vain_is_left_and_its_status_is_the_launchers(tmp_path:
     assert said[4].endswith("it has died too often without an outer step between, and is not started again")
 
 
+def test_one_that_never_met_the_others_is_asked_about(tmp_path: Path) -> None:
+    status = tmp_path / "1.json"
+    program = f"import pathlib; pathlib.Path({str(status)!r}).write_text('{{\"step\": 1}}')"
+    code, said = run(job(tmp_path, 0, "pass"), job(tmp_path, 1, program))
+    assert code == 0
+    assert said == [
+        "replica 0 has ended well and reported no outer step: does its Trainer have "
+        "ElasticEntropyStrategy(membership='torchft')?"
+    ]
+
+
 def test_one_that_makes_outer_steps_may_die_as_often_as_it_likes(tmp_path: Path) -> None:
     status, count = tmp_path / "0.json", tmp_path / "count"
     program = (
@@ -71,7 +82,7 @@ def test_what_it_has_started_ends_with_one_that_dies(tmp_path: Path) -> None:
 
 
 def test_one_that_dies_when_another_has_ended_well_is_not_started_again(tmp_path: Path) -> None:
-    well = job(tmp_path, 0, "")
+    well = job(tmp_path, 0, f"open({str(tmp_path / '0.json')!r}, 'w').write('{{\"step\": 1}}')")
     assert well._process is not None
     well._process.wait()
     code, said = run(well, job(tmp_path, 1, "import time; time.sleep(1); raise SystemExit(4)"))
@@ -82,7 +93,8 @@ def test_one_that_dies_when_another_has_ended_well_is_not_started_again(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--replicas", "0", "x.py"], "must be >= 1, got 0"),
+        (["--replicas", "two", "x.py"], "must be an integer >= 1, got two"),
+        (["--replicas", "0", "x.py"], "must be an integer >= 1, got 0"),
         (["--replicas", "2", "--min-replicas", "3", "x.py"], "--min-replicas must be at most --replicas, got 3 and 2"),
     ],
 )

@@ -129,3 +129,12 @@ def test_only_a_first_replica_of_one_rank_keeps_its_random_state(grid: Grid, see
     assert torch.equal(before, torch.get_rng_state()) != seeded
     if seeded:
         assert torch.initial_seed() == grid.seed(11)
+
+
+@pytest.mark.processes
+def test_a_job_of_replicas_that_come_and_go_needs_their_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://127.0.0.1:1")
+    with pytest.raises(Exception, match="TORCHFT_LIGHTHOUSE is set, and membership is 'static'"):  # a warning, there
+        fit(tmp_path, strategy(PARLE), 2)

@@ -143,6 +143,19 @@ def test_a_checkpoint_without_us_resumes_with(tmp_path: Path, name: str) -> None
     assert steps == BATCHES
 
 
+def test_a_checkpoint_of_another_method_is_said(tmp_path: Path) -> None:
+    t = trainer(callbacks=[CALLBACKS["entropy"]()], max_steps=8)
+    t.fit(Automatic(), Stream())
+    t.save_checkpoint(tmp_path / "entropy.ckpt")
+    callback = CALLBACKS["jacobi"]()
+    with (
+        pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"),
+        pytest.warns(UserWarning, match="the checkpoint's loop is of EntropySGD, not of HamiltonJacobi"),
+    ):
+        trainer(callbacks=[callback], max_epochs=2).fit(Automatic(), Stream(), ckpt_path=tmp_path / "entropy.ckpt")
+    assert callback.state_dict()["loops"][0]["outer_step"] > 0
+
+
 def test_two_optimizers_do_not_resume_as_one(tmp_path: Path) -> None:
     t = trainer(callbacks=[CALLBACKS["entropy"]()], max_steps=8)
     t.fit(Pair(), Stream())

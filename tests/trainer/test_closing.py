@@ -18,6 +18,7 @@ from tests.lightning_modules import (
     Automatic,
     Manual,
     Pair,
+    batchnorm_net,
     loader,
     same,
     trainer,
@@ -155,6 +156,20 @@ def test_a_validation_before_the_first_outer_step_says_so_once(caplog: pytest.Lo
     said = [r.message for r in caplog.records if "validation sees the initial weights" in r.message]
     assert len(said) == 1
     assert "inner_steps = 9" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("net", "others", "hint"), [(None, [], False), ("bn", [], True), ("bn", [le.RefreshBatchNorm(2)], False)]
+)
+def test_what_is_going_to_happen_is_said_at_the_start(
+    caplog: pytest.LogCaptureFixture, net: str | None, others: list[L.Callback], hint: bool
+) -> None:
+    module = Automatic(net=batchnorm_net() if net else None)
+    with caplog.at_level(logging.INFO):
+        trainer(callbacks=[le.EntropySGD(9), *others], max_steps=1).fit(module, loader())
+    said = [r.message for r in caplog.records if r.message.startswith("EntropySGD: the weights that you keep move")]
+    assert len(said) == 1 and "every 9 optimizer steps" in said[0]
+    assert ("RefreshBatchNorm(20) re-estimates" in said[0]) == hint
 
 
 def test_an_exception_does_not_close() -> None:

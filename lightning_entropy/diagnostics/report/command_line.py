@@ -48,7 +48,9 @@ class Parser(ArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"error: {' '.join(message.split())}\n{COMMAND} report --help lists the options\n")
+        self.exit(
+            2, f"error: {' '.join(message.split())}\n{COMMAND} report --help and compare --help list the options\n"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -65,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     command: str = parsed.command
     options: Namespace = parsed[command]
     paths = [options.checkpoint] if command == "report" else [options.first, options.second]
-    paths = [Path(str(path)) for path in paths]
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        if not path.is_file():
+            parser.error(f"the checkpoint must be a file, got {path}: there is none")
     output = Path(options.output)
     # A folder that is not there would be found out after all has been measured.
     for name in ("output", "json", "image"):
@@ -135,17 +140,17 @@ def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None 
             2,
             f"error: {words[0]} needs --module package.Class or --module train.py:Class, the class that the "
             "checkpoint was trained with: a checkpoint holds weights and no code\n"
-            f"{COMMAND} report --help lists the options\n",
+            f"{COMMAND} {words[0]} --help lists the options\n",
         )
     return parser.parse_args(words)
 
 
 def _parser() -> ArgumentParser:
     report, compare = Parser(), Parser()
-    report.add_argument("checkpoint", type=Path_fr, help="the checkpoint file")
-    compare.add_argument("first", type=Path_fr, help="a checkpoint file")
-    compare.add_argument("second", type=Path_fr, help="another checkpoint file, of the same module and data")
-    for command in (report, compare):
+    report.add_argument("checkpoint", type=str, help="the checkpoint file")
+    compare.add_argument("first", type=str, help="a checkpoint file")
+    compare.add_argument("second", type=str, help="another checkpoint file, of the same module and data")
+    for command, written in ((report, "diagnostics.html"), (compare, "comparison.html")):
         command.add_argument("--module", type=str, required=True, help=f"the LightningModule: {_PLACE}")
         command.add_argument(
             "--data",
@@ -189,7 +194,7 @@ def _parser() -> ArgumentParser:
         command.add_argument("--seed", type=int, default=0, help="of everything drawn")
         command.add_argument("--device", type=str | None, help="where to measure; null: cuda if there is one, else cpu")
         command.add_argument("--skip", nargs="*", default=[], choices=list(SECTIONS), help="sections to leave out")
-        command.add_argument("--output", type=str, default="diagnostics.html", help="the page to write")
+        command.add_argument("--output", type=str, default=written, help="the page to write; replaced if it is there")
         command.add_argument("--json", type=str | None, help="a file for all numbers, their errors and their source")
         command.add_argument("--image", type=str | None, help="a file (png, pdf, svg) for all pictures in one")
         for name, estimator in ESTIMATORS.items():

@@ -19,7 +19,7 @@ def check_installed() -> None:
         import torchft  # noqa: F401
     except ImportError as error:
         raise MisconfigurationException(
-            "membership='torchft' needs torchft, which is for Linux: pip install 'lightning-entropy[torchft]'"
+            "membership='torchft' needs torchft, which is for Linux: pip install torchft"
         ) from error
 
 
