@@ -149,9 +149,10 @@ class InnerOuterCallback(Callback):
         if self.state_key in states:
             check_state(type(self).__name__, states[self.state_key], FORMAT)
         elif other := next((key for key, state in states.items() if _is_ours(state)), None):
+            made = other.partition("{")[0]
             rank_zero_warn(
-                f"the checkpoint's loop is of {other.partition('{')[0]}, not of {type(self).__name__}: it is not loaded, "
-                "and a new loop begins at its x"
+                f"the checkpoint's loop is of {made}, not of {type(self).__name__}: it is not loaded, and a new loop "
+                "begins at its x"
             )
         self._loaded_from = trainer.ckpt_path
         self._optimizer_states = checkpoint.get("optimizer_states", [])

@@ -167,7 +167,7 @@ def test_arguments_are_checked(cls: Any) -> None:
     ):
         with pytest.raises(ValueError, match=error):
             cls(**arguments)
-    with pytest.raises(TypeError, match=r"relaxation must be a Relaxation such as .*, got str"):
+    with pytest.raises(TypeError, match=r"relaxation must be a Relaxation, as .*, got str"):
         cls("parle")
 
 
