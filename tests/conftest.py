@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
+import gc
 import multiprocessing.process
 import signal
 import subprocess
@@ -46,6 +47,17 @@ def clean_process() -> Iterator[None]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch.use_deterministic_algorithms(deterministic)
+    if gloo_is_open():
+        gc.collect()
+        assert not gloo_is_open(), (
+            "the test has left a group of gloo open: children forked from here would wait for ever"
+        )
+
+
+def gloo_is_open() -> bool:
+    """Return whether this process has a group of gloo, whose threads a forked child has not."""
+    tasks = Path("/proc/self/task")
+    return tasks.is_dir() and any((task / "comm").read_text() == "gloo_tcp_loop\n" for task in tasks.iterdir())
 
 
 # CI tries the same examples every time; "thorough" as many others as one likes to wait for.
