@@ -48,9 +48,7 @@ class Parser(ArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(
-            2, f"error: {' '.join(message.split())}\n{COMMAND} report --help and compare --help list the options\n"
-        )
+        self.exit(2, f"error: {' '.join(message.split())}\n{COMMAND} report --help lists the options\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

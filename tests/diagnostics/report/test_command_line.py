@@ -159,7 +159,7 @@ def test_a_budget_is_positive(checkpoints):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "none.ckpt", *CLASSES], "File does not exist"),
+        (["report", "none.ckpt", *CLASSES], "the checkpoint must be a file, got none.ckpt: there is none"),
         (["report", __file__], "report needs --module package.Class or --module train.py:Class, the class"),
         (["compare", __file__, __file__, *CLASSES[:2]], "there must be data, got no --data and no train_dataloader"),
         (["report", __file__, "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
