@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 INNER_STEPS = 25
 STEP = 0.02  # seconds of an undisturbed step
 WARM_UP = INNER_STEPS
-STRATEGIES = ["ddp", "torchft", "tied", "elastic_entropy", "diloco"]
+STRATEGIES = ["ddp", *(["torchft"] if find_spec("torchft") else []), "tied", "elastic_entropy", "diloco"]
 # Scenario: share of slow batches, how much longer they take, how much longer all of rank 1's take, the link's delay in
 # milliseconds.
 SCENARIOS: dict[str, tuple[float, float, float, float]] = {
@@ -268,6 +269,7 @@ def draw(results: dict[tuple[str, str], list[float]], path: Path) -> None:
         "elastic_entropy": 'strategy="elastic_entropy"',
     }
     colors = {"ddp": "#9aa0a6", "torchft": "#c9b18c", "diloco": "#7fb3d5", "elastic_entropy": "#1f77b4"}
+    labels = {name: label for name, label in labels.items() if ("undisturbed", name) in results}
     scenarios = [key for key in dict.fromkeys(s for s, _ in results) if key not in ("undisturbed", "link, 0 ms")]
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.8 * len(scenarios)))
     for i, (name, label) in enumerate(labels.items()):
