@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Stochastic
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
+from recipes.compare.previous_sam import PreviousSAM
 from recipes.limits import check, shorten
 
 RUN = ("lr", "steps")  # what a method may ask about the run
@@ -171,6 +172,12 @@ def sam(rho: float = 0.05, start: float = 0.0) -> Parts:
     return Parts(sharpness=rho, sharpness_start=start)
 
 
+def previous_sam(rho: float = 0.3) -> Parts:
+    """SAM at one gradient a step: uphill with radius ``rho`` > 0 along the gradient of the batch before."""
+    check("rho", rho, 1e-12, 1000)
+    return Parts([PreviousSAM(rho)])
+
+
 def lookahead(**options: Any) -> Parts:
     """Lookahead; options of ``lightning_entropy.lookahead``."""
     return Parts([le.InnerOuterCallback(le.lookahead(**options))])
@@ -228,6 +235,7 @@ METHODS: dict[str, Callable[..., Parts]] = {
         ema,
         swa,
         sam,
+        previous_sam,
         lookahead,
         smoothed_lookahead,
         heat,

@@ -1,5 +1,6 @@
 """The classifier: SAM against SAM written out, what BatchNorm remembers of it, schedules, flags, checkpoints."""
 
+import itertools
 from functools import partial
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from recipes.allcnn import AllCNN
 from recipes.classifier import Classifier, Cosine, Drops, frozen_statistics
+from recipes.compare.previous_sam import PreviousSAM
 from recipes.data import ImageData
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,6 +77,28 @@ def test_sam_is_sam_written_out():
     plain = Classifier(small_net(), sgd, schedule=Cosine())
     fit(plain, steps=5)
     assert not torch.allclose(plain.net[0].weight, module.net[0].weight, atol=1e-4), "SAM is not SGD"
+
+
+def test_previous_sam_is_written_out():
+    module = Classifier(small_net(), sgd)
+    fit(module, steps=5, callbacks=[PreviousSAM(0.3)])
+    net, uphill = small_net(), None
+    optimizer = sgd(net.parameters())
+    for images, labels in itertools.islice(batches(1), 5):
+        weights = [p.detach().clone() for p in net.parameters()]
+        if uphill is not None:
+            norm = torch.cat([g.flatten() for g in uphill]).norm()
+            with torch.no_grad():
+                for p, g in zip(net.parameters(), uphill, strict=True):
+                    p += 0.3 * g / norm
+        uphill = torch.autograd.grad(F.cross_entropy(net(images), labels), list(net.parameters()))
+        with torch.no_grad():
+            for p, w, g in zip(net.parameters(), weights, uphill, strict=True):
+                p.copy_(w)
+                p.grad = g.clone()
+        optimizer.step()
+    for ours, theirs in zip(module.net.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sharpness", "start", "evaluations"), [(0.0, 0.0, 3), (0.05, 0.0, 6), (0.05, 0.6, 4)])
