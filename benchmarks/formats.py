@@ -25,7 +25,7 @@ def measure(weights: int, rounds: int) -> dict[str, tuple[list[float], list[floa
             start = time.perf_counter()
             packed, _ = encode(values)
             middle = time.perf_counter()
-            decode(packed, weights)
+            decode(packed, weights).to(torch.float32)
             end = time.perf_counter()
             write, read, _ = results[name]
             results[name] = ([*write, middle - start], [*read, end - middle], packed.numel() / weights)

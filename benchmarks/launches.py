@@ -2,8 +2,8 @@
 
     python -m benchmarks.launches
 
-Nothing is timed and no GPU is needed: calls are counted at ResNet-50's shapes, on the device "meta" for steps, with the
-choices that a GPU's parameters get, and on the CPU for exchanges, of one replica with itself. Views and empty memory
+Nothing is timed and no GPU is needed: calls are counted at ResNet-50's shapes, with the choices that a GPU's parameters
+get, on the device "meta" for steps, and on the CPU for exchanges, of one replica with itself. Views and empty memory
 are left out. Loops are short, as their length changes no count. Prints two Markdown tables.
 """
 
@@ -111,6 +111,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
+        stack.enter_context(as_on_a_gpu())
         rows = exchange_rows(shapes)
     print(table(["calls of an exchange in", "begun", "used", "bfloat16 weights: begun", "used"], rows))
 

@@ -1,5 +1,6 @@
 """What is asked of a device: every call of torch, and what of them makes the host wait. No GPU is needed."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +8,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lightning_entropy.engine import filters, gaussian, noise
+from lightning_entropy.strategies import exchange
 
 # What waits for the device: a value that the host reads, a shape that depends on one, and a copy to the host.
 WAITS = (
@@ -80,6 +83,28 @@ class Calls(TorchDispatchMode):
         return Counter({name: self.counted[name] for name in WAITS if self.counted[name]})
 
 
+class Late:
+    """An event that has not happened until somebody waits for it, it is let happen, or it has been asked for often."""
+
+    def __init__(self, patience: float = math.inf) -> None:
+        self.happened, self.waited, self.patience = False, False, patience
+
+    def query(self) -> bool:
+        self.happened = self.happened or self.patience <= 0
+        self.patience -= 1
+        return self.happened
+
+    def synchronize(self) -> None:
+        self.happened = self.waited = True
+
+
+def late_copy(value: Tensor, *, patience: float = math.inf) -> tuple[Any, Late]:
+    """A flag's copy in the host's memory, to read which no device is waited for, and when it is made."""
+    copy = value.clone()
+    with _disable_current_modes():
+        return False if value.is_meta else bool(copy), Late(patience)
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Make the choices that a GPU's parameters get, for those on the CPU."""
@@ -88,6 +113,7 @@ def as_on_a_gpu() -> Iterator[None]:
         patch.object(gaussian, "has_streams", lambda p: False),
         patch.object(noise, "has_streams", lambda p: False),
         patch.object(filters, "one_by_one", lambda p: False),
+        patch.object(exchange, "to_host", late_copy),
         patch.object(gaussian, "_generator", lambda device, seed: torch.Generator().manual_seed(seed)),
     ):
         yield

@@ -78,32 +78,32 @@ class Sum:
     receives the others' values of its share and sums them in float32, and then sends the rounded sum to all.
 
     Args:
-        values: what this rank adds, flat.
+        values: what this rank adds, flat. In ``"float32"`` they become the sum.
         group: over which.
         format: of what is sent.
         residual: the rounding error of this rank's share of the last sum, added to this one; None: nothing.
 
     Attributes:
-        sent: ``values`` as the others receive them.
+        left: ``values`` less what the others receive of them; None where they receive all.
         payload: bytes of ``values`` in this format.
         residual: for the next sum.
     """
 
     def __init__(self, values: Tensor, group: Collectives, format: Format, residual: Tensor | None) -> None:
-        self._group, self._like = group, values
+        self._group, self._size, self._dtype = group, values.numel(), values.dtype
         self.residual = residual
+        self.left: Tensor | None = None
         self._codec = CODECS.get(format)
         self._second: Tensor | None = None
         if self._codec is None:
-            self.sent, self._given = values, values.clone()
+            self._given = values
             self._work = group.all_reduce(self._given)
         else:
-            self._share = share_size(values.numel(), group.size)
-            padded = torch.nn.functional.pad(values, (0, self._share * group.size - values.numel())).view(
-                group.size, -1
-            )
-            self._given, sent = self._codec[0](padded)
-            self.sent = sent.view(-1)[: values.numel()]
+            self._share = share_size(self._size, group.size)
+            room = self._share * group.size - self._size
+            padded = torch.nn.functional.pad(values, (0, room)) if room else values
+            self._given, left = self._codec[0](padded.view(group.size, -1))
+            self.left = left.view(-1)[: self._size]
             self._first = torch.empty_like(self._given)
             self._work = group.all_to_all(self._first, self._given)
         self.payload = self._given.numel() * self._given.element_size()
@@ -139,17 +139,16 @@ class Sum:
         if self._codec is None:
             return self._given
         assert self._second is not None
-        return self._codec[1](self._second, self._share).view(-1)[: self._like.numel()].to(self._like.dtype)
+        return self._codec[1](self._second, self._share).view(-1)[: self._size].to(self._dtype)
 
     def _start_second(self) -> None:
         assert self._codec is not None
         encode, decode = self._codec
         self._work.wait()
-        total = decode(self._first, self._share).sum(0, keepdim=True)
+        total = decode(self._first, self._share).sum(0, keepdim=True, dtype=torch.float32)
         if self.residual is not None:
             total = total + self.residual
-        self._given, sent = encode(total)
-        self.residual = total - sent
+        self._given, self.residual = encode(total)
         self._second = torch.empty_like(self._first)
         pieces = [piece.view(1, -1) for piece in self._second.unbind()]
         self._work = self._group.all_gather(pieces, self._given)
@@ -162,21 +161,23 @@ def to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
         values: shape (rows, n), n a multiple of the block.
 
     Returns:
-        Bytes of shape (rows, n + 4 n / block), the int8 values and then the float32 scales; and the values they stand
-        for.
+        Bytes of shape (rows, n + 4 n / block), the int8 values and then the float32 scales; and what rounding has left
+        out of the values.
 
     Example:
-        >>> packed, values = to_int8(torch.linspace(-1, 1, 1024).view(1, -1))
-        >>> packed.shape, bool((values - torch.linspace(-1, 1, 1024)).abs().max() < 0.5 / 127 + 1e-6)
+        >>> packed, left = to_int8(torch.linspace(-1, 1, 1024).view(1, -1))
+        >>> packed.shape, bool(left.abs().max() < 0.5 / 127 + 1e-6)
         (torch.Size([1, 1028]), True)
     """
-    steps, scales, rounded = _round(values, BLOCK, LEVELS)
-    return torch.cat([steps.view(torch.uint8), scales.view(torch.uint8)], 1), rounded
+    packed, scales = _room(values, values.shape[1], BLOCK)
+    steps = _steps(values, scales, LEVELS)
+    packed[:, : values.shape[1]].view(torch.int8).copy_(steps.view(values.shape))
+    return packed, _left(values, steps, scales)
 
 
 def from_int8(packed: Tensor, n: int) -> Tensor:
     """Return the values, shape (rows, n), that :func:`to_int8` packed."""
-    return _scaled(packed[:, :n].contiguous().view(torch.int8), packed[:, n:])
+    return _scaled(packed[:, :n].view(torch.int8), packed[:, n:])
 
 
 def to_int4(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,50 +187,67 @@ def to_int4(values: Tensor) -> tuple[Tensor, Tensor]:
         values: shape (rows, n), n a multiple of the block.
 
     Returns:
-        Bytes of shape (rows, n / 2 + 4 n / block), the steps -7 to 7 in pairs and then the float32 scales; and the
-        values they stand for. A block with a value that is not finite stands for none that is.
+        Bytes of shape (rows, n / 2 + 4 n / block), the steps -7 to 7 in pairs and then the float32 scales; and what
+        rounding has left out of the values. A block with a value that is not finite stands for none that is.
 
     Example:
-        >>> packed, values = to_int4(torch.linspace(-7, 7, 128).view(1, -1))
-        >>> packed.shape, values[0, ::18].tolist()
+        >>> packed, left = to_int4(torch.linspace(-7, 7, 128).view(1, -1))
+        >>> packed.shape, (torch.linspace(-7, 7, 128) - left)[0, ::18].tolist()
         (torch.Size([1, 68]), [-7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0])
     """
-    steps, scales, rounded = _round(values, BLOCK_4, LEVELS_4)
-    first, second = (steps + (LEVELS_4 + 1)).view(torch.uint8).view(len(values), -1, 2).unbind(-1)
-    return torch.cat([first | second << 4, scales.view(torch.uint8)], 1), rounded
+    half = values.shape[1] // 2
+    packed, scales = _room(values, half, BLOCK_4)
+    steps = _steps(values, scales, LEVELS_4)
+    first, second = steps.view(len(values), half, 2).unbind(-1)
+    # Each is sent with 8 on top, the second 16 times.
+    packed[:, :half].copy_(torch.add(first, second, alpha=16).add_(17 * (LEVELS_4 + 1)))
+    return packed, _left(values, steps, scales)
 
 
 def from_int4(packed: Tensor, n: int) -> Tensor:
     """Return the values, shape (rows, n), that :func:`to_int4` packed."""
     pairs = packed[:, : n // 2]
-    steps = torch.stack([pairs & 15, pairs >> 4], -1).view(torch.int8).view(len(packed), n) - (LEVELS_4 + 1)
-    return _scaled(steps, packed[:, n // 2 :])
+    steps = torch.empty(len(packed), n // 2, 2, dtype=torch.uint8, device=packed.device)
+    torch.bitwise_and(pairs, 15, out=steps[..., 0])
+    torch.bitwise_right_shift(pairs, 4, out=steps[..., 1])
+    return _scaled(steps.view(torch.int8).sub_(LEVELS_4 + 1).view(len(packed), n), packed[:, n // 2 :])
 
 
-def _round(values: Tensor, block: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return int8 steps (rows, n), a float32 scale for every block (rows, n / block), and their product, rounded."""
-    blocks = values.to(torch.float32).reshape(values.shape[0], -1, block)
-    scales = blocks.abs().amax(-1, keepdim=True) / levels
-    steps = torch.where(scales > 0, blocks / scales, 0.0).round_().to(torch.int8)
-    rounded = (steps * scales).view(values.shape).to(values.dtype)
-    return steps.view(values.shape), scales.squeeze(-1), rounded
+def _room(values: Tensor, size: int, block: int) -> tuple[Tensor, Tensor]:
+    """Return memory for rows of ``size`` bytes and a float32 scale for every block of values, and the scales in it."""
+    blocks = values.shape[1] // block
+    packed = torch.empty(len(values), size + 4 * blocks, dtype=torch.uint8, device=values.device)
+    return packed, packed[:, size:].view(torch.float32)
+
+
+def _steps(values: Tensor, scales: Tensor, levels: int) -> Tensor:
+    """Compute the scale of every block, in place, and return whole numbers of it, float32: (rows, blocks, block)."""
+    blocks = values.to(torch.float32).view(*scales.shape, -1)
+    torch.div(torch.linalg.vector_norm(blocks, torch.inf, dim=-1), levels, out=scales)
+    # 0 / 0 is of a block of zeros, x / 0 of one whose scale is too small for float32.
+    return (blocks / scales.unsqueeze(-1)).nan_to_num_(0.0, 0.0, 0.0).round_()
+
+
+def _left(values: Tensor, steps: Tensor, scales: Tensor) -> Tensor:
+    """Return values less what they are rounded to; the steps are overwritten."""
+    return values - steps.mul_(scales.unsqueeze(-1)).view(values.shape)
 
 
 def _scaled(steps: Tensor, scales: Tensor) -> Tensor:
     """Return steps (rows, n) times the float32 scales, given as bytes, of the blocks they are in."""
-    factors = scales.contiguous().view(torch.float32)
+    factors = scales.view(torch.float32)
     return (steps.view(*factors.shape, -1) * factors.unsqueeze(-1)).view(steps.shape)
 
 
 def to_bfloat16(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to bfloat16; return bytes of shape (rows, 2 n), and the values they stand for."""
+    """Round to bfloat16; return bytes of shape (rows, 2 n), and what rounding has left out of the values."""
     rounded = values.to(torch.bfloat16)
-    return rounded.view(torch.uint8), rounded.to(values.dtype)
+    return rounded.view(torch.uint8), values - rounded
 
 
 def from_bfloat16(packed: Tensor, n: int) -> Tensor:
-    """Return the values, shape (rows, n), that :func:`to_bfloat16` packed."""
-    return packed.view(torch.bfloat16).to(torch.float32)
+    """Return the values, shape (rows, n), that :func:`to_bfloat16` packed, in bfloat16."""
+    return packed.view(torch.bfloat16)
 
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -1,4 +1,12 @@
-"""The mean over replicas of a list of tensors, in one flat exchange that runs while they train."""
+"""The mean over replicas of a list of tensors, in one flat exchange that runs while they train.
+
+Beginning one makes the host wait for nothing on a GPU, where a replica is one rank. What is not finite is found and
+taken out by the device. NCCL has a stream of its own, and so has gloo, of which torch copies CUDA's tensors to pinned
+memory and back: a thread of it waits for the copy, and then for the others. So the collectives of a process group are
+called in the same order on all ranks, at the same place in the program, and none of them depends on when a device gets
+there. (Copies of our own, whose collectives a later step starts when it finds them made, would be the same with more
+code and half a step later.)
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +24,7 @@ from torch import Tensor
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.strategies.compression import Format, GroupCollectives, Sum
 from lightning_entropy.strategies.options import Grid
+from lightning_entropy.trainer.metrics import to_host
 
 # Waits for other ranks inside of the block, at a place with a name; an error then names the rank that is gone.
 Meeting = Callable[[str], AbstractContextManager[None]]
@@ -43,7 +53,7 @@ class Links:
         self.inside = own_group(rows, timeout) if data_parallel > 1 else None
         self.replicas, self.data_parallel = replicas, data_parallel
         self.position = dist.get_rank() % data_parallel
-        self.by_host = dist.get_backend(self.across) == "gloo"
+        self.by_host = dist.get_backend(self.across) == "gloo"  # the host's threads send, and know when it is done
         self.shares = self.inside is not None and not sharded  # each rank exchanges a part of what all of them have
         self.sharded = self.inside is not None and sharded
 
@@ -55,11 +65,18 @@ class Links:
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.inside)
         return [value > 0 for value in agreed.tolist()]
 
+    def device_of(self, values: Tensor) -> torch.device:
+        """Return where values are sent from: where they are, if the groups take them there."""
+        taken = ("cpu", "cuda") if self.by_host else ("cuda",)
+        if values.device.type in taken:
+            return values.device
+        return torch.device("cpu" if self.by_host else "cuda")  # values that are offloaded to the host, say
+
     def sum_inside(self, value: Tensor) -> Tensor:
         """Return the sum over the shards of this replica. A collective of it, where it has some."""
         if not self.sharded:
             return value
-        total = value.detach().to("cpu" if self.by_host else "cuda", copy=True)
+        total = value.detach().to(self.device_of(value), copy=True)
         dist.all_reduce(total, group=self.inside)
         return total.to(value.device)
 
@@ -137,7 +154,8 @@ class Coupling:
         self.peak = 0.0
         self.waited = 0.0
         self.spread: float | None = None
-        self.distance: Tensor | None = None  # this replica's, squared, to be summed with the next round
+        # The end of the next round's header, if this replica is finite then: no notice, and its squared distance.
+        self.distance: Tensor | None = None
         self.memory = Memory()
         self._before = Memory()
 
@@ -189,7 +207,6 @@ class Round:
 
     Attributes:
         tensors: this replica's.
-        finite: whether its weights are, so that they count.
     """
 
     def __init__(self, coupling: Coupling, tensors: list[Tensor], judged: int) -> None:
@@ -201,40 +218,60 @@ class Round:
         flat = flatten(tensors)
         self._device = flat.device
         with coupling.meeting():
-            counts, notice = self._agree_inside(flat)
-        self.finite = counts[0] > 0
-        for part, counted in zip(flat.split(self._sizes), counts, strict=True):
-            if not counted:
-                part.zero_()
+            good, notice = self._agree_inside(finite(flat, self._sizes))
+        lost = good.logical_not()
+        self._left_out, self._event = to_host(lost[:1])
         own = self._part(flat)
+        lost = lost.to(own.device, non_blocking=True)
         memory = coupling.memory
         if memory.mean is not None and memory.mean.numel() != own.numel():
             memory = Memory()  # parameters have been added: start afresh
         self._compressed = coupling.format != "float32"
-        assert len(counts) == 1 or not self._compressed, "a compressed round has weights alone"
+        assert len(self._sizes) == 1 or not self._compressed, "a compressed round has weights alone"
         self._reference = memory.mean.to(own) if coupling.differences and memory.mean is not None else None
         whole = self._compressed and coupling.differences and self._reference is None
-        values = own if self._reference is None else own - self._reference
+        values = own if self._reference is None else own.sub_(self._reference)
         if memory.residual is not None:
-            values = values + memory.residual.to(own)
-        if not self.finite and len(counts) == 1:  # nor what the rounds before have left over
-            values = torch.zeros_like(own)
-        distance = torch.zeros((), device=own.device)
-        if self.finite and coupling.distance is not None:
-            distance = coupling.distance.to(own.device, torch.float32)
-        self._header = torch.cat([torch.tensor([*counts, notice], device=own.device), distance.reshape(1)])
+            values.add_(memory.residual.to(own))
+        # Where nothing is finite, neither is what the rounds before have left over sent.
+        values.masked_fill_(lost if len(lost) == 1 else self._part(self._spread_out(lost)), 0.0)
+        self._header = self._described(good.to(own.device, non_blocking=True), lost, notice=notice)
         with coupling.meeting():
             self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
             across = GroupCollectives(coupling.links.across)
             self._sum = Sum(values, across, "float32" if whole else coupling.format, memory.share)
-        self._residual = values - self._sum.sent if self._compressed and self.finite else memory.residual
+        self._residual = self._after_rounding(values, lost, memory.residual) if self._compressed else None
         sent = 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
         coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)
 
-    def _agree_inside(self, flat: Tensor) -> tuple[list[float], float]:
+    @property
+    def finite(self) -> bool | None:
+        """Whether this replica's weights are, so that they count; None where a device is yet to find out."""
+        if self._event is not None and self._means is None and not self._event.query():
+            return None
+        return not self._left_out
+
+    def _agree_inside(self, good: Tensor) -> tuple[Tensor, bool]:
         """Return what the replica's ranks decide together: whether each part counts, and whether they give notice."""
-        lost = self._coupling.links.any_inside([*(not f for f in finite(flat, self._sizes)), self._coupling.notice])
-        return [0.0 if flag else 1.0 for flag in lost[:-1]], float(lost[-1])
+        coupling = self._coupling
+        if coupling.links.inside is None:
+            return good, coupling.notice
+        *lost, notice = coupling.links.any_inside([*(not flag for flag in good.tolist()), coupling.notice])
+        return torch.tensor([not flag for flag in lost], device=good.device), notice
+
+    def _described(self, good: Tensor, lost: Tensor, *, notice: bool) -> Tensor:
+        """Return what is summed beside the values: whether each part counts, the notice, and the squared distance."""
+        known = self._coupling.distance
+        rest = torch.zeros(2, device=lost.device) if known is None else known.to(lost.device, non_blocking=True)
+        header = torch.cat([good, rest.masked_fill(lost[:1], 0.0)])
+        if notice:
+            header[-2].fill_(1.0)
+        return header
+
+    def _after_rounding(self, values: Tensor, lost: Tensor, before: Tensor | None) -> Tensor:
+        """Return what the next round is to add: what this one leaves out, or the one before if this does not count."""
+        left = torch.zeros_like(values) if self._sum.left is None else self._sum.left
+        return left if before is None else torch.where(lost, before.to(left), left)
 
     @property
     def arrived(self) -> bool:
@@ -279,29 +316,36 @@ class Round:
         coupling.noticed = coupling.noticed or noticed > 0
         if counts[0] == 0:
             raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")
-        mean = total / counts[0] if len(counts) == 1 else total / self._part(self._spread_out(counts, total))
-        if self._reference is not None:
-            mean = self._reference + mean
+        known = self._header[: len(counts)]
+        count = known[0] if len(counts) == 1 else self._part(self._spread_out(known.to(total.dtype)))
+        mean = total / count if self._reference is None else torch.addcdiv(self._reference, total, count)
         if self._compressed:
             coupling.memory = Memory(mean if coupling.differences else None, self._residual, self._sum.residual)
         whole = self._whole(mean).to(self._device)
         means = unflatten(whole, self.tensors)
         coupling.spread = None if coupling.distance is None else (squares / counts[0]) ** 0.5
-        if self._judged and self.finite:
-            total, count = squared_distance(self._judged, whole), self._sizes[0]
-            coupling.distance = coupling.links.sum_inside(total) / coupling.links.sum_inside(torch.tensor(float(count)))
+        if self._judged and not self._left_out:
+            self._measure(whole)
         return means
 
-    def _spread_out(self, counts: list[float], like: Tensor) -> Tensor:
-        """Return for every value of all the tensors by how many replicas it was counted."""
-        sizes, number = torch.tensor(self._sizes, device=like.device), sum(self._sizes)
-        return torch.tensor(counts, dtype=like.dtype, device=like.device).repeat_interleave(sizes, output_size=number)
+    def _measure(self, means: Tensor) -> None:
+        """Keep this replica's squared distance to the means, per weight, for the next round."""
+        coupling, total = self._coupling, squared_distance(self._judged, means)
+        count: Any = self._sizes[0]
+        if coupling.links.sharded:
+            count = coupling.links.sum_inside(torch.tensor(float(count)))
+        if coupling.distance is None:
+            coupling.distance = torch.zeros(2, device=total.device)
+        torch.div(coupling.links.sum_inside(total), count, out=coupling.distance[1])
+
+    def _spread_out(self, parts: Tensor) -> Tensor:
+        """Return for every value of all the tensors what its part has."""
+        return parts.repeat_interleave(_numbers_on(parts.device, self._sizes), output_size=sum(self._sizes))
 
     def _part(self, flat: Tensor) -> Tensor:
         """Return this rank's part of its replica's values, on the device they are sent from."""
         links = self._coupling.links
-        offloaded = flat.device.type == "cpu"  # unless the replicas are on the CPU
-        device = "cpu" if links.by_host else "cuda" if offloaded else flat.device
+        device = links.device_of(flat)
         if not links.shares:
             return flat.to(device)
         size = -(-flat.numel() // links.data_parallel)
@@ -353,8 +397,8 @@ def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [pieces[t.device][i].view(t.shape) for i, t in enumerate(like)]
 
 
-def finite(flat: Tensor, sizes: Sequence[int]) -> list[bool]:
-    """Return of each part whether all its values are finite; a device is waited for once, whatever their number.
+def finite(flat: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return of each part whether all its values are finite, on their device, which is not waited for.
 
     Args:
         flat: values, in one dimension.
@@ -362,20 +406,29 @@ def finite(flat: Tensor, sizes: Sequence[int]) -> list[bool]:
 
     Example:
         >>> finite(torch.tensor([1.0, 2.0, torch.nan, 3.0]), [2, 1, 0, 1])
-        [True, False, True, True]
+        tensor([ True, False,  True,  True])
     """
-    good = flat.isfinite()
-    first = good[: sizes[0]].all().reshape(1)
+    first = flat[: sizes[0]]
+    if len(first):  # the norm is nan where a value is
+        judged = torch.linalg.vector_norm(first, torch.inf).reshape(1) < torch.inf
+    else:
+        judged = torch.ones(1, dtype=torch.bool, device=flat.device)
     if len(sizes) == 1:
-        return first.tolist()
+        return judged
     # A part's values are all good if as many of them are counted as there are.
-    counts = good[sizes[0] :].cumsum(0, dtype=torch.int32)
-    ends = torch.tensor([0, *sizes[1:]]).cumsum(0).to(flat.device)
+    counts = flat[sizes[0] :].isfinite().cumsum(0, dtype=torch.int32)
+    ends = _numbers_on(flat.device, list(accumulate(sizes[1:], initial=0)))
     upto = torch.cat([counts.new_zeros(1), counts])[ends]
-    return torch.cat([first, upto.diff() == ends.diff()]).tolist()
+    return torch.cat([judged, upto.diff() == ends.diff()])
+
+
+def _numbers_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Return numbers on a device, which is not waited for."""
+    there = torch.tensor(numbers)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)
 
 
 def squared_distance(tensors: Sequence[Tensor], means: Tensor) -> Tensor:
     """Return the sum of squares of tensors less their means, which begin flat values on their device."""
-    difference = flatten(tensors)
-    return difference.sub_(means[: difference.numel()]).square_().sum()
+    flat = flatten(tensors)
+    return torch.nn.functional.mse_loss(flat, means[: flat.numel()], reduction="sum")

@@ -72,6 +72,7 @@ class ReplicaLoops:
         assembly: Assembly | Delegation | None = None,
     ) -> None:
         self._relaxation, self._grid, self._assembly = relaxation, grid, assembly
+        self._unjudged: list[tuple[int, int, Round]] = []  # exchanges, with their optimizer and the outer step
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
         self._exchange_timeout, self._meeting = timeout, meeting
         self._format: Format = communication_dtype
@@ -165,7 +166,8 @@ class ReplicaLoops:
             return
         for i, (coupling, before) in enumerate(zip(self.couplings, rounds, strict=True)):
             if coupling.round is not before:
-                self._notice_divergence(i, coupling)
+                self._judge_later(i, coupling.round)
+                self._judge()
                 self._mend(i)
 
     def count(self, optimizer: Optimizer) -> bool:
@@ -186,7 +188,8 @@ class ReplicaLoops:
             for coupling, round in zip(self._of(i), rounds, strict=True):
                 coupling.progress()
                 if coupling.round is not round and not self._relaxation.outer_target.early:
-                    self._notice_divergence(i, coupling)
+                    self._judge_later(i, coupling.round)
+            self._judge()
             if self._several:
                 self._mend(i)
             for fragment, coupling in enumerate(self._of(i)):
@@ -196,16 +199,26 @@ class ReplicaLoops:
             return stepped
         return False
 
-    def _notice_divergence(self, i: int, coupling: Any) -> None:
-        """Say so where this replica's weights are not finite in the exchange that has begun."""
-        loop, round = self.loops.loops[i], coupling.round
-        if round is not None and not round.finite and i not in self._diverged:
-            warnings.warn(
-                f"replica {self._grid.replica} has nan or inf in its weights at outer step {loop.outer_step}: "
-                "it is left out of the mean and starts again from the consensus",
-                stacklevel=2,
-            )
-            self._diverged[i] = round
+    def _judge_later(self, i: int, round: Round | None) -> None:
+        if round is not None:
+            self._unjudged.append((i, self.loops.loops[i].outer_step, round))
+
+    def _judge(self) -> None:
+        """Say so where this replica's weights are not finite in an exchange, as soon as a device has found out.
+
+        That is at once on a CPU, and else a step or two after the exchange has begun, or when it is used.
+        """
+        waiting, self._unjudged = self._unjudged, []
+        for i, outer_step, round in waiting:
+            if round.finite is None:
+                self._unjudged.append((i, outer_step, round))
+            elif not round.finite and i not in self._diverged:
+                warnings.warn(
+                    f"replica {self._grid.replica} has nan or inf in its weights at outer step {outer_step}: "
+                    "it is left out of the mean and starts again from the consensus",
+                    stacklevel=2,
+                )
+                self._diverged[i] = round
 
     def _mend(self, i: int) -> None:
         """Put a replica that has diverged back to the mean of the others, which is waited for."""
@@ -230,12 +243,13 @@ class ReplicaLoops:
         for loop in self.loops.loops:
             loop.forget_mean()
         self._couple(len(optimizers))
-        self._diverged = {}
+        self._unjudged, self._diverged = [], {}
         self.loops.follow(optimizers)
 
     def close(self) -> None:
         """End every unfinished loop with what it has, at the end of training. All ranks call it together."""
         self.loops.close()
+        self._unjudged = []
         for coupling in self.couplings:
             coupling.round = None
 
@@ -306,6 +320,7 @@ class ReplicaLoops:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; or only :meth:`counters` or :meth:`position`, with the module's weights for x."""
+        self._unjudged = []
         if "counters" in state:
             for loop, counters in zip(self.loops.loops, state["counters"], strict=True):
                 loop.load_state_dict({**loop.state_dict(), "inner_step": 0, **counters, "slots": {}})

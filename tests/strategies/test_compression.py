@@ -28,9 +28,10 @@ pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 def test_int8() -> None:
     x = torch.randn(3, 4 * BLOCK)
     x[1, BLOCK : 2 * BLOCK] = 0
-    packed, sent = to_int8(x)
+    packed, left = to_int8(x)
+    sent = from_int8(packed, 4 * BLOCK)
     assert packed.shape == (3, 4 * BLOCK + 16)
-    assert torch.equal(from_int8(packed, 4 * BLOCK), sent)
+    assert torch.equal(left, x - sent)
     largest = x.view(3, 4, BLOCK).abs().amax(-1, keepdim=True).expand(3, 4, BLOCK).reshape(3, -1)
     assert ((x - sent).abs() <= largest / LEVELS / 2 * 1.001).all()
 
@@ -38,9 +39,10 @@ def test_int8() -> None:
 def test_int4() -> None:
     x = torch.randn(3, 8 * BLOCK_4)
     x[1, BLOCK_4 : 2 * BLOCK_4] = 0
-    packed, sent = to_int4(x)
+    packed, left = to_int4(x)
+    sent = from_int4(packed, 8 * BLOCK_4)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 4 * BLOCK_4 + 8 * 4)
-    assert torch.equal(from_int4(packed, 8 * BLOCK_4), sent)
+    assert torch.equal(left, x - sent)
     largest = x.view(3, 8, BLOCK_4).abs().amax(-1, keepdim=True).expand(3, 8, BLOCK_4).reshape(3, -1)
     assert ((x - sent).abs() <= largest / LEVELS_4 / 2 * 1.001).all()
     assert (sent[1, BLOCK_4 : 2 * BLOCK_4] == 0).all()
@@ -50,8 +52,9 @@ def test_int4_by_hand() -> None:
     """Steps of 2: the largest magnitude is 14. A byte is the first of a pair plus 8, and 16 times the second's."""
     x = torch.zeros(1, BLOCK_4)
     x[0, :6] = torch.tensor([14.0, -14.0, 2.9, 3.1, -0.9, 1.1])
-    packed, sent = to_int4(x)
-    assert sent[0, :6].tolist() == [14, -14, 2, 4, 0, 2]
+    packed, left = to_int4(x)
+    assert from_int4(packed, BLOCK_4)[0, :6].tolist() == [14, -14, 2, 4, 0, 2]
+    torch.testing.assert_close(left[0, :6], torch.tensor([0.0, 0.0, 0.9, -0.9, -0.9, -0.9]))
     assert packed[0, :4].tolist() == [15 + 16 * 1, 9 + 16 * 10, 8 + 16 * 9, 8 + 16 * 8]
     assert packed[0, BLOCK_4 // 2 :].view(torch.float32).item() == 2
 
@@ -62,9 +65,9 @@ def test_a_block_with_a_value_that_is_not_finite_stands_for_none_that_is(format:
     encode, decode = CODECS[format]
     x = torch.randn(1, 2 * BLOCK)
     x[0, 3] = bad
-    packed, sent = encode(x)
+    packed, left = encode(x)
     assert not decode(packed, 2 * BLOCK)[0, :BLOCK_4].isfinite().any()
-    assert not sent[0, :BLOCK_4].isfinite().any()
+    assert not left[0, :BLOCK_4].isfinite().any()
     assert decode(packed, 2 * BLOCK)[0, BLOCK:].isfinite().all()
 
 
@@ -73,9 +76,31 @@ def test_what_is_representable_is_kept(format: str) -> None:
     encode, decode = CODECS[format]
     x = torch.randint(-7, 8, (2, BLOCK)).float() * 0.25
     x[:, ::BLOCK_4] = 7 * 0.25 if format != "int8" else 127 * 0.25
-    packed, sent = encode(x)
-    assert torch.equal(sent, x) and torch.equal(decode(packed, BLOCK), x)
+    packed, left = encode(x)
+    assert not left.any() and torch.equal(decode(packed, BLOCK).float(), x)
     assert encode(x.double())[1].dtype == torch.float64
+
+
+def literal(x: torch.Tensor, block: int, levels: int) -> tuple[list[int], list[float]]:
+    """The steps and scales of one row, as the format is defined, number by number."""
+    steps, scales = [], []
+    for values in x[0].split(block):
+        scales.append((values.abs().max() / levels).item())
+        steps += [round((v / scales[-1]).item()) if scales[-1] > 0 else 0 for v in values]
+    return steps, scales
+
+
+@pytest.mark.parametrize("small", [1.0, 1e-30, 1e-36, 1e-43, 1e-45, 0.0])
+def test_the_bytes_are_those_of_the_definition(small: float) -> None:
+    x = torch.randn(1, 2 * BLOCK) * torch.tensor([1.0, small]).repeat_interleave(BLOCK)
+    for encode, block, levels in ((to_int8, BLOCK, LEVELS), (to_int4, BLOCK_4, LEVELS_4)):
+        steps, scales = literal(x, block, levels)
+        numbers = torch.tensor(steps)
+        if encode is to_int4:
+            numbers = (numbers[::2] + 8) + 16 * (numbers[1::2] + 8)
+        packed = encode(x)[0][0]
+        assert torch.equal(packed[: len(numbers)], numbers.to(torch.uint8))
+        assert torch.equal(packed[len(numbers) :].view(torch.float32), torch.tensor(scales))
 
 
 @pytest.mark.processes

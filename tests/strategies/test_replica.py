@@ -1,5 +1,6 @@
 """Replicas against the literal references, in their limits, and where one of them goes wrong."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 import lightning_entropy as le
+from lightning_entropy.strategies import exchange
 from lightning_entropy.strategies.options import SEED_STRIDE
 from tests import reference
+from tests.device_calls import late_copy
 from tests.strategies.runs import FORK_WARNINGS, Net, Record, data, fit, strategy
 
 pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
@@ -290,6 +293,26 @@ def test_a_nan_is_left_out_and_put_back(tmp_path: Path, method: str, format: Any
     if format == "float32" and method == "anchor":
         others = [(a + b) / 2 for a, b in zip(ranks[0]["anchors"][1], ranks[2]["anchors"][1], strict=True)]
         torch.testing.assert_close(ranks[1]["started"], others, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("patience", "back"), [(1, 7), (math.inf, 9)])
+@pytest.mark.parametrize("method", ["anchor", "diloco", "streaming"])
+@pytest.mark.filterwarnings("ignore:replica 1 has nan or inf")
+def test_where_a_device_tells_late_it_is_put_back_as_soon_as_the_host_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, patience: float, back: int
+) -> None:
+    """When the copy has arrived, asked for after each step, and at the latest when the exchange is used."""
+    monkeypatch.setattr(exchange, "to_host", partial(late_copy, patience=patience))
+    common = {"diloco": le.diloco(3), "streaming": le.streaming_diloco(5, 2, 1)}
+    relaxation = common.get(method) or le.parle(3, 0.1, 0.3)
+    ranks = fit(tmp_path, strategy(relaxation), 3, callbacks=[Poisons(1, 4)])
+    poisoned = ranks[1]["iterates"]
+    assert not torch.isfinite(poisoned[4][0]).all()
+    assert all(torch.isfinite(y).all() for step in poisoned[back:] for y in step)
+    if method == "anchor":
+        assert not torch.isfinite(poisoned[back - 2][0]).all()
+    else:
+        assert_same(ranks[1]["anchors"], ranks[0]["anchors"], 0)
 
 
 class Freezes(L.Callback):

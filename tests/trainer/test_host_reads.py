@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lightning_entropy as le
 from lightning_entropy.trainer import metrics
-from tests.device_calls import Calls, as_on_a_gpu
+from tests.device_calls import Calls, Late, as_on_a_gpu
 from tests.engine.methods_table import METHODS
 from tests.lightning_modules import LIGHTNING_WARNINGS, Automatic, Manual, batchnorm_net, loader, trainer
 from tests.trainer.test_callbacks_training import scaled
@@ -110,19 +110,6 @@ def test_batchnorm_is_refreshed_around_validations_alone_and_reads_once_more_tha
         le.RefreshBatchNorm(2, dataloader=loader(8)).refresh(quiet, module)
     assert by_torch.waits["_local_scalar_dense"] >= 2 * 3
     assert calls.waits - by_torch.waits == {"tolist": 1}
-
-
-class Late:
-    """An event that has not happened until somebody waits for it, or it is let happen."""
-
-    def __init__(self) -> None:
-        self.happened, self.waited = False, False
-
-    def query(self) -> bool:
-        return self.happened
-
-    def synchronize(self) -> None:
-        self.happened = self.waited = True
 
 
 class Log(DummyLogger):

@@ -133,7 +133,7 @@ class ElasticRound:
         self._sizes = [sum(t.numel() for t in tensors), *(extra.numel() for extra in self._extras)]
         self._device = flat.device
         parts = flat.split(self._sizes)
-        lost = coupling.assembly.agree([not f for f in finite(flat, self._sizes)])
+        lost = coupling.assembly.agree([not f for f in finite(flat, self._sizes).tolist()])
         for part, left_out in zip(parts, lost, strict=True):
             if left_out:
                 part.zero_()

@@ -55,7 +55,7 @@ class Rounding:
         """Return the sum over the replicas that meet, and what it leaves. A collective.
 
         Args:
-            values: of this replica, flat.
+            values: of this replica, flat; they may be overwritten.
             group: of those that meet.
             rank: of this one.
             whole: send the numbers themselves; else, if there is a reference, their differences from it.
@@ -74,5 +74,5 @@ class Rounding:
         self.payload = in_progress.payload
         if whole:
             return total, Left()
-        residual = values - in_progress.sent if self.counts else before.residual
+        residual = in_progress.left if self.counts else before.residual
         return total, Left(residual, in_progress.residual, place)

@@ -22,14 +22,15 @@ def literal(meetings: int) -> list[Tensor]:
         sent = []
         for r in range(2):
             v = values(r, t) - mean + residuals[r]
-            packed, rounded = to_int8(torch.nn.functional.pad(v, (0, 2 * share - n)).view(2, share))
+            packed, _ = to_int8(torch.nn.functional.pad(v, (0, 2 * share - n)).view(2, share))
             sent.append(from_int8(packed, share))
-            residuals[r] = v - rounded.view(-1)[:n]
+            residuals[r] = v - sent[r].view(-1)[:n]
         total = torch.empty(2, share)
         for r in range(2):
             v = sent[0][r] + sent[1][r] + shares[r]
-            packed, rounded = to_int8(v.view(1, share))
-            total[r], shares[r] = from_int8(packed, share)[0], v - rounded[0]
+            packed, _ = to_int8(v.view(1, share))
+            total[r] = from_int8(packed, share)[0]
+            shares[r] = v - total[r]
         mean = mean + total.view(-1)[:n] / 2
         means.append(mean)
     return means
