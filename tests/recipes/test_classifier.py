@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from pytorch_optimizer import SAM
 from torch import nn
 from torch.nn import functional as F
 
@@ -99,6 +100,18 @@ def test_previous_sam_is_written_out():
         optimizer.step()
     for ours, theirs in zip(module.net.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_package_s_sam_under_automatic_optimization_is_the_previous_one():
+    class Automatic(Classifier):
+        def configure_optimizers(self):
+            return SAM(self.parameters(), sgd, rho=0.3)
+
+    package, ours = Automatic(small_net(), sgd), Classifier(small_net(), sgd)
+    fit(package, steps=4)
+    fit(ours, steps=4, callbacks=[PreviousSAM(0.3)])
+    for theirs, p in zip(package.net.parameters(), ours.net.parameters(), strict=True):
+        torch.testing.assert_close(theirs, p, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sharpness", "start", "evaluations"), [(0.0, 0.0, 3), (0.05, 0.0, 6), (0.05, 0.6, 4)])
