@@ -3,6 +3,11 @@
 from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_entropy.strategies.lightning_internals import asks_every_batch, put_first, put_last
 
 
 class ConsensusOwner(Protocol):
@@ -104,3 +109,38 @@ class AfterCallbacks(Callback):
     ) -> None:
         """Let the strategy act after all others."""
         self._owner.batch_is_over()
+
+
+def put_around(trainer: Trainer, owner: ConsensusOwner, *, together: bool) -> None:
+    """Let a strategy act before all callbacks of a Trainer, and after them where replicas stop together.
+
+    Args:
+        trainer: whose callbacks.
+        owner: the strategy.
+        together: there are several replicas in this job.
+
+    Raises:
+        MisconfigurationException: a callback would put other weights in the place of the consensus.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} would put the average of one replica's inner weights in the place of "
+                f"the consensus of {type(owner).__name__}: remove one of them"
+            )
+    put_first(trainer, ShowConsensus(owner))
+    if not together:
+        return
+    put_last(trainer, AfterCallbacks(owner))
+    if any(map(asks_every_batch, callbacks)):
+        rank_zero_warn(
+            "ModelCheckpoint(train_time_interval=...) asks all ranks every batch, which ties the replicas "
+            "to each other: every_n_train_steps does not"
+        )
+
+
+def acts(trainer: Trainer) -> bool:
+    """Whether a strategy acts among a Trainer's callbacks; in a finder's trial, of the plain optimizer, it does not."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, ShowConsensus) for callback in callbacks)

@@ -13,8 +13,8 @@ from lightning_entropy.engine.outer_rules import OuterFactory
 from lightning_entropy.engine.shards import is_sharded
 from lightning_entropy.methods import presets
 from lightning_entropy.methods.relaxation import Relaxation
-from lightning_entropy.strategies import checkpoint as replica_files
-from lightning_entropy.strategies.checkpoint import ReplicaFiles
+from lightning_entropy.strategies import checkpoint
+from lightning_entropy.strategies.checkpoint import ReplicaFiles, new_run
 from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.exchange import data_parallel_group
 from lightning_entropy.strategies.lightning_internals import (
@@ -103,7 +103,7 @@ class ElasticEntropyFabricStrategy(OptionAttributes, DDPStrategy):
         reset_seed()
         self._heartbeat = watch(self.grid, self.cluster_environment)
         self._base_seed = self.options.common_seed(self.broadcast)
-        self._files = ReplicaFiles(self.grid, replica_files.new_run(self.broadcast), self.barrier)
+        self._files = ReplicaFiles(self.grid, new_run(self.broadcast), self.barrier)
         self._inside = data_parallel_group(self.grid)
         seed_apart(self.grid, self._base_seed)
 
@@ -213,7 +213,7 @@ class ElasticEntropyFabricStrategy(OptionAttributes, DDPStrategy):
     ) -> dict[str, Any]:
         """Load the main file and, if the state has the module and its optimizers, this replica's own."""
         remainder = super().load_checkpoint(path, state, strict, weights_only)
-        restored = replica_files.load(remainder, path, self.grid, weights_only)
+        restored = checkpoint.load(remainder, path, self.grid, weights_only)
         if restored is None or self._loops is None or not isinstance(state, dict):
             return remainder
         for key, optimizer_state in restored.pop("optimizers", {}).items():

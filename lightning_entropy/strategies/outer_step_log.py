@@ -25,6 +25,13 @@ class OuterStepLog:
         every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(self._trainer.loggers) and 0 < every <= self._trainer.global_step + 1 - self._last[0]
 
+    def begin(self, loops: ReplicaLoops) -> None:
+        """Let the loops measure what is logged of the outer step of the batch that begins."""
+        due = self.due
+        for loop in loops.loops.loops:
+            loop.measure = due
+            loop.distances = None
+
     def write(self, loops: ReplicaLoops) -> None:
         """Log an outer step's metrics, the largest exchange, and the traffic per training step since the last log."""
         now = (self._trainer.global_step + 1, *loops.traffic())

@@ -1,4 +1,4 @@
-"""A DDP strategy of replicas: where a process stands, and which ranks a collective of Lightning's spans."""
+"""A DDP strategy of replicas: where a process stands, what it sees, which ranks Lightning's collectives span."""
 
 from enum import Enum, auto
 from operator import attrgetter
@@ -7,8 +7,11 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_entropy.strategies.lightning_internals import backend, timeout
+from lightning_entropy.strategies.lightning_internals import backend, number_process, timeout
+from lightning_entropy.strategies.loaders import even_end, own_order
+from lightning_entropy.strategies.membership import members
 from lightning_entropy.strategies.options import Grid, OptionAttributes, ReplicaOptions, check_arguments
 from lightning_entropy.strategies.rendezvous import join_alone
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
@@ -31,9 +34,9 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
     """
 
     def __init__(self, options: ReplicaOptions, **kwargs: Any) -> None:
-        self.options = options
+        self.options, self._members = options, members(options)
         check_arguments(type(self), DDPStrategy, kwargs)
-        super().__init__(**kwargs)
+        super().__init__(**{**self._members.defaults, **kwargs})
         self._moment = Moment.BETWEEN
 
     membership = property(attrgetter("options.membership"))
@@ -41,7 +44,7 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
 
     def setup_distributed(self) -> None:
         """Join the process group; a replica of one rank that is a job of its own has nobody to find in it."""
-        if self.options.elastic and self.num_nodes * self.num_processes == 1:
+        if self._members.own_jobs and self.num_nodes * self.num_processes == 1:
             join_alone(backend(self), self.root_device, timeout(self))
         super().setup_distributed()
 
@@ -50,10 +53,25 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
         """Where this process stands among replicas."""
         return self.options.grid(self.global_rank, self.world_size)
 
+    def set_world_ranks(self) -> None:
+        """Number the process; where every job is a replica, only the first's is the one that logs and prints."""
+        super().set_world_ranks()
+        number_process(self.grid.first * self.world_size + self.global_rank)
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that logs and prints."""
+        return super().is_global_zero and self.grid.first == 0
+
     @property
     def _trainer(self) -> Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
+
+    @property
+    def _fitting(self) -> bool:
+        # The process that started others for the fit has no part in it, and may have let go of the module since.
+        return dist.is_initialized() and self._trainer.state.fn == TrainerFn.FITTING
 
     @property
     def _inside(self) -> Any:
@@ -61,6 +79,19 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
         assert self.lightning_module is not None
         assert self.lightning_module.device_mesh is not None
         return self.lightning_module.device_mesh.get_group("data_parallel")
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Training: the whole set in an order of its own for every replica, or a shard. Evaluation: a shard."""
+        if not self._trainer.training or self.options.data == "shard":
+            return super().distributed_sampler_kwargs
+        return own_order(self.grid)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let training loaders of different lengths end with the shortest."""
+        if self._trainer.training and self.world_size > 1:
+            return even_end(dataloader, self._trainer.limit_train_batches)
+        return dataloader
 
     @property
     def _alone(self) -> bool:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_entropy.engine.shards import is_sharded, local, mapped, part_of, whole
+from lightning_entropy.engine.shards import Gathered, is_sharded, local, mapped, part_of, whole
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
 
 HOW = "in configure_model, call fully_shard(..., mesh=self.device_mesh['data_parallel']) for layers and for the whole"
@@ -76,6 +76,12 @@ def check_sharding(
             "which brings a module's weights back to the process that has started it"
         )
     return True
+
+
+def has_shards(module: Module) -> bool:
+    """Whether a module's parameters are shards: seen when FSDP2 has none of them gathered."""
+    Gathered(module).drop()
+    return is_sharded(module.parameters())
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -19,7 +19,40 @@ from lightning_entropy.strategies.lightning_internals import ask_every_epoch, fr
 STOP, TERM, INTERRUPT = "stop", "SIGTERM", "SIGINT"  # in the order of their weight
 
 
-class JointStop:
+class Notices(Protocol):
+    """What carries notices between replicas: the loops of one."""
+
+    def give_notice(self, wanted: bool) -> None:
+        """Say in the exchanges to come whether this rank wants something that all ranks must do together."""
+
+    def take_notice(self) -> bool:
+        """Return whether any rank has given notice since the last call."""
+        ...
+
+
+class OwnStop:
+    """The end of a training of one replica, which is the Trainer's business: there is nobody to agree with."""
+
+    def install(self) -> None:
+        """Leave the Trainer's own means in their place."""
+
+    def remove(self) -> None:
+        """Put nothing back."""
+
+    def hold(self) -> None:
+        """Let the Trainer stop where it likes."""
+
+    def check(self) -> None:
+        """Wait for nobody."""
+
+    def tell(self, loops: Notices | None) -> None:
+        """Tell nobody."""
+
+    def heed(self, loops: Notices | None) -> None:
+        """Hear of nobody."""
+
+
+class JointStop(OwnStop):
     """Collects on one rank what asks for an end of training, until the replicas have agreed on it.
 
     A signal is noted rather than acted upon: SIGTERM, and the first Ctrl+C (the second one ends the rank at once). So
@@ -91,6 +124,16 @@ class JointStop:
         if self._trainer.should_stop and not self._agreed:
             self._trainer.should_stop = False
             self._asked = True
+
+    def tell(self, loops: Notices | None) -> None:
+        """Say in the exchanges to come whether this rank wants to stop."""
+        if loops is not None:
+            loops.give_notice(self.wanted)
+
+    def heed(self, loops: Notices | None) -> None:
+        """Stop together with the other ranks, if any has asked for it in an exchange that all have seen."""
+        if loops is not None and loops.take_notice():
+            self.act()
 
     def act(self) -> None:
         """Stop for whatever reason any rank has. A collective, of all ranks that have taken notice.

@@ -72,27 +72,27 @@ class WatchedDDPStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
         if not self._leaving:
-            with self._meeting("a barrier"):
+            with self.meeting("a barrier"):
                 super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Return rank ``src``'s object."""
         if self._leaving:
             return obj
-        with self._meeting("a broadcast"):
+        with self.meeting("a broadcast"):
             return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce over all ranks."""
         if self._leaving:
             return tensor
-        with self._meeting("a reduction"):
+        with self.meeting("a reduction"):
             return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Agree on a decision."""
         return decision if self._leaving else super().reduce_boolean_decision(decision, all)
 
-    def _meeting(self, where: str) -> AbstractContextManager[None]:
+    def meeting(self, where: str) -> AbstractContextManager[None]:
         """Wait for other ranks inside of the block; an error names the ranks that are gone."""
         return meeting(self._heartbeat, where)

@@ -14,8 +14,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import lightning_entropy as le
-from lightning_entropy.strategies import checkpoint as replica_files
-from lightning_entropy.strategies.checkpoint import ReplicaFileError
 from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
 from tests.strategies.streams import Loading, Streaming, Two
 
@@ -303,93 +301,6 @@ def test_a_link_is_followed(copy: Path) -> None:
     linked = fit(copy.parent / "linked", strategy(PARLE), 2, make=Streaming, ckpt_path=link, **SHORT)
     for left, right in zip(straight, linked, strict=True):
         assert all(torch.equal(v, right["final"][k]) for k, v in left["final"].items())
-
-
-class Crash(BaseException):
-    pass
-
-
-def test_two_that_write_one_file_at_a_time_leave_that_of_the_last(tmp_path: Path, monkeypatch: Any) -> None:
-    """Where replicas come and go, one that was late may be writing yet when the next one does."""
-    path, io = tmp_path / "last.ckpt", replica_files.TorchCheckpointIO()
-    replace = os.replace
-
-    def between(*names: Any) -> None:
-        monkeypatch.setattr(os, "replace", replace)
-        replica_files.save_whole(io, {"value": 2}, path, writer="1")
-        replace(*names)
-
-    monkeypatch.setattr(os, "replace", between)
-    replica_files.save_whole(io, {"value": 1}, path, writer="0")
-    assert torch.load(path, weights_only=True) == {"value": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_a_file_that_another_replica_has_removed_is_no_error(monkeypatch: Any) -> None:
-    pytest.importorskip("torchft")
-    elastic = le.ElasticEntropyStrategy(membership="torchft")
-    monkeypatch.setattr(le.ElasticEntropyStrategy, "_writes", True)
-
-    class Gone(replica_files.TorchCheckpointIO):
-        def remove_checkpoint(self, path: Any) -> None:
-            raise FileNotFoundError(path)
-
-    elastic.checkpoint_io = Gone()
-    elastic.remove_checkpoint("last.ckpt")
-
-
-@pytest.mark.parametrize("moment", range(6))
-def test_a_crash_while_saving_leaves_one_whole_checkpoint(tmp_path: Path, moment: int, monkeypatch: Any) -> None:
-    """One process stands for both ranks, one after the other; it dies before its i-th write or rename."""
-    path = tmp_path / "last.ckpt"
-    grids = [replica_files.Grid(rank, 2, 2) for rank in range(2)]
-
-    def save(run: str, value: int) -> None:
-        # The order that the barriers make: all stage, the first replaces, all commit.
-        token = f"{run}-1"
-        for grid in grids:
-            replica_files.stage({"token": token, "value": value}, path, grid.file, token)
-        replica_files.save_whole(
-            replica_files.TorchCheckpointIO(), {"value": value, replica_files.KEY: {"token": token}}, path
-        )
-        for grid in grids:
-            replica_files.commit(path, grid.file, token)
-
-    def load() -> set[int]:
-        main = torch.load(path, weights_only=True)
-        token = main[replica_files.KEY]["token"]
-        contents = [replica_files.contents(path, str(r), token, True) for r in range(2)]
-        return {main["value"]} | {content[token]["value"] for content in contents}
-
-    save("first", 1)
-    calls = 0
-
-    def counted(original: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == moment + 1:
-                raise Crash
-            return original(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        io = replica_files.TorchCheckpointIO
-        patch.setattr(io, "save_checkpoint", counted(io.save_checkpoint))
-        patch.setattr(os, "replace", counted(os.replace))
-        with pytest.raises(Crash):
-            save("second", 2)
-    assert load() == ({1} if moment < 4 else {2})
-    save("third", 3)
-    assert load() == {3}
-    assert sorted(os.listdir(f"{path}.replicas")) == ["0.pt", "1.pt"]
-    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.ckpt.replicas"]
-
-
-def test_reading_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ReplicaFileError, match=r"0\.pt cannot be read"):
-        replica_files.read(str(tmp_path / "0.pt"), "token", True)
 
 
 @pytest.mark.processes
