@@ -35,8 +35,9 @@ from lightning_entropy.strategies.replica_files import (
     tidy,
 )
 from lightning_entropy.strategies.resharding import UnknownPlaceError, resharded
+from lightning_entropy.trainer.resume import REPLICAS
 
-KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and the loops' counters
+KEY = REPLICAS  # in the main checkpoint: replicas, token, and the loops' counters
 
 
 LEFT_OUT = (

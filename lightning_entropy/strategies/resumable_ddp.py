@@ -12,6 +12,7 @@ from lightning_entropy.strategies.replica_ddp import ReplicaDDPStrategy
 from lightning_entropy.strategies.replica_state import ReplicaState
 from lightning_entropy.strategies.save import Save
 from lightning_entropy.strategies.sharding import gathered, has_shards, module_state, optimizer_state
+from lightning_entropy.trainer.resume import REPLICAS, warn_of_other_loop
 
 
 class ResumableDDPStrategy(ReplicaDDPStrategy):
@@ -32,8 +33,10 @@ class ResumableDDPStrategy(ReplicaDDPStrategy):
         if self._leaving and not dist.is_initialized():
             return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
         assert self.lightning_module is not None
-        state, alone = self._state.now(self._loops, self.lightning_module), self._trainer.interrupted
-        sharded, parts = has_shards(self.lightning_module), checkpoint
+        state, sharded = self._state.now(self._loops, self.lightning_module), has_shards(self.lightning_module)
+        # The process that has started others for the fit has a module without a Trainer.
+        alone = (sharded or state is not None) and self._trainer.interrupted
+        parts = checkpoint
         if sharded and alone:
             rank_zero_warn(f"{filepath} is not written after an exception: its weights are shards of several ranks")
             return
@@ -53,6 +56,8 @@ class ResumableDDPStrategy(ReplicaDDPStrategy):
         if self._fitting:
             module = self.lightning_module
             assert module is not None
+            if REPLICAS not in checkpoint:
+                warn_of_other_loop(checkpoint, type(self).__name__)
             self._state.load(self._members.load(checkpoint, checkpoint_path, module, self.grid, weights_only))
         return checkpoint
 

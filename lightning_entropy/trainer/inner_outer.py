@@ -25,10 +25,18 @@ from lightning_entropy.trainer.metrics import OuterStepMetrics
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
 from lightning_entropy.trainer.progress import (
     of_this_training,
+    optimizer_steps,
     training_is_complete,
     warn_if_pinned,
 )
-from lightning_entropy.trainer.resume import check_loadable, check_method, check_state, check_states, shapes_of
+from lightning_entropy.trainer.resume import (
+    check_loadable,
+    check_method,
+    check_state,
+    check_states,
+    shapes_of,
+    warn_of_other_loop,
+)
 
 FORMAT = 1  # of InnerOuterCallback.state_dict()
 
@@ -148,12 +156,8 @@ class InnerOuterCallback(Callback):
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:
             check_state(type(self).__name__, states[self.state_key], FORMAT)
-        elif other := next((key for key, state in states.items() if _is_ours(state)), None):
-            made = other.partition("{")[0]
-            rank_zero_warn(
-                f"the checkpoint's loop is of {made}, not of {type(self).__name__}: it is not loaded, and a new loop "
-                "begins at its x"
-            )
+        else:
+            warn_of_other_loop(checkpoint, type(self).__name__)
         self._loaded_from = trainer.ckpt_path
         self._optimizer_states = checkpoint.get("optimizer_states", [])
 
@@ -198,9 +202,13 @@ class InnerOuterCallback(Callback):
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Say in a sentence what is going to happen."""
-        steps = self.relaxation.inner_steps
+        steps, total = self.relaxation.inner_steps, optimizer_steps(trainer)
         every = "at every optimizer step" if steps == 1 else f"every {steps} optimizer steps"
+        if steps > total:
+            every = f"once, at the end: inner_steps = {steps}, and this fit has {total} optimizer steps"
         said = f"{type(self).__name__}: the weights that you keep move {every}"
+        if self.relaxation.is_for_replicas:
+            said += "; this is one replica, which has no others to meet: strategy=ElasticEntropyStrategy(...) has"
         refreshed = any(isinstance(c, RefreshBatchNorm) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if refreshed or not any(map(keeps_statistics, pl_module.modules())):
             return said
@@ -444,11 +452,6 @@ class HideAnchor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put y back, before the module's own hooks put theirs."""
         self._owner.hide()
-
-
-def _is_ours(state: Any) -> bool:
-    """Return whether the state of a callback is that of one like this."""
-    return isinstance(state, dict) and {"format", "loops", "method"} <= state.keys()
 
 
 def _classes(optimizers: Iterable[Optimizer]) -> list[str]:

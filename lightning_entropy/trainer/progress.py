@@ -38,6 +38,20 @@ def of_this_training(relaxation: Relaxation, trainer: Trainer) -> Relaxation:
     return relaxation.over(steps)
 
 
+def optimizer_steps(trainer: Trainer) -> float:
+    """Return how many steps an optimizer takes in the fit; inf where it is not known.
+
+    Args:
+        trainer: in ``on_train_start``.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        return math.inf
+    try:
+        return trainer.estimated_stepping_batches
+    except MisconfigurationException:  # batches are accumulated by a schedule
+        return math.inf
+
+
 PINNED = 0.95  # of a loop's path taken back, above which y hardly leaves x
 
 

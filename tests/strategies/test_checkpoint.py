@@ -367,3 +367,11 @@ class WithAdam(Streaming):
 def test_another_class_of_optimizer_is_refused_before_its_state_is_loaded(copy: Path) -> None:
     with pytest.raises(Exception, match="optimizer 0 must be SGD to go on from the checkpoint's state, got Adam"):
         fit(copy.parent / "again", strategy(PARLE), 2, make=WithAdam, ckpt_path=copy, **SHORT)
+
+
+def test_whoever_has_started_the_processes_saves_the_result_afterwards(tmp_path: Path) -> None:
+    module, t = Net(), trainer(tmp_path, strategy(PARLE), 2, max_steps=4)
+    t.fit(module)
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt")["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
