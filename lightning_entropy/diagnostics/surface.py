@@ -1,12 +1,10 @@
-"""The loss over some examples as a function of one flat vector of weights, with the module left as it was."""
+"""The loss over some examples as a function of one flat vector of weights."""
 
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TypeVar
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
@@ -17,69 +15,8 @@ from lightning_entropy.diagnostics.batches import take_batches
 from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples, Layout, checked_examples, map_batch
 from lightning_entropy.diagnostics.loss import Loss, cross_entropy, kind_of
 from lightning_entropy.diagnostics.module_copy import ModuleCopy
-from lightning_entropy.diagnostics.torch_internals import compiled
 
 _T = TypeVar("_T")
-
-
-@contextmanager
-def untouched(module: nn.Module, mode: str = "eval", seed: int = 0) -> Iterator[None]:
-    """Put a module in a mode and seed every global generator, and put everything back on leaving.
-
-    Covers the training flag of every submodule, the random states of torch (CPU and CUDA), numpy and Python, and
-    the grad, inference and autocast modes. Where the module has recurrent layers cuDNN is off: its kernels for them
-    cannot be differentiated twice, nor once in eval mode. Restores after an exception too.
-
-    Args:
-        module: Measured within the context.
-        mode: "eval" or "train".
-        seed: Of the global generators within the context.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: If ``mode`` is neither.
-
-    Example:
-        >>> net, before = nn.Dropout(), torch.get_rng_state()
-        >>> with untouched(net):
-        ...     _ = torch.rand(3), net.training
-        >>> net.training, bool((torch.get_rng_state() == before).all())
-        (True, True)
-    """
-    if mode not in ("eval", "train"):
-        raise ValueError(f'mode must be "eval" or "train", got {mode!r}')
-    flags = [(m, m.training) for m in module.modules()]
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    kinds = {"cpu"} | {p.device.type for p in module.parameters()} & {"cuda", "mps", "xpu"}
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            # By this flag alone: torch.backends.cudnn.flags() would set the others to its own defaults.
-            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
-            torch.backends.cudnn.enabled = False
-        if compiled(module):
-            # Compiled graphs cannot be differentiated twice.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            module.train(mode == "train")
-            yield
-        finally:
-            for m, flag in flags:
-                m.training = flag
-            torch.set_rng_state(states[0])
-            np.random.set_state(states[1])
-            random.setstate(states[2])
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
 
 
 class LossSurface:
@@ -88,7 +25,7 @@ class LossSurface:
     w holds the trainable parameters in ``module.named_parameters()`` order; frozen ones and buffers are constants.
     A copy of the module is called whose weights are views of w, so that the module's own weights, gradients and
     buffers are neither read again nor written, and activation checkpointing, which runs a part again in the backward
-    pass, finds the same w there. Use it within :func:`untouched`. Half-precision weights are promoted to float32:
+    pass, finds the same w there. Use it within ``untouched``. Half-precision weights are promoted to float32:
     second differences of a loss are lost in 8 bits of mantissa; complex ones are pairs of real weights. Embeddings have
     dense gradients, and where they have a ``max_norm`` their rows are within it from the start and then free.
 
@@ -106,7 +43,7 @@ class LossSurface:
             taken. None: all, counted by the tensors' sizes.
         batch_dim: Dimension of the tensors that counts examples, or a callable from a batch to it. None: that of the
             one size that all of them share; see :class:`~lightning_entropy.diagnostics.examples.Layout`.
-        mode: "eval" or "train"; must be the mode given to :func:`untouched`.
+        mode: "eval" or "train"; must be the mode given to ``untouched``.
         seed: Of the choice of examples and of dropout.
         state: Values by name, e.g. ``module.state_dict()``, in place of the module's own parameters and buffers.
         transfer: Moves a batch to the module's device. None: a plain copy.

@@ -1,6 +1,6 @@
 """The arithmetic of one inner and one outer step, in place on lists of tensors. Nothing here remembers anything."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -255,3 +255,20 @@ def norm(tensors: Sequence[Tensor], of: Sequence[Tensor] = ()) -> Tensor:
     if is_sharded(of):
         norms = joined_norms(norms, of)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+def differ(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Compare tensors with values of the same shape, in the tensors' precision; waits for the device once.
+
+    Args:
+        pairs: tensors, each with a value, which may be on another device and wider.
+
+    Returns:
+        Of each pair whether any element differs.
+
+    Example:
+        >>> differ([(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])), (torch.tensor([1.0]), torch.tensor([0.0]))])
+        [False, True]
+    """
+    flags = [(tensor != value.to(tensor.device, tensor.dtype, non_blocking=True)).any() for tensor, value in pairs]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []

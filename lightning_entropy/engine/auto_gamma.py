@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.engine import arithmetic as F
-from lightning_entropy.engine.weights import Weight, add_gradients
+from lightning_entropy.engine.weight import Weight, add_gradients
 
 
 class GammaMeasurement:

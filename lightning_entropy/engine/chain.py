@@ -13,7 +13,7 @@ from lightning_entropy.engine.arithmetic import Move
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.shards import gradient_of
 from lightning_entropy.engine.step import Step
-from lightning_entropy.engine.weights import Weight, running_means
+from lightning_entropy.engine.weight import Weight, running_means
 from lightning_entropy.methods.relaxation import Relaxation
 
 

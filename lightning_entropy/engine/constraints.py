@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from lightning_entropy.engine.torch_internals import version
-from lightning_entropy.engine.weights import Weight, Weights
+from lightning_entropy.engine.weight import Weight
+from lightning_entropy.engine.weights import Weights
 
 
 class Constraints:

@@ -30,7 +30,8 @@ from lightning_entropy.engine.outer_rules import OuterFactory, OuterRule, Replic
 from lightning_entropy.engine.shards import Gathered, is_sharded, local, whole
 from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.streaming import StreamingRule
-from lightning_entropy.engine.weights import Holds, Weight, Weights, arrive
+from lightning_entropy.engine.weight import Weight, arrive
+from lightning_entropy.engine.weights import Holds, Weights
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 

@@ -14,7 +14,7 @@ from lightning_entropy.engine.outer_rules import OuterFactory, ReplicaMeans
 from lightning_entropy.engine.relax import make_loop
 from lightning_entropy.engine.shards import Gathered
 from lightning_entropy.engine.state_dict_hooks import StateDictHooks
-from lightning_entropy.engine.weights import Substitutes
+from lightning_entropy.engine.substitutes import Substitutes
 from lightning_entropy.methods.relaxation import Relaxation
 
 

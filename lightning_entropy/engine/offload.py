@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_entropy.engine import shards
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weight import Weight
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool
 

@@ -12,7 +12,8 @@ from torch.optim import LBFGS, SGD, Optimizer
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine import shards
 from lightning_entropy.engine.offload import OffloadedMoments
-from lightning_entropy.engine.weights import Weight, Weights, arrive, means_of
+from lightning_entropy.engine.weight import Weight, arrive, means_of
+from lightning_entropy.engine.weights import Weights
 from lightning_entropy.methods.relaxation import Relaxation, Settings
 from lightning_entropy.methods.targets import OuterTarget
 

@@ -16,7 +16,8 @@ from lightning_entropy.engine.gaussian import Source
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.step import Step
 from lightning_entropy.engine.torch_internals import version
-from lightning_entropy.engine.weights import Holds, Weight, Weights, add_gradients
+from lightning_entropy.engine.weight import Weight, add_gradients
+from lightning_entropy.engine.weights import Holds, Weights
 from lightning_entropy.methods.relaxation import Relaxation
 
 

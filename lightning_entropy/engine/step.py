@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_entropy.engine.gaussian import Source
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weight import Weight
 from lightning_entropy.methods.relaxation import Settings
 
 # Where this step's noise comes from, for each of some parameters: of (seed, step, parameter) alone.

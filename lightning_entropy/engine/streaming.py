@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.outer_rules import Mean, OuterFactory, OuterRule, ReplicaMeans, wait_for
-from lightning_entropy.engine.weights import Weight, Weights, means_of
+from lightning_entropy.engine.weight import Weight, means_of
+from lightning_entropy.engine.weights import Weights
 from lightning_entropy.methods.relaxation import Relaxation, Settings
 
 

@@ -5,7 +5,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -64,9 +64,13 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
         return super().is_global_zero and self.grid.first == 0
 
     @property
-    def _trainer(self) -> Trainer:
+    def _module(self) -> LightningModule:
         assert self.lightning_module is not None
-        return self.lightning_module.trainer
+        return self.lightning_module
+
+    @property
+    def _trainer(self) -> Trainer:
+        return self._module.trainer
 
     @property
     def _fitting(self) -> bool:
@@ -76,9 +80,8 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
     @property
     def _inside(self) -> Any:
         """The process group of this replica's ranks."""
-        assert self.lightning_module is not None
-        assert self.lightning_module.device_mesh is not None
-        return self.lightning_module.device_mesh.get_group("data_parallel")
+        assert self._module.device_mesh is not None
+        return self._module.device_mesh.get_group("data_parallel")
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -32,8 +32,7 @@ class ResumableDDPStrategy(ReplicaDDPStrategy):
         """Write the main file and what is each replica's own, so that a crash leaves the last ones whole."""
         if self._leaving and not dist.is_initialized():
             return  # the parent of spawned processes: they have saved what they trained, and it has trained nothing
-        assert self.lightning_module is not None
-        state, sharded = self._state.now(self._loops, self.lightning_module), has_shards(self.lightning_module)
+        state, sharded = self._state.now(self._loops, self._module), has_shards(self._module)
         # The process that has started others for the fit has a module without a Trainer.
         alone = (sharded or state is not None) and self._trainer.interrupted
         parts = checkpoint
@@ -54,8 +53,7 @@ class ResumableDDPStrategy(ReplicaDDPStrategy):
             return self._members.given
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._fitting:
-            module = self.lightning_module
-            assert module is not None
+            module = self._module
             if REPLICAS not in checkpoint:
                 warn_of_other_loop(checkpoint, type(self).__name__)
             self._state.load(self._members.load(checkpoint, checkpoint_path, module, self.grid, weights_only))
@@ -63,15 +61,13 @@ class ResumableDDPStrategy(ReplicaDDPStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, of which the file has the whole."""
-        assert self.lightning_module is not None
-        if has_shards(self.lightning_module):
-            checkpoint = {"state_dict": module_state(checkpoint["state_dict"], self.lightning_module)}
+        if has_shards(self._module):
+            checkpoint = {"state_dict": module_state(checkpoint["state_dict"], self._module)}
         super().load_model_state_dict(checkpoint, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers, and the random state that they were saved with."""
-        assert self.lightning_module is not None
-        if has_shards(self.lightning_module):
+        if has_shards(self._module):
             states = zip(checkpoint["optimizer_states"], self.optimizers, strict=False)
             checkpoint = {"optimizer_states": [optimizer_state(state, optimizer) for state, optimizer in states]}
         self._state.check_optimizers(self.optimizers, checkpoint["optimizer_states"])

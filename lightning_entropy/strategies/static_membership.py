@@ -14,7 +14,7 @@ from lightning_entropy.strategies.options import Grid, ReplicaOptions
 from lightning_entropy.strategies.replica import ReplicaLoops
 from lightning_entropy.strategies.save import Save
 from lightning_entropy.strategies.sharding import has_shards
-from lightning_entropy.strategies.torchft.join import LIGHTHOUSE
+from lightning_entropy.strategies.torchft.lighthouse import LIGHTHOUSE
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 
 

@@ -180,7 +180,6 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         self._watch(self.grid)
         if not self._fitting:
             return
-        assert self.lightning_module is not None
         claim(self._trainer, self)
         several = self.grid.replicas > 1
         put_around(self._trainer, self, together=several)
@@ -190,7 +189,7 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         self._members.prepare(self, self.grid)
         shape = (self.grid.replicas, self.grid.data_parallel)
         mesh = dist.init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replica", "data_parallel"))
-        set_device_mesh(self.lightning_module, mesh)
+        set_device_mesh(self._module, mesh)
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap inside the replica, seed every replica's random numbers apart, and meet those that are other jobs."""
@@ -210,8 +209,7 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
 
     def configure_ddp(self) -> None:
         """Start all replicas from the same weights, or each from its own, and wrap in DDP what shares gradients."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         method, precision = start_method(self), self._trainer.precision
         sharded = check_sharding(module, self.options, self.grid, start_method=method, precision=precision)
         apart = self.options.independent_init and not self._state.resumed
@@ -229,12 +227,11 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         """Attach the loops: by now everything is restored and on its device."""
         if not acts(self._trainer):
             return
-        assert self.lightning_module is not None
         self._members.begin(self._trainer.global_step)
-        check_optimizers(self.lightning_module, self.optimizers)
+        check_optimizers(self._module, self.optimizers)
         warn_if_pinned(self.options.relaxation, self.optimizers)
         self._loops = replica_loops(
-            self.lightning_module,
+            self._module,
             self.optimizers,
             self.options,
             self.grid,
@@ -246,7 +243,7 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         )
         self._log = OuterStepLog(self._trainer)
         rank_zero_info(f"{type(self).__name__}: {self.options.describe(self.grid)}")
-        self._state.restore(self._loops, self.lightning_module)
+        self._state.restore(self._loops, self._module)
 
     def training_begins(self) -> None:
         """Let nothing tie the replicas batch by batch."""
@@ -268,8 +265,7 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         self._log.poll()
         self._state.begin_batch(self._loops)
         if not self._loops.loops.are_of(self.optimizers):
-            assert self.lightning_module is not None
-            check_optimizers(self.lightning_module, self.optimizers)
+            check_optimizers(self._module, self.optimizers)
             self._loops.follow(self.optimizers)
             rank_zero_info(f"{type(self).__name__}: the Trainer's optimizers have changed; new loops begin at x")
         self._stop.heed(self._loops)
@@ -323,8 +319,7 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         """Close unfinished loops, keeping the state from which a resume goes on. A collective."""
         if self._loops is None or self._trainer.interrupted:
             return
-        assert self.lightning_module is not None
-        if self._state.close(self._loops, self.lightning_module):
+        if self._state.close(self._loops, self._module):
             self.show_consensus()
 
     def on_train_end(self) -> None:
@@ -341,9 +336,8 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         """Leave the consensus in the module and no hook behind."""
         self._members.leave()
         if self._loops is not None:
-            assert self.lightning_module is not None
             if not self._leaving:
-                self._state.leave(self._loops, self.lightning_module)
+                self._state.leave(self._loops, self._module)
             self._loops.detach(close=not self._leaving)
             self._log.flush()
             self._loops = None

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_entropy.diagnostics import hessian_spectrum
 from lightning_entropy.diagnostics.groups import Groups
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.untouched import untouched
 from tests.diagnostics import tiny
 
 

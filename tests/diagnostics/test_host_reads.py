@@ -72,7 +72,7 @@ def test_the_loss_of_every_batch_is_read_at_once() -> None:
     """And which of them is not finite only if the mean is not."""
     found = []
     for batch in (15, 3):
-        with Calls() as calls, D.surface.untouched(module := net()):
+        with Calls() as calls, D.untouched.untouched(module := net()):
             D.surface.LossSurface(module, data(30, batch))
         found.append(calls.waits)
     assert found[0] == found[1]
@@ -83,6 +83,6 @@ def test_the_loss_of_every_batch_is_read_at_once() -> None:
             self.w = nn.Parameter(torch.ones(1))
 
     batches = [torch.ones(2), torch.full((2,), float("inf")), torch.full((2,), float("nan"))]
-    with D.surface.untouched(module := Bad()):  # noqa: SIM117
+    with D.untouched.untouched(module := Bad()):  # noqa: SIM117
         with pytest.raises(ValueError, match="loss must be finite, got inf on batch 1"):
             D.surface.LossSurface(module, batches, loss=lambda m, b: (m.w * b).mean())

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lightning_entropy.diagnostics as D
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.untouched import untouched
 
 
 class Net(nn.Module):
@@ -116,45 +117,6 @@ def test_parametrized_and_tied_weights_are_left_alone(make: Any) -> None:
     found = D.hessian_spectrum(net, data(), mode="train", probes=0)
     assert found.largest > 0
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-
-
-class Recurrent(nn.Module):
-    """Notes whether cuDNN may run its forward pass."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.last = layer, nn.Linear(4, 3)
-        self.seen = list[bool]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(torch.backends.cudnn.enabled)
-        h = self.layer(x[:, None])
-        return self.last((h[0] if isinstance(h, tuple) else h)[:, -1])
-
-
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_are_measured_without_cudnn_which_has_no_second_derivative_of_them(layer: Any) -> None:
-    """Nor a first one in eval mode. The product is checked against differences of gradients."""
-    net = Recurrent(layer(4, 4, batch_first=True)).double()
-    assert torch.backends.cudnn.enabled
-    with untouched(net):
-        surface = LossSurface(net, [(x.double(), y) for x, y in data()])
-        v = torch.randn(len(surface), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        found, step = surface.hessian_products(surface.weights, v[None])[0], 1e-5 * v
-        ends = [surface.gradient(surface.weights + sign * step) for sign in (1, -1)]
-    torch.testing.assert_close(found, (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-8)
-    seen = surface._module.module.seen
-    assert seen and not any(seen)  # type: ignore[arg-type]
-    with pytest.raises(KeyError), untouched(net):
-        raise KeyError
-    assert torch.backends.cudnn.enabled
-
-
-def test_other_modules_keep_cudnn() -> None:
-    net = Recurrent(nn.Sequential(nn.Linear(4, 4)))
-    with untouched(net):
-        seen = LossSurface(net, data())._module.module.seen
-    assert all(seen)  # type: ignore[arg-type]
 
 
 class Small(nn.Module):

@@ -187,3 +187,9 @@ def test_lists_of_other_lengths_are_refused(noise: bool) -> None:
         F.average_(one, two, 0.5)
     with pytest.raises(ValueError, match="zip"):
         F.inner_move_(F.Move(one, two, None, stiffness=[1.0], noise=[1.0], average=1.0, seeds=[[1]] if noise else None))
+
+
+def test_values_differ_in_the_tensors_own_precision() -> None:
+    half = torch.ones(2, dtype=torch.bfloat16)
+    assert F.differ([(half, torch.tensor([1.0, 1.001])), (half, torch.tensor([1.0, 1.1]))]) == [False, True]
+    assert F.differ([]) == []

@@ -7,7 +7,7 @@ import torch
 
 import lightning_entropy as le
 from lightning_entropy.engine.auto_gamma import GammaMeasurement
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weight import Weight
 
 
 def test_auto_gamma_is_what_one_computes_by_hand() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lightning_entropy as le
 from lightning_entropy.engine.outer_rules import OuterStep, Replicas
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weight import Weight
 from lightning_entropy.methods.targets import OUTER_TARGETS
 from tests.engine.methods_table import OPTIMIZERS, part
 from tests.engine.training import Net, assert_equal, start, step, through_a_file, two_replicas, values

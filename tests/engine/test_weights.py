@@ -8,7 +8,8 @@ from torch import Tensor
 
 import lightning_entropy as le
 from lightning_entropy.engine.loop import InnerOuter
-from lightning_entropy.engine.weights import Holds, Substitutes, Weights, add_gradients, differ, running_means
+from lightning_entropy.engine.weight import running_means
+from lightning_entropy.engine.weights import Holds, Weights
 from tests.engine.methods_table import METHODS, OPTIMIZERS, perturbs
 from tests.engine.training import Net, assert_equal, batch, start, step, through_a_file, values
 
@@ -394,20 +395,6 @@ def test_tied_weights_are_x_at_all_times() -> None:
 
 
 @torch.no_grad()
-def test_gradients_are_summed_dense_unscaled_and_in_the_anchors_type() -> None:
-    (p,), weights = weights_of(torch.zeros(3, dtype=torch.bfloat16))
-    w = weights.track(p)
-    p.grad = torch.tensor([1.0, 2.0, 4.0], dtype=torch.bfloat16)
-    add_gradients([w], None)
-    p.grad.zero_()  # the sum is a copy
-    p.grad = torch.sparse_coo_tensor([[1]], [8.0], (3,), dtype=torch.bfloat16, check_invariants=True)
-    add_gradients([w], torch.tensor(4.0))
-    assert w.gradient is not None
-    assert w.gradient.dtype == torch.float32
-    assert w.gradient.tolist() == [1, 4, 4]
-
-
-@torch.no_grad()
 def test_who_steps_now_and_how_fast() -> None:
     a, b, c = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
     groups = [{"params": [a, b], "lr": 0.5}, {"params": [c], "lr": torch.tensor(0.25)}]
@@ -429,27 +416,3 @@ def test_a_state_has_the_names_and_positions_of_its_parameters() -> None:
     weights.track(a)
     assert list(weights.state_dict(anchor=True)) == ["0", "1"]
     assert list(weights.state_dict(anchor=False)["1"]) == []  # all of it is in the parameter
-
-
-@torch.no_grad()
-def test_tensors_lent_to_others_come_back_but_where_they_were_written() -> None:
-    a, b, c = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
-    substitutes = Substitutes()
-    substitutes.show({a: torch.tensor([10.0]), b: torch.tensor([20.0])})
-    substitutes.show({c: torch.tensor([30.0])})
-    assert (a.item(), b.item(), c.item(), substitutes.shown) == (10, 20, 3, True)
-    b.fill_(7.0)
-    assert [t.item() for t in substitutes.own([a, b, c])] == [1, 7, 3]
-    substitutes.hide()
-    assert (a.item(), substitutes.shown) == (10, True)
-    substitutes.hide()
-    substitutes.hide()
-    assert (a.item(), b.item(), c.item(), substitutes.shown) == (1, 7, 3, False)
-    substitutes.show({})
-    assert substitutes.shown
-
-
-def test_values_differ_in_the_tensors_own_precision() -> None:
-    half = torch.ones(2, dtype=torch.bfloat16)
-    assert differ([(half, torch.tensor([1.0, 1.001])), (half, torch.tensor([1.0, 1.1]))]) == [False, True]
-    assert differ([]) == []

@@ -15,7 +15,8 @@ from lightning_entropy.diagnostics.gradient_noise.example_gradients import Centr
 from lightning_entropy.diagnostics.gradient_noise.result import GradientNoiseResult
 from lightning_entropy.diagnostics.loss import Loss
 from lightning_entropy.diagnostics.progress import progress_bar
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.untouched import untouched
 
 
 def gradient_noise(

@@ -15,7 +15,8 @@ from lightning_entropy.diagnostics.hessian.lanczos import extreme_eigenpairs, ga
 from lightning_entropy.diagnostics.hessian.result import ByGroup, HessianResult
 from lightning_entropy.diagnostics.loss import Loss
 from lightning_entropy.diagnostics.progress import progress_bar
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.untouched import untouched
 
 _BASIS = 200
 

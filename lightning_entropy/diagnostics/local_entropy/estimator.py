@@ -15,7 +15,8 @@ from lightning_entropy.diagnostics.local_entropy.gamma_ladder import climb
 from lightning_entropy.diagnostics.local_entropy.result import LocalEntropyResult
 from lightning_entropy.diagnostics.loss import Loss
 from lightning_entropy.diagnostics.progress import progress_bar
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.untouched import untouched
 
 
 def local_entropy(

@@ -13,7 +13,8 @@ from lightning_entropy.diagnostics.examples import Batch, BatchDim, Examples
 from lightning_entropy.diagnostics.figures import axes_for
 from lightning_entropy.diagnostics.groups import Groups
 from lightning_entropy.diagnostics.loss import Loss
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.untouched import untouched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

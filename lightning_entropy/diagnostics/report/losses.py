@@ -12,7 +12,8 @@ from lightning_entropy.diagnostics.estimate import GroupValues
 from lightning_entropy.diagnostics.examples import Batch, BatchDim
 from lightning_entropy.diagnostics.figures import axes_for
 from lightning_entropy.diagnostics.loss import Loss, cross_entropy
-from lightning_entropy.diagnostics.surface import LossSurface, untouched
+from lightning_entropy.diagnostics.surface import LossSurface
+from lightning_entropy.diagnostics.untouched import untouched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_entropy.strategies.exchange import Meeting
-from lightning_entropy.strategies.torchft.assembly import TICK, Assembly, Encounter
+from lightning_entropy.strategies.torchft.assembly import Assembly
+from lightning_entropy.strategies.torchft.encounter import TICK, Encounter
 from lightning_entropy.strategies.torchft.records import Met
 from lightning_entropy.strategies.torchft.rounding import Rounding
 

@@ -1,31 +1,13 @@
 """How a replica begins where replicas come and go: with the state of one that is there, or with its own."""
 
-import os
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import Module
 
 from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.delegation import Delegation
 
-LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 PEER = "a replica that joins"  # the path of a checkpoint that goes to one
-
-
-def lighthouse_address() -> str:
-    """Return the address of the lighthouse.
-
-    Raises:
-        MisconfigurationException: the environment does not have it.
-    """
-    address = os.environ.get(LIGHTHOUSE, "")
-    if not address:
-        raise MisconfigurationException(
-            f"membership='torchft' needs {LIGHTHOUSE}, the lighthouse's address http://host:port, in the environment: "
-            "python -m lightning_entropy.launch starts one and sets it"
-        )
-    return address
 
 
 def join(assembly: Assembly | Delegation, module: Module) -> dict[str, Any] | None:

@@ -17,7 +17,8 @@ from lightning_entropy.strategies.save import Save
 from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.internals import check_installed
-from lightning_entropy.strategies.torchft.join import PEER, join, lighthouse_address
+from lightning_entropy.strategies.torchft.join import PEER, join
+from lightning_entropy.strategies.torchft.lighthouse import lighthouse_address
 from lightning_entropy.strategies.torchft.status import report
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 

@@ -126,13 +126,13 @@ def fails_alone() -> Any:
     with lighthouse(min_replicas=4) as address:
         four = [coupled(r, address) for r in range(4)]
         gather(four)
-        summed = four[3].assembly._sum
+        summed = four[3].assembly.peers.sum
 
         def fail(*_: Any, **__: Any) -> Any:
-            four[3].assembly._sum = summed
+            four[3].assembly.peers.sum = summed
             raise RuntimeError("out of memory, say")
 
-        four[3].assembly._sum = fail
+        four[3].assembly.peers.sum = fail
         start = time.monotonic()
         lost = side_by_side([lambda c=c: mean(c, torch.ones(50_000)) for c in four])
         seconds = time.monotonic() - start
@@ -230,9 +230,9 @@ def closed() -> Any:
 
 
 def no_lighthouse() -> Any:
-    from lightning_entropy.strategies.torchft import assembly
+    from lightning_entropy.strategies.torchft import peers
 
-    assembly.CONNECT = timedelta(seconds=1)
+    peers.CONNECT = timedelta(seconds=1)
     with lighthouse() as address:
         pass
     try:
@@ -276,7 +276,7 @@ def member(replica: int, address: str) -> list[Any]:
         got.append({"mean": None if means is None else means[0][0], "present": c.assembly.present})
         done += len(c.assembly.present) == 3 or done > 0
         if replica == 2 and done == 5:  # when the others wait for what it sends
-            c.assembly._sum = lambda *_, **__: os.kill(os.getpid(), 9)
+            c.assembly.peers.sum = lambda *_, **__: os.kill(os.getpid(), 9)
     c.assembly.close()
     return got
 

@@ -210,9 +210,9 @@ def member(replica: int, address: str) -> Any:
     t = Training(replica, meeting(replica, address, 3))
     while t.steps < 6 * METHOD.inner_steps:
         if t.steps == 3:  # all three have met
-            t.assembly._min_replicas = 2
+            t.assembly.peers._min_replicas = 2
         if t.steps == 9 and replica == 2:  # it is to begin after the next step, to be used two steps later
-            t.assembly._sum = lambda *_, **__: os.kill(os.getpid(), 9)
+            t.assembly.peers.sum = lambda *_, **__: os.kill(os.getpid(), 9)
         t.step()
         time.sleep(0.05)
     t.assembly.close()

@@ -1,15 +1,10 @@
 """Who meets, who is lost, who joins, and for whom one waits."""
 
-import socket
-import threading
-
 import pytest
 
 from tests.strategies.torchft.meetings import Met
 
 pytest.importorskip("torchft")
-
-from lightning_entropy.strategies.torchft.assembly import address_toward, said_by
 
 pytestmark = pytest.mark.processes
 
@@ -34,21 +29,6 @@ def test_one_that_fails_in_a_meeting_lets_the_others_know_at_once(met: Met) -> N
 
 def test_who_waits_hears_of_whatever_has_ended_a_meeting(met: Met) -> None:
     assert met("panics")[0] == "a panic"
-
-
-def test_an_answer_of_the_lighthouse_that_breaks_off_ends_nobody() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nNext quorum")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        assert said_by(f"http://127.0.0.1:{listener.getsockname()[1]}") == ", which does not answer"
-        thread.join()
 
 
 def test_a_replica_that_joins_gets_the_state_and_is_counted_in_no_mean_before(met: Met) -> None:
@@ -76,9 +56,3 @@ def test_a_meeting_to_which_nobody_comes_can_be_left(met: Met) -> None:
 
 def test_without_a_lighthouse_the_error_says_what_to_start(met: Met) -> None:
     assert "start one with torchft_lighthouse" in met("no_lighthouse")[0]
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://localhost", "https://localhost:1"])
-def test_an_address_of_another_form_is_refused(address: str) -> None:
-    with pytest.raises(ValueError, match="the lighthouse's address must be http://host:port"):
-        address_toward(address)

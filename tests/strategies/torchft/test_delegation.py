@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_entropy.strategies.torchft.assembly import Assembly, Encounter
+from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.delegation import Delegation
+from lightning_entropy.strategies.torchft.encounter import Encounter
 from lightning_entropy.strategies.torchft.exchange import ElasticCoupling
 from lightning_entropy.strategies.torchft.records import Met, Record
 from tests.strategies.runs import external
