@@ -1,5 +1,6 @@
 """The exchange itself: what arrives is the mean, also of what rounding left out."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_entropy.strategies import exchange
 from lightning_entropy.strategies.compression import LEVELS, LEVELS_4, share_size
 from lightning_entropy.strategies.exchange import Coupling, Memory
+from lightning_entropy.strategies.flattened import squared_distance
 from lightning_entropy.strategies.links import Links
 from tests.device_calls import Calls, as_on_a_gpu, late_copy
 from tests.engine.test_launches import resnet50
@@ -115,6 +117,25 @@ def test_what_is_not_finite_enters_no_mean(tmp_path: Path, data_parallel: int) -
         torch.testing.assert_close(rank[4:7], three)
         assert rank[7].tolist() == [1.5] * 3
         assert rank[8].isnan().all()  # finite nowhere
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_does_not_count_keeps_its_rounding_error_and_its_distance(tmp_path: Path, late: bool) -> None:
+    def work(rank: int) -> list[Any]:
+        with as_on_a_gpu() if late else nullcontext():
+            coupling = Coupling(Links(2, 1), format="int8")
+            for t in range(2):
+                mean = coupling(values(10 * t + rank))()
+            own = squared_distance(values(10 + rank), torch.cat([m.reshape(-1) for m in mean])).item()
+            left, given = coupling.memory.residual, values(20 + rank)
+            if rank:
+                given[1][0] = torch.inf
+            coupling(given)()
+            return [left, coupling.memory.residual, own, coupling.spread]
+
+    (before, now, own, spread), (left, after, _, other) = meet(2, work, tmp_path)
+    assert left.any() and torch.equal(left, after) and not torch.equal(before, now)
+    assert spread == other == pytest.approx((own / (70 * 41 + 6)) ** 0.5)
 
 
 def test_a_notice_reaches_all_ranks_in_the_same_round(tmp_path: Path) -> None:
