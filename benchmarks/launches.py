@@ -16,7 +16,8 @@ import torch.distributed as dist
 import lightning_entropy as le
 from benchmarks.update import resnet50
 from lightning_entropy.strategies.compression import FORMATS
-from lightning_entropy.strategies.exchange import Coupling, Links
+from lightning_entropy.strategies.exchange import Coupling
+from lightning_entropy.strategies.links import Links
 from tests.device_calls import Calls, as_on_a_gpu
 
 INNER_STEPS = 8

@@ -11,7 +11,8 @@ import torch
 
 import lightning_entropy as le
 from lightning_entropy import plan
-from lightning_entropy.strategies.exchange import Coupling, Links
+from lightning_entropy.strategies.exchange import Coupling
+from lightning_entropy.strategies.links import Links
 from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy
 
 

@@ -12,79 +12,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.strategies.compression import Format, GroupCollectives, Sum
-from lightning_entropy.strategies.options import Grid
+from lightning_entropy.strategies.flattened import finite, flatten, numbers_on, squared_distance, unflatten
+from lightning_entropy.strategies.links import Links
 from lightning_entropy.trainer.metrics import to_host
 
 # Waits for other ranks inside of the block, at a place with a name; an error then names the rank that is gone.
 Meeting = Callable[[str], AbstractContextManager[None]]
 
 DIVERGED = "the weights of every replica are nan or inf"  # how the error begins
-
-
-class Links:
-    """The process groups of one stream of exchanges, this rank's row and column of the replicas x data-parallel grid.
-
-    No other stream uses them, so that an exchange in progress cannot mix with another collective. Opening them is a
-    collective of the whole world.
-
-    Args:
-        replicas: R, rows of the grid; rank = replica * D + position.
-        data_parallel: D, ranks of one replica.
-        timeout: after which waiting for a rank that does not answer is an error.
-        sharded: the ranks of a replica have different weights, each its shards, rather than the same.
-    """
-
-    def __init__(
-        self, replicas: int, data_parallel: int, timeout: timedelta | None = None, *, sharded: bool = False
-    ) -> None:
-        rows = [[r * data_parallel + d for d in range(data_parallel)] for r in range(replicas)]
-        self.across = own_group([list(column) for column in zip(*rows, strict=True)], timeout)
-        self.inside = own_group(rows, timeout) if data_parallel > 1 else None
-        self.replicas, self.data_parallel = replicas, data_parallel
-        self.position = dist.get_rank() % data_parallel
-        self.by_host = dist.get_backend(self.across) == "gloo"  # the host's threads send, and know when it is done
-        self.shares = self.inside is not None and not sharded  # each rank exchanges a part of what all of them have
-        self.sharded = self.inside is not None and sharded
-
-    def any_inside(self, flags: Sequence[bool]) -> list[bool]:
-        """Return which of the flags are set on any rank of this replica. A collective of the replica."""
-        if self.inside is None:
-            return list(flags)
-        agreed = torch.tensor([float(flag) for flag in flags], device="cpu" if self.by_host else "cuda")
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.inside)
-        return [value > 0 for value in agreed.tolist()]
-
-    def device_of(self, values: Tensor) -> torch.device:
-        """Return where values are sent from: where they are, if the groups take them there."""
-        taken = ("cpu", "cuda") if self.by_host else ("cuda",)
-        if values.device.type in taken:
-            return values.device
-        return torch.device("cpu" if self.by_host else "cuda")  # values that are offloaded to the host, say
-
-    def sum_inside(self, value: Tensor) -> Tensor:
-        """Return the sum over the shards of this replica. A collective of it, where it has some."""
-        if not self.sharded:
-            return value
-        total = value.detach().to(self.device_of(value), copy=True)
-        dist.all_reduce(total, group=self.inside)
-        return total.to(value.device)
-
-    def close(self) -> None:
-        """Destroy the groups."""
-        for group in (self.across, self.inside):
-            if group is not None and dist.is_initialized():
-                dist.destroy_process_group(group)
 
 
 @dataclass(frozen=True)
@@ -340,7 +283,7 @@ class Round:
 
     def _spread_out(self, parts: Tensor) -> Tensor:
         """Return for every value of all the tensors what its part has."""
-        return parts.repeat_interleave(_numbers_on(parts.device, self._sizes), output_size=sum(self._sizes))
+        return parts.repeat_interleave(numbers_on(parts.device, self._sizes), output_size=sum(self._sizes))
 
     def _part(self, flat: Tensor) -> Tensor:
         """Return this rank's part of its replica's values, on the device they are sent from."""
@@ -360,75 +303,3 @@ class Round:
         parts = [torch.empty_like(part) for _ in range(links.data_parallel)]
         dist.all_gather(parts, part, group=links.inside)
         return torch.cat(parts)[: sum(t.numel() for t in self.tensors)]
-
-
-def data_parallel_group(grid: Grid) -> dist.ProcessGroup | None:
-    """Open a process group for each replica's ranks and return this rank's; None if a replica is one rank."""
-    rows = [[r * grid.data_parallel + d for d in range(grid.data_parallel)] for r in range(grid.replicas)]
-    return own_group(rows, None) if grid.data_parallel > 1 else None
-
-
-def own_group(groups: list[list[int]], timeout: timedelta | None) -> Any:
-    """Open all the groups and return the one this rank is in."""
-    mine = None
-    for ranks in groups:
-        group = dist.new_group(ranks, timeout=timeout)
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
-
-
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the values of all tensors, copied into one on the first one's device: float64 if any is, else float32."""
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    flat = torch.empty(sum(t.numel() for t in tensors), dtype=wide, device=tensors[0].device if tensors else None)
-    pieces = [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-    # Apart: one tensor in another order in memory, and a list of copies is made one by one on a GPU.
-    for contiguous in (True, False):
-        some = [i for i, t in enumerate(tensors) if t.is_contiguous() is contiguous]
-        F.copy_([pieces[i] for i in some], [tensors[i].detach() for i in some])
-    return flat
-
-
-def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the values of a flat tensor in the shapes and on the devices of others; views of it where it is there."""
-    sizes = [t.numel() for t in like]
-    pieces = {device: flat.to(device).split(sizes) for device in {t.device for t in like}}
-    return [pieces[t.device][i].view(t.shape) for i, t in enumerate(like)]
-
-
-def finite(flat: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return of each part whether all its values are finite, on their device, which is not waited for.
-
-    Args:
-        flat: values, in one dimension.
-        sizes: of the parts, the first by far the largest.
-
-    Example:
-        >>> finite(torch.tensor([1.0, 2.0, torch.nan, 3.0]), [2, 1, 0, 1])
-        tensor([ True, False,  True,  True])
-    """
-    first = flat[: sizes[0]]
-    if len(first):  # the norm is nan where a value is
-        judged = torch.linalg.vector_norm(first, torch.inf).reshape(1) < torch.inf
-    else:
-        judged = torch.ones(1, dtype=torch.bool, device=flat.device)
-    if len(sizes) == 1:
-        return judged
-    # A part's values are all good if as many of them are counted as there are.
-    counts = flat[sizes[0] :].isfinite().cumsum(0, dtype=torch.int32)
-    ends = _numbers_on(flat.device, list(accumulate(sizes[1:], initial=0)))
-    upto = torch.cat([counts.new_zeros(1), counts])[ends]
-    return torch.cat([judged, upto.diff() == ends.diff()])
-
-
-def _numbers_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """Return numbers on a device, which is not waited for."""
-    there = torch.tensor(numbers)
-    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)
-
-
-def squared_distance(tensors: Sequence[Tensor], means: Tensor) -> Tensor:
-    """Return the sum of squares of tensors less their means, which begin flat values on their device."""
-    flat = flatten(tensors)
-    return torch.nn.functional.mse_loss(flat, means[: flat.numel()], reduction="sum")

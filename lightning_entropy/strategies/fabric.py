@@ -16,7 +16,6 @@ from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies import checkpoint
 from lightning_entropy.strategies.checkpoint import ReplicaFiles, new_run
 from lightning_entropy.strategies.compression import Format
-from lightning_entropy.strategies.exchange import data_parallel_group
 from lightning_entropy.strategies.lightning_internals import (
     backend,
     converted,
@@ -24,6 +23,7 @@ from lightning_entropy.strategies.lightning_internals import (
     without_gradient_sync,
     wrap_in_group,
 )
+from lightning_entropy.strategies.links import data_parallel_group
 from lightning_entropy.strategies.liveness import Heartbeat, meeting, watch
 from lightning_entropy.strategies.loaders import own_order
 from lightning_entropy.strategies.options import Grid, OptionAttributes, ReplicaOptions, check_arguments, register

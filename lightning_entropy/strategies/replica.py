@@ -15,7 +15,8 @@ from lightning_entropy.engine.shards import is_sharded
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.consensus import Consensus
-from lightning_entropy.strategies.exchange import Coupling, Links, Meeting, Round
+from lightning_entropy.strategies.exchange import Coupling, Meeting, Round
+from lightning_entropy.strategies.links import Links
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
 from lightning_entropy.strategies.resharding import Place, place_of
 from lightning_entropy.strategies.torchft.assembly import Assembly

@@ -18,7 +18,8 @@ from lightning_entropy.strategies.compression import (
     to_int4,
     to_int8,
 )
-from lightning_entropy.strategies.exchange import Coupling, Links
+from lightning_entropy.strategies.exchange import Coupling
+from lightning_entropy.strategies.links import Links
 from tests.strategies.runs import FORK_WARNINGS, fit, strategy
 from tests.strategies.test_exchange import meet
 

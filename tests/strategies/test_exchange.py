@@ -1,5 +1,6 @@
 """The exchange itself: what arrives is the mean, also of what rounding left out."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from lightning_entropy.strategies import exchange
 from lightning_entropy.strategies.compression import LEVELS, LEVELS_4, share_size
-from lightning_entropy.strategies.exchange import Coupling, Links, Memory, finite, flatten, squared_distance, unflatten
+from lightning_entropy.strategies.exchange import Coupling, Memory
+from lightning_entropy.strategies.flattened import squared_distance
+from lightning_entropy.strategies.links import Links
 from tests.device_calls import Calls, as_on_a_gpu, late_copy
 from tests.engine.test_launches import resnet50
 from tests.strategies.runs import FORK_WARNINGS, external
@@ -116,6 +119,25 @@ def test_what_is_not_finite_enters_no_mean(tmp_path: Path, data_parallel: int) -
         assert rank[8].isnan().all()  # finite nowhere
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_does_not_count_keeps_its_rounding_error_and_its_distance(tmp_path: Path, late: bool) -> None:
+    def work(rank: int) -> list[Any]:
+        with as_on_a_gpu() if late else nullcontext():
+            coupling = Coupling(Links(2, 1), format="int8")
+            for t in range(2):
+                mean = coupling(values(10 * t + rank))()
+            own = squared_distance(values(10 + rank), torch.cat([m.reshape(-1) for m in mean])).item()
+            left, given = coupling.memory.residual, values(20 + rank)
+            if rank:
+                given[1][0] = torch.inf
+            coupling(given)()
+            return [left, coupling.memory.residual, own, coupling.spread]
+
+    (before, now, own, spread), (left, after, _, other) = meet(2, work, tmp_path)
+    assert left.any() and torch.equal(left, after) and not torch.equal(before, now)
+    assert spread == other == pytest.approx((own / (70 * 41 + 6)) ** 0.5)
+
+
 def test_a_notice_reaches_all_ranks_in_the_same_round(tmp_path: Path) -> None:
     def work(rank: int) -> list[bool]:
         coupling, seen = Coupling(Links(2, 2)), []
@@ -213,36 +235,3 @@ def test_so_it_does_with_buffers(tmp_path: Path) -> None:
 
     for few, many in meet(2, work, tmp_path):
         assert few == many <= 36
-
-
-def assorted() -> list[Tensor]:
-    some = [*values(3), torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last), torch.randn(5, 7).T]
-    return [*some, torch.empty(0, 3), torch.randn(6).to(torch.bfloat16), torch.arange(3)]
-
-
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
-def test_one_line_has_all_values_in_the_order_of_their_indices(wide: torch.dtype) -> None:
-    tensors = [t.to(wide) if t.dtype == torch.float32 else t for t in assorted()]
-    flat = flatten(tensors)
-    assert flat.dtype == wide
-    assert torch.equal(flat, torch.cat([t.to(wide).reshape(-1) for t in tensors]))
-    for back, t in zip(unflatten(flat, tensors), tensors, strict=True):
-        assert torch.equal(back, t.to(wide))
-    assert flatten([]).shape == (0,) and unflatten(flatten([]), []) == []
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_which_parts_are_finite(bad: float) -> None:
-    sizes = [9, 2, 0, 1, 3, 0]
-    for at in range(sum(sizes)):
-        flat = torch.ones(sum(sizes))
-        flat[at] = bad
-        assert finite(flat, sizes).tolist() == [bool(part.isfinite().all()) for part in flat.split(sizes)]
-    assert finite(torch.ones(2), [2]).tolist() == [True] and finite(flatten([]), [0]).tolist() == [True]
-
-
-def test_the_distance_is_that_of_the_definition() -> None:
-    tensors, means = assorted()[:6], torch.randn(5000)
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    expected = (flat.double() - means[: flat.numel()].double()).square().sum()
-    torch.testing.assert_close(squared_distance(tensors, means).double(), expected, rtol=1e-5, atol=0)

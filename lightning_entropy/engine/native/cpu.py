@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from lightning_entropy.engine.native.build import kernel
-from lightning_entropy.engine.native.rows import Row
+from lightning_entropy.engine.native.rows import Numbers, Places
 
 # step.cpp's Parameter: the addresses of y, x, z, momentum and gradient, 0 where there is none; the size; lr,
 # weight decay, momentum, Nesterov's or not, pull, noise; two keys.
@@ -27,7 +27,18 @@ class CppKernel:
     def __init__(self, devices: Iterable[torch.device]) -> None:
         kernel()  # and not kept: a loop may be copied and pickled
 
-    def run(self, device: torch.device, rows: Sequence[Row], average: float) -> None:
+    def run(
+        self,
+        device: torch.device,
+        places: Places,
+        gradients: Sequence[int],
+        numbers: Sequence[Numbers],
+        average: float,
+    ) -> None:
         """Advance parameters, see :class:`Kernel`."""
-        packed = [_PARAMETER.pack(*r.addresses, r.size, *r.update, r.pull, r.noise.scale, *r.noise.keys) for r in rows]
+        rows = zip(places.addresses, gradients, places.sizes, numbers, strict=True)
+        packed = [
+            _PARAMETER.pack(*kept, gradient, size, *n.update, n.pull, n.noise.scale, *n.noise.keys)
+            for kept, gradient, size, n in rows
+        ]
         kernel().inner_step(b"".join(packed), len(packed), average, torch.get_num_threads())

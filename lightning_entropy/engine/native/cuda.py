@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_entropy.engine.native.rows import Row
+from lightning_entropy.engine.native.rows import Numbers, Places
 
 BLOCK = 2048  # weights of one program of the grid; the noise depends on it
 # A row of triton_step.py: the addresses of y, x, z, momentum and gradient; the size; the start of the noise; lr, weight
@@ -58,24 +58,34 @@ class TritonKernel:
         self._table: dict[torch.device, tuple[bytes, Tensor]] = {}  # of which bytes
         try:
             for device in set(devices):
-                self.run(device, [], 1.0)
+                self.run(device, Places([], [], True), [], [], 1.0)
         # Whatever keeps it from working: no C compiler for Triton's launcher, a card that is too old for it.
         except Exception as error:
             raise RuntimeError(f"compile=True needs a Triton that works, on CUDA, got: {error}") from error
 
-    def run(self, device: torch.device, rows: Sequence[Row], average: float) -> None:
+    def run(
+        self,
+        device: torch.device,
+        places: Places,
+        gradients: Sequence[int],
+        numbers: Sequence[Numbers],
+        average: float,
+    ) -> None:
         """Advance parameters, see :class:`Kernel`. Without any the kernel is compiled."""
-        numbers = ((*r.update, r.pull, r.noise.scale, *r.noise.keys) for r in rows)
-        packed = [_ROW.pack(*r.addresses, r.size, r.noise.start, *n) for r, n in zip(rows, numbers, strict=True)]
+        rows = zip(places.addresses, gradients, places.sizes, numbers, strict=True)
+        packed = [
+            _ROW.pack(*kept, gradient, size, n.noise.start, *n.update, n.pull, n.noise.scale, *n.noise.keys)
+            for kept, gradient, size, n in rows
+        ]
         with _on(device):
-            table, blocks = self._table_of(device, packed), self._blocks_of(device, rows)
+            table, blocks = self._table_of(device, packed), self._blocks_of(device, places.sizes)
             kernel()[(len(blocks),)](
                 table,
                 table.view(torch.float32),
                 blocks,
                 average,
                 BLOCK=BLOCK,
-                ALIGNED=all(address % 16 == 0 for r in rows for address in r.addresses),
+                ALIGNED=places.aligned and all(address % 16 == 0 for address in gradients),
             )
 
     def _table_of(self, device: torch.device, packed: Sequence[bytes]) -> Tensor:
@@ -86,9 +96,8 @@ class TritonKernel:
             found = self._table[device] = values, _sent(torch.frombuffer(bytearray(values), dtype=torch.int64), device)
         return found[1]
 
-    def _blocks_of(self, device: torch.device, rows: Sequence[Row]) -> Tensor:
+    def _blocks_of(self, device: torch.device, sizes: list[int]) -> Tensor:
         """Return (row, block in it) of every block on a device, int32; one block where there is no row."""
-        sizes = [row.size for row in rows]
         found = self._blocks.get(device)
         if found is None or found[0] != sizes:
             counts = torch.tensor([-(-size // BLOCK) for size in sizes or [1]])

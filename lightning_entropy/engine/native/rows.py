@@ -1,7 +1,9 @@
 """What a native kernel is given: a row per parameter, if the parameter is one for it."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from lightning_entropy.engine.gaussian import Place, Share, Source
 from lightning_entropy.engine.noise import seed_of
 
 _FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-_TYPES = (Tensor, torch.nn.Parameter)  # a subclass may keep its numbers elsewhere
+_TYPES = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
+_LAYOUTS = {torch.strided}
+_layout, _device, _dtype = attrgetter("layout"), attrgetter("device"), attrgetter("dtype")
 _LIMIT = 1 << 32  # weights: the kernels count them in 32 bits
 
 
@@ -31,25 +35,56 @@ class Noise(NamedTuple):
     start: int = 0
 
 
-class Row(NamedTuple):
-    """One parameter: the addresses of y, x, z, momentum and gradient, 0 where there is none; its size; numbers."""
+class Numbers(NamedTuple):
+    """What a step does to a parameter: the optimizer's update, the fraction of the way to x in [0, 1), noise."""
 
-    addresses: tuple[int, ...]
-    size: int
     update: Update
     pull: float
     noise: Noise
 
 
+class Tensors(NamedTuple):
+    """A parameter's, of which a kernel is for none or all; None where there is none."""
+
+    y: Tensor
+    x: Tensor
+    z: Tensor | None = None
+    momentum: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+class Places(NamedTuple):
+    """Where the parameters of a launch are, which hardly ever changes.
+
+    Attributes:
+        addresses: of y, x, z and momentum of each, 0 where there is none; no two of one y.
+        sizes: of each.
+        aligned: whether all addresses are multiples of 16.
+    """
+
+    addresses: list[tuple[int, ...]]
+    sizes: list[int]
+    aligned: bool
+
+
 class Kernel(Protocol):
     """A native inner step for one kind of device."""
 
-    def run(self, device: torch.device, rows: Sequence[Row], average: float) -> None:
+    def run(
+        self,
+        device: torch.device,
+        places: Places,
+        gradients: Sequence[int],
+        numbers: Sequence[Numbers],
+        average: float,
+    ) -> None:
         """Advance parameters.
 
         Args:
             device: where they are.
-            rows: no two at one address.
+            places: of them on it.
+            gradients: the address of each one's, 0 where there is none.
+            numbers: of each.
             average: weight of the newest y in z.
         """
         ...
@@ -58,58 +93,102 @@ class Kernel(Protocol):
 MakeKernel = Callable[[Iterable[torch.device]], Kernel]  # builds it, for these devices of its kind
 
 
-class Rows:
-    """The rows of one step, one per parameter.
+class Tables:
+    """The last few lists of parameters that came, with what a kernel takes of each.
+
+    A step's list is nearly always that of the step before, and what a kernel takes of it is a function of its tensors'
+    types, devices, shapes, strides and addresses alone. So these are compared, by calls that loop in C, and where they
+    are the same only the numbers are new, and the addresses of the gradients.
 
     Args:
         kernels: by kind of device.
+
+    Attributes:
+        built: how many lists have been looked at in full.
     """
+
+    LAST = 4  # the optimizer's whole step, what follows another's, and a perturbation
 
     def __init__(self, kernels: Mapping[str, Kernel]) -> None:
         self._kernels = kernels
-        # By the parameter's address: two at the same one cannot go side by side.
-        self._rows: dict[torch.device, dict[int, Row]] = {}
-        self._params: list[Tensor] = []
+        self._last: list[tuple[list[Any], dict[torch.device, _Part]]] = []
+        self.built = 0
 
-    def take(self, tensors: Sequence[Tensor | None], update: Update, pull: float, noise: Noise | None) -> bool:
-        """Queue a parameter if there is a kernel where it is and all its tensors are float32 in one order in memory.
+    def run(self, tensors: Sequence[Tensors], numbers: Sequence[Numbers], average: float) -> list[int]:
+        """Advance those parameters for which there is a kernel where they are, one call for every device.
 
         Args:
-            tensors: y, x, z, momentum and gradient; None where there is none.
-            update: of the optimizer.
-            pull: the fraction of the way to x, in [0, 1).
-            noise: None: no kernel has it.
+            tensors: of each.
+            numbers: of each.
+            average: weight of the newest y in z.
 
         Returns:
-            Whether it was added.
+            Which they are: whose tensors are all float32 in one order in memory.
         """
-        y = tensors[0]
-        assert y is not None
-        device = y.device
-        if noise is None or device.type not in self._kernels:
-            return False
-        if not _plain(y, device) or y.numel() >= _LIMIT or not _same_order(y, y):
-            return False
-        size, stride = y.numel(), y.stride()
-        for t in tensors[1:]:
-            if t is None:
-                continue
-            if not _plain(t, device) or t.numel() != size or (t.stride() != stride and not _same_order(y, t)):
-                return False
-        addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
-        rows = self._rows.setdefault(device, {})
-        if addresses[0] in rows:
-            return False
-        rows[addresses[0]] = Row(addresses, size, update, pull, noise)
-        self._params.append(y)
-        return True
+        taken: list[int] = []
+        for device, part in self._parts(tensors).items():
+            found = (tensors[i].gradient for i in part.indices)
+            gradients = [0 if g is None else g.data_ptr() for g in found]
+            self._kernels[device.type].run(device, part.places, gradients, [numbers[i] for i in part.indices], average)
+            taken += part.indices
+        if taken:
+            torch.autograd.graph.increment_version([tensors[i].y for i in taken])
+        return taken
 
-    def run(self, average: float) -> None:
-        """Call the kernels, one time for every device."""
-        for device, rows in self._rows.items():
-            self._kernels[device.type].run(device, list(rows.values()), average)
-        if self._params:
-            torch.autograd.graph.increment_version(self._params)
+    def _parts(self, tensors: Sequence[Tensors]) -> "dict[torch.device, _Part]":
+        if not tensors:
+            return {}
+        look = _look(tensors)
+        found = next((parts for known, parts in self._last if known == look), None)
+        if found is None:
+            found = _sorted_out(tensors, self._kernels)
+            self.built += 1
+            if look is not None:
+                self._last = [(look, found), *self._last[: self.LAST - 1]]
+        return found
+
+
+class _Part(NamedTuple):
+    """The parameters on one device that its kernel takes."""
+
+    indices: list[int]
+    places: Places
+
+
+def _look(tensors: Sequence[Tensors]) -> list[Any] | None:
+    """Return all that a kernel's choice depends on; None where a tensor is of a kind that cannot be asked."""
+    columns: list[Sequence[Tensor | None]] = list(zip(*tensors, strict=True))
+    some = [t for column in columns for t in column if t is not None]
+    if not (_TYPES.issuperset(map(type, some)) and _LAYOUTS.issuperset(map(_layout, some))):
+        return None
+    kept = [t for column in columns[:-1] for t in column if t is not None]
+    gradients = [t for t in columns[-1] if t is not None]  # allocated anew at every step, wherever there is room
+    return [
+        list(map(Tensor.data_ptr, kept)),
+        [address != 0 for address in map(Tensor.data_ptr, gradients)],
+        [t is None for column in columns for t in column],
+        list(map(_device, some)),
+        list(map(_dtype, some)),
+        list(map(Tensor.is_neg, some)),
+        list(map(Tensor.size, some)),
+        list(map(Tensor.stride, some)),
+    ]
+
+
+def _sorted_out(tensors: Sequence[Tensors], kernels: Mapping[str, Kernel]) -> dict[torch.device, _Part]:
+    """Return the parameters for which there is a kernel, by device."""
+    chosen: dict[torch.device, dict[int, int]] = {}  # by the address of y: two at one cannot go side by side
+    for i, some in enumerate(tensors):
+        y = some.y
+        if y.device.type in kernels and y.numel() < _LIMIT and all(t is None or _is_like(t, y) for t in some):
+            chosen.setdefault(y.device, {}).setdefault(y.data_ptr(), i)
+    parts = {}
+    for device, rows in chosen.items():
+        indices = list(rows.values())
+        addresses = [tuple(0 if t is None else t.data_ptr() for t in tensors[i][:-1]) for i in indices]
+        aligned = all(address % 16 == 0 for row in addresses for address in row)
+        parts[device] = _Part(indices, Places(addresses, [tensors[i].y.numel() for i in indices], aligned))
+    return parts
 
 
 def noise_of(scale: float, seeds: Sequence[Source] | None, i: int) -> Noise | None:
@@ -120,14 +199,21 @@ def noise_of(scale: float, seeds: Sequence[Source] | None, i: int) -> Noise | No
     if isinstance(source, Share):
         return None
     first = source[0]
-    return Noise(scale, (first, seed_of(first, 1)), source.start if isinstance(source, Place) else 0)
+    return Noise(scale, _keys(first), source.start if isinstance(source, Place) else 0)
 
 
-def _plain(t: Tensor, device: torch.device) -> bool:
-    """Whether a tensor's numbers are float32 and lie in the memory of a device as they are."""
-    if type(t) not in _TYPES or t.layout is not torch.strided or t.dtype is not torch.float32 or t.device != device:
+@functools.lru_cache(maxsize=16)  # parameters of a chunk, and a step, have one
+def _keys(seed: int) -> tuple[int, int]:
+    return seed, seed_of(seed, 1)
+
+
+def _is_like(t: Tensor, y: Tensor) -> bool:
+    """Whether a tensor's numbers are float32, lie in memory as they are, and do so where and as y's do."""
+    if type(t) not in _TYPES or t.layout is not torch.strided or t.dtype is not torch.float32 or t.device != y.device:
         return False
-    return not t.is_neg() and (t.data_ptr() != 0 or t.numel() == 0)
+    if t.is_neg() or (t.data_ptr() == 0 and t.numel() > 0):
+        return False
+    return _same_order(y, t)
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:

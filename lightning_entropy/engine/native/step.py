@@ -18,7 +18,7 @@ from lightning_entropy.engine import arithmetic as F
 from lightning_entropy.engine.arithmetic import Move
 from lightning_entropy.engine.native.cpu import CppKernel
 from lightning_entropy.engine.native.cuda import TritonKernel
-from lightning_entropy.engine.native.rows import Kernel, MakeKernel, Rows, Update, noise_of
+from lightning_entropy.engine.native.rows import Kernel, MakeKernel, Numbers, Tables, Tensors, Update, noise_of
 from lightning_entropy.engine.optimizer_hooks import has_foreign_hooks
 from lightning_entropy.engine.weights import Weight
 
@@ -38,11 +38,12 @@ class NativeStep:
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self._withheld: list[tuple[Tensor, Tensor]] = []
+        self._withheld: list[tuple[Tensor, Tensor | None]] = []
         devices = {p.device for p in params}
         self._kernels: dict[str, Kernel] = {}
         for kind in sorted({device.type for device in devices} & set(KERNELS)):
             self._kernels[kind] = KERNELS[kind]([device for device in devices if device.type == kind])
+        self._tables = Tables(self._kernels)
         others = ", ".join(sorted({device.type for device in devices} - set(KERNELS)))
         if others:
             warnings.warn(
@@ -52,17 +53,15 @@ class NativeStep:
 
     def move_(self, move: Move) -> None:
         """Pull, shake and average, in place; as :func:`arithmetic.inner_move_`."""
-        rows = Rows(self._kernels)
-        left = []
+        chosen, tensors, numbers = list[int](), list[Tensors](), list[Numbers]()
         for i, (y, x) in enumerate(zip(move.params, move.anchors, strict=True)):
-            z, k, s = None if move.averages is None else move.averages[i], move.stiffness[i], move.noise[i]
-            taken = False
-            if not isinstance(k, Tensor) and not isinstance(s, Tensor):
-                taken = rows.take((y, x, z, None, None), Update(), k / (1 + k), noise_of(s, move.seeds, i))
-            if not taken:
-                left.append(i)
-        rows.run(move.average)
-        F.inner_move_(move.part(left))
+            own = _numbers(move, i, Update())
+            if own is not None:
+                chosen.append(i)
+                tensors.append(Tensors(y, x, None if move.averages is None else move.averages[i]))
+                numbers.append(own)
+        taken = {chosen[j] for j in self._tables.run(tensors, numbers, move.average)}
+        F.inner_move_(move.part([i for i in range(len(move.params)) if i not in taken]))
 
     def sgd_(self, optimizer: Optimizer, weights: Sequence[Weight], move: Move) -> None:
         """Take the whole inner step where the optimizer is plain SGD; until :meth:`release` it has no gradient there.
@@ -79,23 +78,26 @@ class NativeStep:
             return
         if has_foreign_hooks(optimizer):
             return
-        rows = Rows(self._kernels)
-        options = {p: _sgd_options(group) for group in optimizer.param_groups for p in group["params"]}
+        options: dict[Tensor, Update | None] = {}
+        for group in optimizer.param_groups:
+            options |= dict.fromkeys(group["params"], _sgd_options(group))
+        chosen, tensors, numbers = list[Tensor](), list[Tensors](), list[Numbers]()
         for i, w in enumerate(weights):
-            p, k, s, numbers = w.param, move.stiffness[i], move.noise[i], options[w.param]
-            if p.grad is None or numbers is None or isinstance(k, Tensor) or isinstance(s, Tensor):
+            p, update = w.param, options[w.param]
+            own = None if update is None else _numbers(move, i, update)
+            if p.grad is None or update is None or own is None:
                 continue
             if w.value is not p:  # a shard, whose gradient and momentum are shards as well
                 continue
-            m = optimizer.state.get(p, {}).get("momentum_buffer") if numbers.momentum else None
-            if numbers.momentum and m is None:
+            m = optimizer.state.get(p, {}).get("momentum_buffer") if update.momentum else None
+            if update.momentum and m is None:
                 continue
-            tensors = (p, w.anchor, None if move.averages is None else move.averages[i], m, p.grad)
-            if rows.take(tensors, numbers, k / (1 + k), noise_of(s, move.seeds, i)):
-                self._withheld.append((p, p.grad))
-        rows.run(move.average)
-        for p, _ in self._withheld:
-            p.grad = None
+            chosen.append(p)
+            tensors.append(Tensors(p, w.anchor, None if move.averages is None else move.averages[i], m, p.grad))
+            numbers.append(own)
+        for j in self._tables.run(tensors, numbers, move.average):
+            self._withheld.append((chosen[j], chosen[j].grad))
+            chosen[j].grad = None
 
     def forget(self) -> None:
         """Discard gradients withheld by a step that raised; they are stale."""
@@ -120,3 +122,12 @@ def _sgd_options(group: dict[str, Any]) -> Update | None:
     if group["maximize"] or group["dampening"] or group["differentiable"] or isinstance(group["lr"], Tensor):
         return None
     return Update(group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"]))
+
+
+def _numbers(move: Move, i: int, update: Update) -> Numbers | None:
+    """Return what a step does to the i-th parameter; None where no kernel does it."""
+    k, s = move.stiffness[i], move.noise[i]
+    if isinstance(k, Tensor) or isinstance(s, Tensor):
+        return None
+    noise = noise_of(s, move.seeds, i)
+    return None if noise is None else Numbers(update, k / (1 + k), noise)

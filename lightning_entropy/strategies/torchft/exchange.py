@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.strategies.compression import Format
-from lightning_entropy.strategies.exchange import DIVERGED, finite, flatten, squared_distance, unflatten
+from lightning_entropy.strategies.exchange import DIVERGED
+from lightning_entropy.strategies.flattened import finite, flatten, squared_distance, unflatten
 from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.records import Met

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_entropy.engine.native import cuda
-from lightning_entropy.engine.native.rows import Noise, Row, Update
+from lightning_entropy.engine.native.rows import Noise, Numbers, Places, Update
 from tests.device_calls import Calls
 
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with a torch for CUDA alone")
@@ -92,9 +92,9 @@ def test_a_launch_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda, "kernel", Launcher)
     kernel = cuda.TritonKernel([])
-    rows = [Row((64, 64, 0, 0, 0), size, Update(), 0.5, Noise()) for size in (1, cuda.BLOCK + 1, 0)]
+    places = Places([(64, 64, 0, 0)] * 3, [1, cuda.BLOCK + 1, 0], aligned=True)
     with Calls() as calls:
         for _ in range(3):
-            kernel.run(CPU, rows, 0.75)
+            kernel.run(CPU, places, [0] * 3, [Numbers(Update(), 0.5, Noise())] * 3, 0.75)
     assert launched == [(3,)] * 3
     assert not calls.waits
