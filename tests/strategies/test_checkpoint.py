@@ -369,6 +369,7 @@ def test_another_class_of_optimizer_is_refused_before_its_state_is_loaded(copy: 
         fit(copy.parent / "again", strategy(PARLE), 2, make=WithAdam, ckpt_path=copy, **SHORT)
 
 
+@pytest.mark.processes
 def test_whoever_has_started_the_processes_saves_the_result_afterwards(tmp_path: Path) -> None:
     module, t = Net(), trainer(tmp_path, strategy(PARLE), 2, max_steps=4)
     t.fit(module)
