@@ -36,7 +36,9 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
     def __init__(self, options: ReplicaOptions, **kwargs: Any) -> None:
         self.options, self._members = options, members(options)
         check_arguments(type(self), DDPStrategy, kwargs)
-        super().__init__(**{**self._members.defaults, **kwargs})
+        for name, value in self._members.defaults.items():
+            kwargs.setdefault(name, value)
+        super().__init__(**kwargs)  # in this form, by which a command line finds Lightning's arguments
         self._moment = Moment.BETWEEN
 
     membership = property(attrgetter("options.membership"))
