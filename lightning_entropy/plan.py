@@ -14,7 +14,8 @@ delay, or behind the H / P from one part to the next where these are fewer: a li
 count as of one size; they are whole tensors, so that the largest may be larger.
 
 Utilisation is the share of the time in which a replica computes. Peak is what it sends in one exchange, and "no wait
-from" the bandwidth from which on it would wait for none.
+from" the bandwidth from which on it would wait for none; where there is nothing, it waits on any link, as its exchange
+hides behind no computation.
 """
 
 import argparse
@@ -186,6 +187,29 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+ENOUGH = 0.95  # of the time computing, above which a faster link brings little
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Say in a sentence what the rows of :func:`plan` come to.
+
+    Example:
+        >>> verdict(plan(1e6, 2, bandwidth=1e9, step=1.0))
+        'ddp would compute 100.0% of the time on this link: replicas would bring little speed'
+    """
+    ddp, *others = rows
+    said = f"ddp would compute {ddp.utilisation:.1%} of the time on this link"
+    if ddp.utilisation >= ENOUGH:
+        return f"{said}: replicas would bring little speed"
+    first = next((row for row in others if row.utilisation >= ENOUGH), None)
+    if first is None:
+        best = max(others, key=lambda row: row.utilisation)
+        return f"{said}, and {best.method} in {best.format}, the best of these, {best.utilisation:.1%}: try a larger H"
+    return (
+        f"{said}, and {first.method} in {first.format}, the first of these above {ENOUGH:.0%}, {first.utilisation:.1%}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -230,7 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fragments=options.fragments,
         delay=options.delay,
     )
+    late = f"{1e3 * options.latency:g} ms" if options.latency else "no"
+    print(
+        f"{options.params / 1e6:g} M weights, {options.replicas} replicas, links of {options.link / 1e9:g} Gbit/s with "
+        f"{late} latency, {options.step:g} s of computation a step. Arithmetic, not measured; --help has it.\n"
+    )
     print(table(rows))
+    print(f"\n{verdict(rows)}. The loss at as many steps is another question: docs/choose.md has what was measured.")
 
 
 if __name__ == "__main__":

@@ -159,9 +159,23 @@ def test_what_is_no_number_is_said(read: object, text: str) -> None:
         read(text)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("bandwidth", "words"),
+    [(1e13, "replicas would bring little speed"), (1e5, ": try a larger H")],
+)
+def test_what_it_comes_to(bandwidth: float, words: str) -> None:
+    assert plan.verdict(plan.plan(1e8, 4, bandwidth=bandwidth, step=0.1)).endswith(words)
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     plan.main(["--params", "124M", "--replicas", "4", "--link", "1Gbit", "--step", "0.4s", "--inner-steps", "25"])
-    lines = capsys.readouterr().out.splitlines()
+    first, _, *lines, _, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "124 M weights, 4 replicas, links of 1 Gbit/s with no latency, 0.4 s of computation a step."
+    )
+    assert last.startswith(
+        "ddp would compute 6.6% of the time on this link, and Streaming DiLoCo, H = 25, P = 4, tau = 4 in float32"
+    )
     assert lines[2].startswith("| ddp | float32 | 744 MB | 100.00% |")
     assert lines[2].endswith("| 744 MB | 22.3 Gbit/s |")
     assert lines[3].endswith("| 744 MB |  |")

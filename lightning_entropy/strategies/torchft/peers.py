@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -197,4 +198,4 @@ def _bracketed(host: str) -> str:
 
 
 def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+    return textwrap.shorten(str(error).splitlines()[0], 200, placeholder=" ...")
