@@ -1,13 +1,11 @@
 """The lanes are what they say: what starts a process is marked, and the rules name what there is."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import conftest
+from tests import conftest, forked
 
 HERE = Path(__file__).parent
 
@@ -43,8 +41,8 @@ def test_nothing(): pass
 def test_marked(): subprocess.run([sys.executable, "-c", ""], check=True)
 """
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "."]
-    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    options = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "."]
+    done = forked.run("pytest", *options, tmp_path, cwd=tmp_path)
     failed = set(re.findall(r"^FAILED \S+::(\w+) - Failed: a test that starts a process", done.stdout, re.MULTILINE))
     assert failed == {"test_popen", "test_start", "test_fork", "test_fixture"}, done.stdout + done.stderr
     assert "4 failed, 2 passed" in done.stdout

@@ -1,9 +1,13 @@
 """The plugin puts a callback of ours into every Trainer of a suite, and counts what fails with it alone."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests import forked, lightning_suite
 from tests.lightning_suite import CALLBACKS, main, run
 
 # In the manner of Lightning's own.
@@ -53,6 +57,17 @@ def test_that_fails_anyway():
 @pytest.mark.skip
 def test_skipped(): pass
 """
+
+
+@pytest.fixture(autouse=True)
+def in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run pytest in a fork of a process that has imported Lightning."""
+
+    def run(command: list[str], *, cwd: Path, env: dict[str, str], check: bool) -> Any:
+        assert command[:2] == [sys.executable, "-m"]
+        return forked.run(*command[2:], cwd=cwd, env=env)
+
+    monkeypatch.setattr(lightning_suite, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """The counts of calls: the command prints the tables that docs/benchmarks.md has."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.processes
 @pytest.mark.slow
 def test_the_tables_of_ten_tensors() -> None:
-    command = [sys.executable, "-m", "benchmarks.launches", "--small"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = forked.run("benchmarks.launches", "--small")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("10 tensors; SGD with momentum itself makes ")
     rows = [

@@ -1,19 +1,16 @@
-"""The launcher and its replicas in forks of a process that has imported all they need: an import takes seconds."""
+"""The launcher and its replicas in forks of a process that has imported all they need."""
 
-import multiprocessing
+import functools
 import os
-import runpy
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from lightning_entropy.launch import __main__ as launcher
 from lightning_entropy.launch import job
+from tests import forked
 
 
 class Forked:
@@ -33,12 +30,7 @@ class Forked:
         if self.pid == 0:
             os.setsid()
             preexec_fn()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.environ.clear()
-            os.environ.update(env)
-            sys.argv = [module, *arguments]
-            _exit_after(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
+            forked.play(module, arguments, env)
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while it runs."""
@@ -53,28 +45,9 @@ class Forked:
             os.kill(self.pid, number)
 
 
-def _exit_after(work: Callable[[], Any]) -> None:
-    """End the process when the work ends, with the status that Python would have."""
-    code = 0
-    try:
-        work()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _launch(arguments: list[str], said: Path) -> None:
-    with said.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _launch(arguments: list[str]) -> None:
     job.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
-    _exit_after(lambda: sys.exit(launcher.main(arguments)))
+    sys.exit(launcher.main(arguments))
 
 
 def start(arguments: list[str], said: Path) -> BaseProcess:
@@ -84,8 +57,4 @@ def start(arguments: list[str], said: Path) -> BaseProcess:
         arguments: of its command line.
         said: the file for all that it and its replicas write.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_launch, args=(arguments, said))
-    process.start()
-    return process
+    return forked.start(functools.partial(_launch, arguments), said)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes import messages
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 ALLCNN = ["fit", "--config", "recipes/configs/nets/allcnn.yaml", "--config", "recipes/configs/methods/sgd.yaml"]
@@ -54,8 +55,7 @@ def test_a_mistake_ends_in_two_lines(
 @pytest.mark.processes
 def test_a_training_without_data_ends_in_a_sentence() -> None:
     where = ["--data.source", "folder", "--data.root", "/nowhere", "--trainer.accelerator", "cpu"]
-    command = [sys.executable, "-m", "recipes.allcnn", *ALLCNN, *where, "--trainer.logger", "false"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forked.run("recipes.allcnn", *ALLCNN, *where, "--trainer.logger", "false")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: root must hold train/ and test/")

@@ -24,7 +24,8 @@ from lightning_entropy import ElasticEntropyStrategy
 from lightning_entropy.methods import presets
 from lightning_entropy.strategies.lightning_internals import timeout
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
-from tests.strategies.runs import FORK_WARNINGS, final_weights, fit, script
+from tests import forked
+from tests.strategies.runs import FORK_WARNINGS, final_weights, fit
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FORK_WARNINGS]
 
@@ -236,7 +237,7 @@ def test_command_line(tmp_path: Path, form: str, expected: dict[str, Any]) -> No
         },
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = script("-m", "tests.strategies.job", "fit", "--config", tmp_path / "config.yaml")
+    done = forked.run("tests.strategies.job", "fit", "--config", tmp_path / "config.yaml")
     assert done.returncode == 0, done.stderr
     for weights in final_weights(tmp_path):
         assert all(torch.equal(v, expected[k]) for k, v in weights.items())

@@ -7,21 +7,20 @@ each with its servers and its process group, where none of them has to die.
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests import forked
+
 Met = Callable[[str], tuple[Any, str]]  # results of a scenario by its name, and what was written to stderr
-ROOT = Path(__file__).parents[3]
 
 
 @contextmanager
@@ -364,14 +363,8 @@ SCENARIOS = (
 
 def run(*scenarios: str, module: str = "meetings") -> tuple[Any, str]:
     """Run scenarios in a fresh process; return their results by name, and what they wrote to stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.strategies.torchft.{module}", *scenarios],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=400,
-        env={**os.environ, "RUST_LOG": "error"},
-    )
+    environment = {**os.environ, "RUST_LOG": "error"}
+    done = forked.run(f"tests.strategies.torchft.{module}", *scenarios, env=environment, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
