@@ -29,10 +29,11 @@ class Meeting:
     present = (3, 1)
 
     def __init__(self, *, waits: bool = False) -> None:
-        self.wants_state, self.given, self.open = waits, [], True
+        self.wants_state, self.asked, self.open = waits, 0, True
         self.given: list[dict[str, Any]] = []
 
     def asks(self) -> bool:
+        self.asked += 1
         return self.wants_state
 
     def give_state(self, state: dict[str, Any]) -> None:
@@ -123,10 +124,12 @@ def test_a_state_is_given_where_one_waits_and_what_has_arrived_is_in_it(
     waits: bool, now: bool, made: list[str]
 ) -> None:
     calls: Any = Calls()
-    own = membership(Meeting(waits=waits))
+    meeting = Meeting(waits=waits)
+    own = membership(meeting)
     own.give_state(calls, calls, now=now)
     own.give_state(None, calls)  # before the loops are there
     assert calls.made == made and own.wants_state == waits
+    assert meeting.asked == 1  # which the ranks of a replica do together, and learn of it
 
 
 def test_the_checkpoint_of_another_is_what_is_loaded_until_training_begins() -> None:
