@@ -1,11 +1,10 @@
 """The mean over replicas of a list of tensors, in one flat exchange that runs while they train.
 
-Beginning one makes the host wait for nothing on a GPU, where a replica is one rank. What is not finite is found and
-taken out by the device. NCCL has a stream of its own, and so has gloo, of which torch copies CUDA's tensors to pinned
-memory and back: a thread of it waits for the copy, and then for the others. So the collectives of a process group are
-called in the same order on all ranks, at the same place in the program, and none of them depends on when a device gets
-there. (Copies of our own, whose collectives a later step starts when it finds them made, would be the same with more
-code and half a step later.)
+On a GPU the host waits for nothing when one begins, where a replica is one rank. The device finds what is not finite,
+and takes it out. NCCL has a stream of its own. For gloo torch copies CUDA's tensors to pinned memory and back, on
+streams of its own, and a thread of gloo waits for the copy, and then for the others. So the collectives of a process
+group are called in the same order on all ranks, at the same places in the program, whenever their devices get there.
+(Copies of our own, whose collectives the next step starts that finds them made, would be more code and begin later.)
 """
 
 import time
@@ -160,10 +159,13 @@ class Round:
         self._sizes = [sum(t.numel() for t in self._judged), *(t.numel() for t in tensors[judged:])]
         flat = flatten(tensors)
         self._device = flat.device
-        with coupling.meeting():
-            good, notice = self._agree_inside(finite(flat, self._sizes))
+        good, notice = finite(flat, self._sizes), coupling.notice
+        if coupling.links.inside is not None:
+            with coupling.meeting():
+                good, notice = self._agree_inside(good)
         lost = good.logical_not()
-        self._left_out, self._event = to_host(lost[:1])
+        # The ranks of a replica go back to the mean together, so all of them know it now.
+        self._left_out, self._event = to_host(lost[:1]) if coupling.links.inside is None else (lost[:1].cpu(), None)
         own = self._part(flat)
         lost = lost.to(own.device, non_blocking=True)
         memory = coupling.memory
@@ -176,7 +178,7 @@ class Round:
         values = own if self._reference is None else own.sub_(self._reference)
         if memory.residual is not None:
             values.add_(memory.residual.to(own))
-        # Where nothing is finite, neither is what the rounds before have left over sent.
+        # A replica that does not count does not send what the rounds before have left over either.
         values.masked_fill_(lost if len(lost) == 1 else self._part(self._spread_out(lost)), 0.0)
         self._header = self._described(good.to(own.device, non_blocking=True), lost, notice=notice)
         with coupling.meeting():
@@ -196,10 +198,8 @@ class Round:
 
     def _agree_inside(self, good: Tensor) -> tuple[Tensor, bool]:
         """Return what the replica's ranks decide together: whether each part counts, and whether they give notice."""
-        coupling = self._coupling
-        if coupling.links.inside is None:
-            return good, coupling.notice
-        *lost, notice = coupling.links.any_inside([*(not flag for flag in good.tolist()), coupling.notice])
+        flags = [*(not flag for flag in good.tolist()), self._coupling.notice]
+        *lost, notice = self._coupling.links.any_inside(flags)
         return torch.tensor([not flag for flag in lost], device=good.device), notice
 
     def _described(self, good: Tensor, lost: Tensor, *, notice: bool) -> Tensor:

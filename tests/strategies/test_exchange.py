@@ -119,6 +119,23 @@ def test_what_is_not_finite_enters_no_mean(tmp_path: Path, data_parallel: int) -
         assert rank[8].isnan().all()  # finite nowhere
 
 
+def test_the_ranks_of_a_replica_all_know_it_at_once(tmp_path: Path) -> None:
+    """They go back to the mean together, by collectives among themselves, so none may hear of it a step later."""
+
+    def work(rank: int) -> list[Any]:
+        with as_on_a_gpu():
+            coupling, given = Coupling(Links(2, 2)), values(rank // 2)
+            if rank == 3:
+                given[0][3, 3] = float("nan")
+            wait = coupling(given)
+            assert coupling.round is not None
+            return [coupling.round.finite, *wait()]
+
+    for rank, found in enumerate(meet(4, work, tmp_path)):
+        assert found[0] is (rank < 2)
+        torch.testing.assert_close(found[1:], values(0))
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_one_that_does_not_count_keeps_its_rounding_error_and_its_distance(tmp_path: Path, late: bool) -> None:
     def work(rank: int) -> list[Any]:
