@@ -62,7 +62,8 @@ def test_in_train_mode_groups_are_of_whole_batches():
 @pytest.mark.parametrize("dense_limit", [0, 1000])
 def test_errors_of_eigenvalue_and_trace_are_the_scatter_of_groups(dense_limit):
     net = tiny.net()
-    found = hessian_spectrum(net, tiny.data(), groups=5, top=2, bottom=1, probes=200, dense_limit=dense_limit)
+    options = {"top": 2, "bottom": 1, "probes": 200, "steps": 10, "dense_limit": dense_limit}
+    found = hessian_spectrum(net, tiny.data(), groups=5, **options)
     whole = hessian_of(tiny.data())
     values, vectors = torch.linalg.eigh(whole)
     each = [hessian_of(batches) for batches in in_groups(5)]
@@ -76,7 +77,7 @@ def test_errors_of_eigenvalue_and_trace_are_the_scatter_of_groups(dense_limit):
     assert found.trace_groups.estimate.stderr == pytest.approx(traces.std(ddof=1) / math.sqrt(5), rel=tolerance)
     assert found.trace_estimate.stderr >= found.trace_groups.estimate.stderr
     assert found.scalars()["largest_error"] == estimate.error
-    before = hessian_spectrum(net, tiny.data(), top=2, bottom=1, probes=200, dense_limit=dense_limit)
+    before = hessian_spectrum(net, tiny.data(), **options)
     np.testing.assert_allclose(found.density, before.density, rtol=1e-5)
     assert (found.density_errors + 1e-12 >= before.density_errors).all()
     assert found.density_errors.max() > 1.1 * before.density_errors.max()
