@@ -12,7 +12,7 @@ from jsonargparse.typing import Path_fr
 from lightning_entropy.diagnostics.figures import overview
 from lightning_entropy.diagnostics.report.findings import ESTIMATORS, GROUPS, SECTIONS, VALLEY, Findings, look
 from lightning_entropy.diagnostics.report.names import Refused
-from lightning_entropy.diagnostics.report.page import failure, page, unfinished
+from lightning_entropy.diagnostics.report.page import Sections, failure, page, unfinished
 from lightning_entropy.diagnostics.report.record import record, source_of
 from lightning_entropy.diagnostics.report.subjects import device_of, subjects_of
 from lightning_entropy.diagnostics.report.verdict import verdict
@@ -81,8 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     findings = [subject.findings for subject in subjects]
     source = source_of(options, paths, subjects, device_of(options))
 
+    sections = Sections()
+
     def write() -> None:
-        _replace(output, page(findings, source=source))
+        _replace(output, page(findings, source=source, sections=sections))
         if options.json is not None:
             _replace(Path(options.json), record(findings, source))
 

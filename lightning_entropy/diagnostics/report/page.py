@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Mapping
+from typing import Any
 
 from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings
 from lightning_entropy.diagnostics.report.pictures import figures, svg
@@ -19,12 +20,33 @@ _COMPARING = (
 )
 
 
-def page(findings: list[Findings], *, source: Mapping[str, str] | None = None) -> str:
+class Sections:
+    """The sections of a page that is written again and again as findings grow: each is drawn when it has changed."""
+
+    def __init__(self) -> None:
+        self._written: dict[str, tuple[list[Any], list[str]]] = {}
+
+    def of(self, section: str, findings: list[Findings]) -> list[str]:
+        """Return the lines of a section."""
+        now: list[Any] = []
+        for f in findings:
+            now += [f.results.get(section), f.title, f.left.get(section), f.failed.get(section)]
+        before, lines = self._written.get(section, ([], []))
+        if len(before) != len(now) or any(
+            a is not b if i % 4 == 0 else a != b for i, (a, b) in enumerate(zip(before, now, strict=True))
+        ):
+            lines = _section(section, findings)
+            self._written[section] = now, lines
+        return lines
+
+
+def page(findings: list[Findings], *, source: Mapping[str, str] | None = None, sections: Sections | None = None) -> str:
     """Write one or two findings as an HTML page that needs nothing beside itself.
 
     Args:
         findings: One, or two to compare.
         source: Where the numbers come from, by name.
+        sections: Of this page as it was written before. None: all are drawn.
 
     Returns:
         The page.
@@ -34,6 +56,7 @@ def page(findings: list[Findings], *, source: Mapping[str, str] | None = None) -
     """
     if len(findings) not in (1, 2):
         raise ValueError(f"findings must be one or two, got {len(findings)}")
+    sections = Sections() if sections is None else sections
     titles = [html.escape(f.title) for f in findings]
     heading = titles[0] if len(findings) == 1 else f"{titles[0]} beside {titles[1]}"
     parts = [
@@ -48,7 +71,7 @@ def page(findings: list[Findings], *, source: Mapping[str, str] | None = None) -
         parts += [f"<li>{html.escape(sentence)}</li>" for sentence in sentences]
         parts.append("</ul>")
     for section in SECTIONS:
-        parts += _section(section, findings)
+        parts += sections.of(section, findings)
     if source:
         parts.append('<section><h2 id="source">Where this comes from</h2><dl>')
         parts += [f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in source.items()]

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lightning_entropy.diagnostics import gradient_noise, hessian_spectrum, local_entropy, overview
+from lightning_entropy.diagnostics.report import page as page_module
 from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings
 from lightning_entropy.diagnostics.report.losses import loss_and_error
 from lightning_entropy.diagnostics.report.page import page
@@ -208,3 +209,21 @@ def test_in_a_browser_nothing_is_wider_than_the_screen_and_the_dark_is_dark(text
     assert client > width - 20
     assert outside == 0
     assert (max(ground) < 64) == dark
+
+
+def test_a_page_that_grows_draws_what_is_new_and_is_as_if_all_were_drawn(pair, monkeypatch):
+    whole, drawn, draw = pair[0].results, [], page_module._section
+    found, sections = Findings("a"), page_module.Sections()
+    page([found], sections=sections)
+    monkeypatch.setattr(page_module, "_section", lambda name, given: drawn.append(name) or draw(name, given))
+    for name in whole:
+        found.results[name] = whole[name]
+        drawn.clear()
+        text = page([found], sections=sections)
+        assert drawn == [name]
+    found.left["hessian"] = 8
+    found.results["loss"] = loss_and_error(tiny.net(), {"train": tiny.data()})
+    drawn.clear()
+    again = page([found], sections=sections)
+    assert set(drawn) == {"hessian", "loss"} and again != text
+    assert again == page([found])
