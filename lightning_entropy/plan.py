@@ -28,6 +28,8 @@ from lightning_entropy.strategies.compression import CODECS, FORMATS
 
 BACKWARD = 2 / 3  # of a step, behind which data-parallel training hides its exchange
 
+ENOUGH = 0.9  # utilisation of ddp, above which replicas gain little
+
 
 class Row(NamedTuple):
     """What one way to train costs.
@@ -186,8 +188,39 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def assumed(rows: Sequence[Row], params: float, link: Link) -> str:
+    """Return what the table rests on, and how to read it.
+
+    Args:
+        rows: of the table.
+        params: number of weights.
+        link: of each replica.
+    """
+    return (
+        f"{link.replicas} replicas, each on a link of {link.bandwidth / 1e9:g} Gbit/s with {1e3 * link.latency:g} ms a "
+        f"message; {params / 1e6:g}M weights; {link.step:g} s of computation a step.\n"
+        f"Every exchange is a ring all-reduce; ddp's, of {rows[0].format} gradients, hides behind 2/3 of a step.\n"
+        "utilisation: share of the time in which a replica computes and does not wait. peak: what it sends in one\n"
+        "exchange. no wait from: the bandwidth from which on exchanges hide behind computation; empty: they never do."
+    )
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Return in a line what ddp, DiLoCo and Parle make of the link, the latter two at the first H.
+
+    Example:
+        >>> said = verdict(plan(124e6, 4, bandwidth=1e9, step=0.4))
+        >>> said.split(";")[0], said.split(";")[1]
+        ('ddp would use 6.6% of the time to compute', ' DiLoCo, local SGD, H = 25 in int8 87.0%')
+    """
+    picked = [next(r for r in rows if r.format == "int8" and r.method.startswith(m)) for m in ("DiLoCo", "Parle")]
+    others = "; ".join(f"{row.method} in {row.format} {row.utilisation:.1%}" for row in picked)
+    said = f"ddp would use {rows[0].utilisation:.1%} of the time to compute; {others}."
+    return f"{said} ddp hardly waits here: there is little speed to gain." if rows[0].utilisation > ENOUGH else said
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print what is assumed, the table, and a verdict."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_entropy.plan",
         usage="%(prog)s --params N --link RATE --step TIME [options; --help lists them]",
@@ -230,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fragments=options.fragments,
         delay=options.delay,
     )
-    print(table(rows))
+    link = Link(options.replicas, options.link, options.latency, options.step)
+    print(assumed(rows, options.params, link), table(rows), verdict(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

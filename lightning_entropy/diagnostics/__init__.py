@@ -1,16 +1,14 @@
 """How flat is the minimum, how loud and how round is the noise, does SGD walk in circles.
 
 Each estimator is a function that returns a frozen result with numbers, error bars and ``.plot(ax=None)``; its callback
-stands beside it. Needs scipy and matplotlib: ``pip install "lightning-entropy[diagnostics]"``.
+stands beside it. Needs scipy and matplotlib, the extra ``diagnostics``.
 """
 
 from importlib.util import find_spec
 
 _missing = [name for name in ("scipy", "matplotlib") if find_spec(name) is None]
 if _missing:
-    raise ImportError(
-        f'lightning_entropy.diagnostics needs {" and ".join(_missing)}: pip install "lightning-entropy[diagnostics]"'
-    )
+    raise ImportError(f"lightning_entropy.diagnostics needs {' and '.join(_missing)}: pip install {' '.join(_missing)}")
 
 # The functions local_entropy and gradient_noise stand in folders of their names. Python sets a folder as an attribute
 # when it is first imported, which is here, before the function of that name takes its place for good.

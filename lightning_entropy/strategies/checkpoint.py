@@ -25,8 +25,9 @@ from torch import Tensor
 
 from lightning_entropy.strategies.options import Grid
 from lightning_entropy.strategies.resharding import UnknownPlaceError, resharded
+from lightning_entropy.trainer.ownership import REPLICAS
 
-KEY = "elastic_replicas"  # in the main checkpoint: replicas, token, and the loops' counters
+KEY = REPLICAS  # in the main checkpoint: replicas, token, and the loops' counters
 
 
 LEFT_OUT = (

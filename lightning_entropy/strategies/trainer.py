@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -59,8 +59,8 @@ from lightning_entropy.strategies.torchft.internals import check_installed
 from lightning_entropy.strategies.torchft.join import LIGHTHOUSE, PEER, join, lighthouse_address
 from lightning_entropy.strategies.torchft.status import report
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
-from lightning_entropy.trainer.progress import training_is_complete, warn_if_pinned
-from lightning_entropy.trainer.resume import check_loadable, check_method
+from lightning_entropy.trainer.progress import training_is_complete, warn_if_pinned, warn_if_short
+from lightning_entropy.trainer.resume import check_loadable, check_method, is_callbacks, warn_of_another
 
 SILENCE = timedelta(seconds=60)  # after which a peer that is alive and does not answer is left behind
 
@@ -275,6 +275,12 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
                     f"{type(callback).__name__} would put the average of one replica's inner weights in the place of "
                     f"the consensus of {type(self).__name__}: remove one of them"
                 )
+        folders = [c.dirpath for c in self._trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        if self.options.elastic and self._trainer.loggers and None in folders:
+            rank_zero_warn(
+                "ModelCheckpoint must have a dirpath that all replicas share where they come and go, got None: each "
+                "job's logger has a folder of its own, so that ckpt_path='last' of one does not find another's"
+            )
         put_first(self._trainer, ShowConsensus(self))
         self._stop = None
         if self.grid.replicas > 1:
@@ -402,6 +408,7 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module, self.optimizers)
         warn_if_pinned(self.options.relaxation, self.optimizers)
+        warn_if_short(type(self).__name__, self.options.relaxation, self._trainer)
         self._loops = replica_loops(
             self.lightning_module,
             self.optimizers,
@@ -665,13 +672,22 @@ class ElasticEntropyStrategy(ReplicaDDPStrategy):
             if self.options.elastic:
                 info = checkpoint.pop(replica_files.KEY, None)
                 self._restored = None if info is None else {"counters": info["counters"]}
+                self._warn_of_callback(checkpoint)
                 return checkpoint
             sharded, params = self._sharded, dict(self.lightning_module.named_parameters())
             self._restored = replica_files.load(
                 checkpoint, checkpoint_path, self.grid, weights_only, sharded=sharded, params=params
             )
             checkpoint.update((self._restored or {}).pop("checkpoint", {}))
+            self._warn_of_callback(checkpoint)
         return checkpoint
+
+    def _warn_of_callback(self, checkpoint: dict[str, Any]) -> None:
+        """Warn where the checkpoint has no replicas, and the loop of a callback that this run does not have."""
+        states = checkpoint.get("callbacks", {})
+        other = next((key for key, state in states.items() if is_callbacks(state)), None)
+        if self._restored is None and other is not None:
+            warn_of_another(type(self).__name__, other)
 
     @property
     def _sharded(self) -> bool:

@@ -66,6 +66,28 @@ def warn_if_pinned(relaxation: Relaxation, optimizers: Sequence[Optimizer]) -> N
         )
 
 
+def warn_if_short(owner: str, relaxation: Relaxation, trainer: Trainer) -> None:
+    """Warn of a loop that is longer than the training.
+
+    Args:
+        owner: class of the callback or strategy.
+        relaxation: the method; one that streams moves x within a loop.
+        trainer: in ``on_train_start``. In manual optimization the number of steps is not known.
+    """
+    if not relaxation.has_anchor or relaxation.streams or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if not trainer.lightning_module.automatic_optimization:
+        return
+    steps = trainer.estimated_stepping_batches
+    if steps < relaxation.inner_steps:
+        rank_zero_warn(
+            f"{owner}: inner_steps = {relaxation.inner_steps} is more than the {int(steps)} optimizer steps of this "
+            "training: no outer step comes before its end, and validations until then see the initial weights. Give "
+            "fewer inner_steps, or train longer",
+            stacklevel=2,
+        )
+
+
 def training_is_complete(trainer: Trainer, batch_idx: int) -> bool:
     """Whether the batch that has ended is the last of the fit, as far as that is known before a validation.
 

@@ -65,6 +65,24 @@ def check_state(
         ) from None
 
 
+def is_callbacks(state: Any) -> bool:
+    """Return whether the state of a callback in a checkpoint is that of one which drives loops."""
+    return isinstance(state, dict) and {"format", "loops", "method"} <= state.keys()
+
+
+def warn_of_another(owner: str, other: str) -> None:
+    """Warn that a checkpoint has the loop's state of an object that this run does not have.
+
+    Args:
+        owner: class of this run's callback or strategy.
+        other: class, or state key, of the checkpoint's.
+    """
+    rank_zero_warn(
+        f"the checkpoint's loop is of {other.partition('{')[0]}, not of {owner}: it is not loaded, and a new loop "
+        "begins at its x"
+    )
+
+
 def shapes_of(module: Module, optimizers: Sequence[Optimizer]) -> dict[str, Size | None]:
     """Return the shapes of all parameters that a state may speak of; None where there is none yet.
 

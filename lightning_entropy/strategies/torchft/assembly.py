@@ -7,6 +7,7 @@ import queue
 import re
 import socket
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -468,4 +469,11 @@ def _dtype(wide: bool) -> torch.dtype:
 
 
 def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+    """Return the first line of an error, without half a word at its end; its class where it says nothing.
+
+    Example:
+        >>> _short(RuntimeError("a peer " * 40))[-12:], _short(OSError())
+        ('r a peer ...', 'OSError')
+    """
+    lines = str(error).strip().splitlines()
+    return textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else type(error).__name__
