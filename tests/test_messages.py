@@ -1,7 +1,10 @@
 """The likeliest mistakes of a first contact: each message says what is wrong and what to write instead."""
 
 import inspect
+import pickle
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -45,8 +48,25 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     # Lightning's own words, which the questions in docs/faq.md repeat.
     (lambda: fit(callbacks=[le.EntropySGD()] * 2), "^Found more than one stateful callback of type `EntropySGD`"),
     (lambda: fit(strategy=le.parle()), r"^You selected an invalid strategy name: `strategy=Relaxation\(inner_steps=25"),
-    (lambda: fit(strategy="diloco"), r"^You selected an invalid strategy name: `strategy='diloco'`"),
-    (lambda: fit(callbacks=[le.entropy_sgd]), "^'function' object has no attribute 'on_exception'"),
+    # A name that is only nearly ours is Lightning's to refuse, and its words are not ours.
+    (lambda: fit(strategy="parle "), r"^You selected an invalid strategy name: `strategy='parle '`"),
+    (
+        lambda: fit(strategy="entropy_sgd"),
+        r"^strategy='entropy_sgd' is a method of one process and no strategy: .*EntropySGD",
+    ),
+    (
+        lambda: fit(strategy="lookahead"),
+        r"write callbacks=\[InnerOuterCallback\(lookahead\(\)\)\]. Strategies .* diloco",
+    ),
+    (
+        lambda: fit(callbacks=[le.entropy_sgd]),
+        r"^entropy_sgd is a preset and no callback: .*InnerOuterCallback\(entropy_sgd\(\)",
+    ),
+    (
+        lambda: fit(callbacks=[le.lookahead]),
+        r"^lookahead is a preset and no callback: .*InnerOuterCallback\(lookahead\(\)",
+    ),
+    (lambda: le.EntropySGD(L=20), "^EntropySGD has no argument 'L': it is inner_steps here$"),  # type: ignore[call-arg]
     (lambda: fit(callbacks=[le.entropy_sgd()]), r"a Relaxation is a method and no callback: .*InnerOuterCallback"),
     (lambda: le.relax(optimizer(), le.EntropySGD()), "got EntropySGD: EntropySGD has one, at its attribute relaxation"),  # type: ignore[arg-type]
     (lambda: le.relax(optimizer(), le.entropy_sgd), r"got entropy_sgd: call the preset, as in entropy_sgd\(\)"),  # type: ignore[arg-type]
@@ -94,7 +114,102 @@ def test_batchnorm_that_is_not_there_is_said_before_training() -> None:
     assert sum("nothing to do" in str(w.message) for w in said) == 1  # and not again at each validation
 
 
-@pytest.mark.parametrize("name", ["elastic_entropy", "elastic-entropy", "parle"])
+def test_a_preset_that_answers_lightning_is_a_function_still() -> None:
+    assert inspect.isfunction(le.lookahead) and pickle.loads(pickle.dumps(le.lookahead)) is le.lookahead
+    assert list(inspect.signature(le.lookahead).parameters) == ["inner_steps", "outer_lr"]
+    assert str(le.lookahead.__doc__).startswith("Step toward where k steps")
+    with pytest.raises(TypeError, match="no callback") as caught:
+        fit(callbacks=[le.lookahead])
+    assert caught.value.__context__ is None  # one traceback
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (le.diloco(), "in one process it is SNOO with H = 500, outer_lr = 0.7 and outer_momentum = 0.9"),
+        (le.local_sgd(), "in one process it is your optimizer, unchanged"),
+        (le.elastic_sgd(), "in one process it is your optimizer, unchanged"),
+        (le.parle(), "in one process it is the loop without the others' part"),
+        (le.snoo(), "in one process it is SNOO with H = 30"),
+        (le.gpa(), None),
+        (le.lookahead(), None),
+        (le.entropy_sgd(), None),
+    ],
+    ids=["diloco", "local_sgd", "elastic_sgd", "parle", "snoo", "gpa", "lookahead", "entropy_sgd"],
+)
+def test_a_method_of_replicas_as_a_callback_says_what_it_is_alone(
+    method: le.Relaxation, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(callbacks=[le.InnerOuterCallback(method)])
+    assert ("strategy=ElasticEntropyStrategy(relaxation) has them" in caplog.text) == (said is not None)
+    assert said is None or said in caplog.text
+
+
+@pytest.mark.parametrize("name", ["elastic_sgd", "local_sgd"])
+def test_of_these_two_one_alone_is_the_optimizer(name: str) -> None:
+    ends = []
+    for callbacks in ([], [le.InnerOuterCallback(getattr(le, name)(3))]):
+        torch.manual_seed(0)
+        module = BoringModel()
+        L.Trainer(
+            accelerator="cpu",
+            max_steps=7,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+        ).fit(module)
+        ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_loop_that_is_longer_than_the_training_is_warned_of() -> None:
+    words = "inner_steps = 20 is more than the 1 optimizer steps of this training: no outer step comes before its end"
+    with pytest.warns(UserWarning, match=f"EntropySGD: {words}"):
+        fit(callbacks=[le.EntropySGD(20)])
+    with pytest.warns(UserWarning, match=f"ElasticEntropyStrategy: {words}"):
+        fit(strategy=le.ElasticEntropyStrategy(le.parle(20)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(callbacks=[le.EntropySGD(1)])
+    assert not [w for w in caught if "inner_steps" in str(w.message)]
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint that ended before the epoch ended")
+def test_a_checkpoint_of_replicas_in_a_callbacks_fit_and_the_reverse(tmp_path: Path) -> None:
+    def resume(first: dict[str, Any], second: dict[str, Any]) -> None:
+        path = tmp_path / "x.ckpt"
+        for steps, kwargs, load in ((2, first, None), (4, second, path)):
+            trainer = L.Trainer(
+                accelerator="cpu",
+                devices=1,
+                max_steps=steps,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **kwargs,
+            )
+            trainer.fit(BoringModel(), ckpt_path=load)
+            if load is None:
+                trainer.save_checkpoint(path)
+
+    replicas = {"strategy": "parle"}
+    with pytest.warns(UserWarning, match="loop is of ElasticEntropyStrategy, not of EntropySGD: it is not loaded"):
+        resume(replicas, {"callbacks": [le.EntropySGD(2)]})
+    with (
+        pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"),
+        pytest.warns(UserWarning, match="loop is of EntropySGD, not of ElasticEntropyStrategy: it is not loaded"),
+    ):
+        resume({"callbacks": [le.EntropySGD(2)]}, replicas)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resume(replicas, replicas)
+    assert not [w for w in caught if "the checkpoint's loop" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ["elastic_entropy", "elastic-entropy", "parle", "local_sgd", "local-sgd", "diloco"])
 def test_replicas_on_one_device_are_said_to_be_one(name: str, caplog: pytest.LogCaptureFixture) -> None:
     fit(strategy=name)
     words = "ElasticEntropyStrategy: 1 replica x 1 process, and nothing to tie it to: ask for more devices"

@@ -99,11 +99,11 @@ class Job:
     def line(self) -> str:
         """Return a line for people: where the replica is."""
         if not self.runs:
-            state = "has ended" if self.code == 0 else f"has died ({describe(self.code)})"
+            status = read(self._status)
+            state = "has ended well" if self.code == 0 else f"has ended with {describe(self.code)}"
+            state += f" at step {status['step']}" if "step" in status else ""
         else:
-            state = _progress(read(self._status))
-            minutes, seconds = divmod(int(time.monotonic() - self._since), 60)
-            state += f", alive for {minutes}:{seconds:02d}"
+            state = f"{_progress(read(self._status))}, alive for {clock(time.monotonic() - self._since)}"
         again = f", started again {self.restarts} time{'s' if self.restarts > 1 else ''}" if self.restarts else ""
         return f"replica {self.replica}: {state}{again}"
 
@@ -121,6 +121,18 @@ def describe(code: int | None) -> str:
         except ValueError:
             pass
     return f"exit code {code}"
+
+
+def clock(seconds: float) -> str:
+    """Return a time in words of a clock.
+
+    Example:
+        >>> clock(83.4), clock(3725)
+        ('1:23', '1:02:05')
+    """
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _progress(status: dict[str, Any]) -> str:

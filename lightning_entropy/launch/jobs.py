@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from lightning_entropy.launch.job import Job, describe
+from lightning_entropy.launch.job import Job, clock, describe
 
 LOOK = 0.2  # seconds between two looks at the jobs
 GRACE = 60.0  # seconds from the first signal to SIGKILL
@@ -40,7 +40,8 @@ class Jobs:
         """Return the exit status: 0 if the training has ended well, 128 + n after signal n, else a failed job's."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
-        told, ending, passed = time.monotonic(), 0.0, 0
+        began = told = time.monotonic()
+        ending, passed = 0.0, 0
         while any(job.runs or (job.due_later and not self._over) for job in self._jobs):
             self._wake.wait(LOOK)
             self._wake.clear()
@@ -54,8 +55,14 @@ class Jobs:
                 self._look_after(job)
             if time.monotonic() - told >= self._every:
                 told = time.monotonic()
-                self._say("\n".join(job.line() for job in self._jobs))
-        return self._code()
+                self._say(f"after {clock(told - began)}:\n{self._lines()}")
+        code = self._code()
+        how = "well" if code == 0 else f"with {describe(code)}"
+        self._say(f"the training has ended {how} after {clock(time.monotonic() - began)}:\n{self._lines()}")
+        return code
+
+    def _lines(self) -> str:
+        return "\n".join(f"  {job.line()}" for job in self._jobs)
 
     @property
     def _done(self) -> bool:

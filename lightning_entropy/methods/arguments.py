@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,6 +53,33 @@ def named(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def preset(function: Callable[P, T]) -> Callable[P, T]:
+    """Do what :func:`named` does, and have a preset that stands among callbacks say that it was not called.
+
+    Lightning calls ``setup`` of what it was given as a callback before all other hooks, under its ``state_key``, and
+    ``on_exception`` when that has raised: the function has these attributes, and stays a plain function otherwise.
+
+    Example:
+        >>> @preset
+        ... def lookahead(inner_steps=5): ...
+        >>> lookahead.setup()
+        Traceback (most recent call last):
+        TypeError: lookahead is a preset and no callback: write callbacks=[InnerOuterCallback(lookahead())]
+    """
+    checked, name = named(function), function.__name__
+
+    def setup(*args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{name} is a preset and no callback: write callbacks=[InnerOuterCallback({name}())]")
+
+    for attribute, value in {"state_key": name, "setup": setup, "on_exception": ignore}.items():
+        setattr(checked, attribute, value)
+    return checked
+
+
+def ignore(*args: Any, **kwargs: Any) -> None:
+    """Do nothing: the hook of what is no callback, so that the error which says so is the only one."""
 
 
 def check_names(owner: str, given: Iterable[str], names: list[str], method: Iterable[str] = ()) -> None:

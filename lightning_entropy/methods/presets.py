@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lightning_entropy.methods.arguments import named
+from lightning_entropy.methods.arguments import preset
 from lightning_entropy.methods.pull import Pull
 from lightning_entropy.methods.relaxation import Gamma, Number, Relaxation, Scale
 from lightning_entropy.methods.schedules import Scoping
@@ -15,7 +15,7 @@ RELATIVE_WIDTH = 0.1
 HALF_PULL = Pull(0.5)
 
 
-@named
+@preset
 def lookahead(inner_steps: int = 5, outer_lr: Number = 0.5) -> Relaxation:
     """Step toward where k steps of the optimizer lead: x <- x + outer_lr (y_k - x).
 
@@ -32,7 +32,7 @@ def lookahead(inner_steps: int = 5, outer_lr: Number = 0.5) -> Relaxation:
     return Relaxation(inner_steps=inner_steps, outer_lr=outer_lr)
 
 
-@named
+@preset
 def entropy_sgd(
     inner_steps: int = 20,
     gamma: Gamma = ENTROPY_SCOPING,
@@ -79,7 +79,7 @@ def entropy_sgd(
     )
 
 
-@named
+@preset
 def hamilton_jacobi(
     inner_steps: int = 20,
     gamma: Gamma = ENTROPY_SCOPING,
@@ -119,7 +119,7 @@ def hamilton_jacobi(
     )
 
 
-@named
+@preset
 def heat(
     inner_steps: int = 1, gamma: Number | None = None, *, width: Number | None = None, scale: Scale | None = None
 ) -> Relaxation:
@@ -159,7 +159,7 @@ def heat(
     return Relaxation(inner_steps=inner_steps, width=width, perturb=True, scale=scale or "relative")
 
 
-@named
+@preset
 def smoothed_lookahead(
     inner_steps: int = 20, outer_lr: Number = 0.3, width: Number = 0.2, *, scale: Scale = "relative"
 ) -> Relaxation:
@@ -185,7 +185,7 @@ def smoothed_lookahead(
     return Relaxation(inner_steps=inner_steps, outer_lr=outer_lr, width=width, scale=scale)
 
 
-@named
+@preset
 def two_timescale(gamma: Gamma = 1.0, noise: Number = 0.0, outer_lr: Number = 0.1) -> Relaxation:
     """Let x follow y slowly while y keeps moving: dx = gamma (y - x) ds, y fast and never reset.
 
@@ -205,7 +205,7 @@ def two_timescale(gamma: Gamma = 1.0, noise: Number = 0.0, outer_lr: Number = 0.
     return Relaxation(inner_steps=1, gamma=gamma, noise=noise, reset=False, outer_lr=outer_lr)
 
 
-@named
+@preset
 def elastic_sgd(inner_steps: int = 10, rho: Number = 0.5) -> Relaxation:
     """Train replicas apart and pull each to their mean: x <- y - rho (x - mean x) every L steps.
 
@@ -225,7 +225,7 @@ def elastic_sgd(inner_steps: int = 10, rho: Number = 0.5) -> Relaxation:
     return Relaxation(inner_steps=inner_steps, rho=rho)
 
 
-@named
+@preset
 def local_sgd(inner_steps: int = 10) -> Relaxation:
     """Average the replicas' weights every H steps: x <- mean of y over replicas.
 
@@ -238,7 +238,7 @@ def local_sgd(inner_steps: int = 10) -> Relaxation:
     return Relaxation(inner_steps=inner_steps, elastic_target="pseudo_gradient")
 
 
-@named
+@preset
 def diloco(inner_steps: int = 500, outer_lr: Number = 0.7, outer_momentum: float = 0.9) -> Relaxation:
     """Feed the replicas' mean pseudo-gradient x - y_H to Nesterov SGD.
 
@@ -261,7 +261,7 @@ def diloco(inner_steps: int = 500, outer_lr: Number = 0.7, outer_momentum: float
     )
 
 
-@named
+@preset
 def streaming_diloco(
     inner_steps: int = 100,
     fragments: int = 4,
@@ -319,7 +319,7 @@ def streaming_diloco(
     )
 
 
-@named
+@preset
 def snoo(inner_steps: int = 30, outer_lr: Number = 0.7, outer_momentum: float = 0.6) -> Relaxation:
     """Take a Nesterov step along x - y every H steps of one worker: step-K Nesterov outer optimizer.
 
@@ -340,7 +340,7 @@ def snoo(inner_steps: int = 30, outer_lr: Number = 0.7, outer_momentum: float = 
     return diloco(inner_steps, outer_lr, outer_momentum)
 
 
-@named
+@preset
 def palsgd(
     inner_steps: int = 500, gamma: Gamma = HALF_PULL, outer_lr: Number = 0.7, outer_momentum: float = 0.9
 ) -> Relaxation:
@@ -370,7 +370,7 @@ def palsgd(
     )
 
 
-@named
+@preset
 def gpa(averaging: float = 0.9) -> Relaxation:
     r"""Average the primal iterates at every step: generalized primal averaging with one coefficient m.
 
@@ -399,7 +399,7 @@ def gpa(averaging: float = 0.9) -> Relaxation:
     return diloco(1, 1 - m, m)
 
 
-@named
+@preset
 def parle(
     inner_steps: int = 25,
     gamma: Gamma = PARLE_GAMMA,

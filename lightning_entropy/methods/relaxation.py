@@ -256,12 +256,6 @@ class Relaxation:
         return not self.perturb
 
     @property
-    def is_for_replicas(self) -> bool:
-        """Whether a part of what it does, or all, is with other replicas: a pull to their mean, or averaging alone."""
-        plain = self.outer_lr == 1 and self.outer_momentum == 0 and self.gamma == 0 and self.width == 0
-        return self.rho != 0 or (self.outer_target.common and plain)
-
-    @property
     def outer_target(self) -> OuterTarget:
         """What the outer step asks the replicas for."""
         return OUTER_TARGETS[self.elastic_target]

@@ -35,7 +35,7 @@ from lightning_entropy.strategies.replica_files import (
     tidy,
 )
 from lightning_entropy.strategies.resharding import UnknownPlaceError, resharded
-from lightning_entropy.trainer.resume import REPLICAS
+from lightning_entropy.trainer.ownership import REPLICAS
 
 KEY = REPLICAS  # in the main checkpoint: replicas, token, and the loops' counters
 

@@ -213,7 +213,35 @@ NAMES: dict[str, Callable[[], Relaxation]] = {
     "parle": presets.parle,
     "elastic_sgd": presets.elastic_sgd,
     "elastic-sgd": presets.elastic_sgd,
+    "local_sgd": presets.local_sgd,
+    "local-sgd": presets.local_sgd,
+    "diloco": presets.diloco,
+    "streaming_diloco": presets.streaming_diloco,
+    "streaming-diloco": presets.streaming_diloco,
 }
+
+# Methods of one process, which are easily taken for a strategy's name, with what to write instead.
+CALLBACKS = {
+    "entropy_sgd": "EntropySGD()",
+    "entropy-sgd": "EntropySGD()",
+    "hamilton_jacobi": "HamiltonJacobi()",
+    "heat": "HeatSmoothing()",
+    "lookahead": "InnerOuterCallback(lookahead())",
+    "smoothed_lookahead": "InnerOuterCallback(smoothed_lookahead())",
+    "snoo": "InnerOuterCallback(snoo())",
+}
+
+
+def refuse(method: str, **_: Any) -> None:
+    """Say what to write in the place of a method's name among the strategies.
+
+    Raises:
+        MisconfigurationException: always.
+    """
+    raise MisconfigurationException(
+        f"strategy={method!r} is a method of one process and no strategy: write callbacks=[{CALLBACKS[method]}]. "
+        f"Strategies with replicas are {', '.join(name for name in NAMES if '-' not in name)}"
+    )
 
 
 def replica_number() -> int:
@@ -250,3 +278,5 @@ def register(strategy: type, registry: Any) -> None:
                 relaxation=preset(),
                 start_method=start_method,
             )
+    for name, callback in CALLBACKS.items():
+        registry.register(name, refuse, description=f"No strategy: callbacks=[{callback}]", override=True, method=name)

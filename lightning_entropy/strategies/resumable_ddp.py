@@ -12,7 +12,7 @@ from lightning_entropy.strategies.replica_ddp import ReplicaDDPStrategy
 from lightning_entropy.strategies.replica_state import ReplicaState
 from lightning_entropy.strategies.save import Save
 from lightning_entropy.strategies.sharding import gathered, has_shards, module_state, optimizer_state
-from lightning_entropy.trainer.resume import REPLICAS, warn_of_other_loop
+from lightning_entropy.trainer.resume import is_callbacks, warn_of_another
 
 
 class ResumableDDPStrategy(ReplicaDDPStrategy):
@@ -54,9 +54,12 @@ class ResumableDDPStrategy(ReplicaDDPStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._fitting:
             module = self._module
-            if REPLICAS not in checkpoint:
-                warn_of_other_loop(checkpoint, type(self).__name__)
-            self._state.load(self._members.load(checkpoint, checkpoint_path, module, self.grid, weights_only))
+            restored = self._members.load(checkpoint, checkpoint_path, module, self.grid, weights_only)
+            states = checkpoint.get("callbacks", {})
+            other = next((key for key, state in states.items() if is_callbacks(state)), None)
+            if restored is None and other is not None:
+                warn_of_another(type(self).__name__, other)
+            self._state.load(restored)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

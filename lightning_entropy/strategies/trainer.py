@@ -31,7 +31,7 @@ from lightning_entropy.strategies.sharding import check_sharding, sync_shards
 from lightning_entropy.strategies.start import initialize, seed_apart
 from lightning_entropy.strategies.stopping import JointStop, OwnStop
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
-from lightning_entropy.trainer.progress import training_is_complete, warn_if_pinned
+from lightning_entropy.trainer.progress import training_is_complete, warn_if_pinned, warn_if_short
 
 
 class ElasticEntropyStrategy(ResumableDDPStrategy):
@@ -230,6 +230,7 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         self._members.begin(self._trainer.global_step)
         check_optimizers(self._module, self.optimizers)
         warn_if_pinned(self.options.relaxation, self.optimizers)
+        warn_if_short(type(self).__name__, self.options.relaxation, self._trainer)
         self._loops = replica_loops(
             self._module,
             self.optimizers,

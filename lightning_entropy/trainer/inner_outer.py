@@ -22,20 +22,21 @@ from lightning_entropy.methods.validation import check_bool, check_integer
 from lightning_entropy.trainer import sharded
 from lightning_entropy.trainer.batchnorm import RefreshBatchNorm, keeps_statistics
 from lightning_entropy.trainer.metrics import OuterStepMetrics
-from lightning_entropy.trainer.ownership import check_optimizers, claim, release
+from lightning_entropy.trainer.ownership import REPLICAS, check_optimizers, claim, release
 from lightning_entropy.trainer.progress import (
     of_this_training,
-    optimizer_steps,
     training_is_complete,
     warn_if_pinned,
+    warn_if_short,
 )
 from lightning_entropy.trainer.resume import (
     check_loadable,
     check_method,
     check_state,
     check_states,
+    is_callbacks,
     shapes_of,
-    warn_of_other_loop,
+    warn_of_another,
 )
 
 FORMAT = 1  # of InnerOuterCallback.state_dict()
@@ -156,8 +157,10 @@ class InnerOuterCallback(Callback):
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:
             check_state(type(self).__name__, states[self.state_key], FORMAT)
-        else:
-            warn_of_other_loop(checkpoint, type(self).__name__)
+        elif other := next((key for key, state in states.items() if is_callbacks(state)), None):
+            warn_of_another(type(self).__name__, other)
+        elif REPLICAS in checkpoint:
+            warn_of_another(type(self).__name__, "ElasticEntropyStrategy")
         self._loaded_from = trainer.ckpt_path
         self._optimizer_states = checkpoint.get("optimizer_states", [])
 
@@ -177,6 +180,7 @@ class InnerOuterCallback(Callback):
         seed = trainer.strategy.broadcast(initial_seed() if self.seed is None else self.seed)
         check_optimizers(pl_module, trainer.optimizers)
         warn_if_pinned(self.relaxation, trainer.optimizers)
+        warn_if_short(type(self).__name__, self.relaxation, trainer)
         self._loops = ModuleLoops(
             pl_module,
             trainer.optimizers,
@@ -202,13 +206,9 @@ class InnerOuterCallback(Callback):
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Say in a sentence what is going to happen."""
-        steps, total = self.relaxation.inner_steps, optimizer_steps(trainer)
+        steps = self.relaxation.inner_steps
         every = "at every optimizer step" if steps == 1 else f"every {steps} optimizer steps"
-        if steps > total:
-            every = f"once, at the end: inner_steps = {steps}, and this fit has {total} optimizer steps"
-        said = f"{type(self).__name__}: the weights that you keep move {every}"
-        if self.relaxation.is_for_replicas:
-            said += "; this is one replica, which has no others to meet: strategy=ElasticEntropyStrategy(...) has"
+        said = f"{type(self).__name__}: the weights that you keep move {every}{alone(self.relaxation)}"
         refreshed = any(isinstance(c, RefreshBatchNorm) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if refreshed or not any(map(keeps_statistics, pl_module.modules())):
             return said
@@ -452,6 +452,38 @@ class HideAnchor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put y back, before the module's own hooks put theirs."""
         self._owner.hide()
+
+
+def alone(relaxation: Relaxation) -> str:
+    """Return what a method with replicas is without others, and how to have them; nothing of a method of one process.
+
+    Example:
+        >>> from lightning_entropy import diloco, lookahead
+        >>> "in one process it is SNOO with H = 500, outer_lr = 0.7 and outer_momentum = 0.9" in alone(diloco())
+        True
+        >>> alone(lookahead())
+        ''
+    """
+    one = relaxation.fragments == 1 and relaxation.delay == 0
+    if not relaxation.outer_target.common and not callable(relaxation.rho) and relaxation.rho == 0:
+        return ""
+    if relaxation.inner_steps == 1 and one:  # gpa
+        return ""
+    if not one or relaxation.gamma != 0 or relaxation.noise != 0 or relaxation.average != 1:
+        then = "the loop without the others' part"
+    elif relaxation.outer_momentum:
+        then = (
+            f"SNOO with H = {relaxation.inner_steps}, outer_lr = {relaxation.outer_lr} and outer_momentum = "
+            f"{relaxation.outer_momentum}"
+        )
+    elif relaxation.outer_lr == 1:
+        then = "your optimizer, unchanged"
+    else:
+        then = f"lookahead({relaxation.inner_steps}, {relaxation.outer_lr})"
+    return (
+        f"; in one process it is {then}, as there are no replicas to average with "
+        "(strategy=ElasticEntropyStrategy(relaxation) has them)"
+    )
 
 
 def _classes(optimizers: Iterable[Optimizer]) -> list[str]:

@@ -10,6 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import Module
 from torch.optim import Optimizer
 
+REPLICAS = "elastic_replicas"  # in a checkpoint that a strategy with replicas has saved
+
 _owners: "weakref.WeakKeyDictionary[Trainer, Any]" = weakref.WeakKeyDictionary()
 
 

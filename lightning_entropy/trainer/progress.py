@@ -38,20 +38,6 @@ def of_this_training(relaxation: Relaxation, trainer: Trainer) -> Relaxation:
     return relaxation.over(steps)
 
 
-def optimizer_steps(trainer: Trainer) -> float:
-    """Return how many steps an optimizer takes in the fit; inf where it is not known.
-
-    Args:
-        trainer: in ``on_train_start``.
-    """
-    if not trainer.lightning_module.automatic_optimization:
-        return math.inf
-    try:
-        return trainer.estimated_stepping_batches
-    except MisconfigurationException:  # batches are accumulated by a schedule
-        return math.inf
-
-
 PINNED = 0.95  # of a loop's path taken back, above which y hardly leaves x
 
 
@@ -76,6 +62,28 @@ def warn_if_pinned(relaxation: Relaxation, optimizers: Sequence[Optimizer]) -> N
             f"gamma = {gamma:g} at a learning rate of {lr:g} is a spring that takes back {share:.1%} of a loop's path, "
             "so the weights hardly move. gamma is a stiffness here, 1/gamma of Deep Relaxation and Parle; "
             "gamma=Pull(0.5) takes back half",
+            stacklevel=2,
+        )
+
+
+def warn_if_short(owner: str, relaxation: Relaxation, trainer: Trainer) -> None:
+    """Warn of a loop that is longer than the training.
+
+    Args:
+        owner: class of the callback or strategy.
+        relaxation: the method; one that streams moves x within a loop.
+        trainer: in ``on_train_start``. In manual optimization the number of steps is not known.
+    """
+    if not relaxation.has_anchor or relaxation.streams or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if not trainer.lightning_module.automatic_optimization:
+        return
+    steps = trainer.estimated_stepping_batches
+    if steps < relaxation.inner_steps:
+        rank_zero_warn(
+            f"{owner}: inner_steps = {relaxation.inner_steps} is more than the {int(steps)} optimizer steps of this "
+            "training: no outer step comes before its end, and validations until then see the initial weights. Give "
+            "fewer inner_steps, or train longer",
             stacklevel=2,
         )
 

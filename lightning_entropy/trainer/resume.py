@@ -28,31 +28,6 @@ _OPTIONAL: Rules = {  # a checkpoint of version 0.1 has none
 }
 
 
-REPLICAS = "elastic_replicas"  # in a checkpoint that replicas have written
-
-
-def warn_of_other_loop(checkpoint: Mapping[str, Any], owner: str) -> None:
-    """Warn of a checkpoint whose loop is somebody else's: another callback's, or replicas'.
-
-    Args:
-        checkpoint: that is being loaded, and has no loop of this owner's.
-        owner: the class that takes its weights.
-    """
-    states = checkpoint.get("callbacks", {})
-    made = next((key.partition("{")[0] for key, state in states.items() if _is_ours(state)), None)
-    if REPLICAS in checkpoint:
-        made = "replicas"
-    if made is not None:
-        rank_zero_warn(
-            f"the checkpoint's loop is of {made}, not of {owner}: it is not loaded, and a new loop begins at its x"
-        )
-
-
-def _is_ours(state: Any) -> bool:
-    """Return whether the state of a callback is that of one of ours."""
-    return isinstance(state, dict) and {"format", "loops", "method"} <= state.keys()
-
-
 def check_state(
     owner: str,
     state: Any,
@@ -88,6 +63,24 @@ def check_state(
             f"{error}. Resume from another checkpoint, or go on from this one's weights alone: load_from_checkpoint, "
             "and fit without ckpt_path"
         ) from None
+
+
+def is_callbacks(state: Any) -> bool:
+    """Return whether the state of a callback in a checkpoint is that of one which drives loops."""
+    return isinstance(state, dict) and {"format", "loops", "method"} <= state.keys()
+
+
+def warn_of_another(owner: str, other: str) -> None:
+    """Warn that a checkpoint has the loop's state of an object that this run does not have.
+
+    Args:
+        owner: class of this run's callback or strategy.
+        other: class, or state key, of the checkpoint's.
+    """
+    rank_zero_warn(
+        f"the checkpoint's loop is of {other.partition('{')[0]}, not of {owner}: it is not loaded, and a new loop "
+        "begins at its x"
+    )
 
 
 def shapes_of(module: Module, optimizers: Sequence[Optimizer]) -> dict[str, Size | None]:

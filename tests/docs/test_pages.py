@@ -37,7 +37,7 @@ def test_a_number_may_differ_a_little_and_a_word_not() -> None:
 
 
 def test_files_of_pages_can_be_imported_and_others_are_not_run() -> None:
-    assert set(files()) == {"digits.py", "sharded_model.py", "train.py"}
+    assert set(files()) == {"digits.py", "elastic.py", "sharded_model.py", "train.py"}
     for code in files().values():
         ast.parse(code)
     for page in PAGES:

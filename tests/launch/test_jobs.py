@@ -1,5 +1,6 @@
 """Jobs that end, die, and are started again, without any training."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,9 @@ def job(folder: Path, replica: int, program: str) -> Job:
 
 def run(*jobs: Job) -> tuple[int, list[str]]:
     said: list[str] = []
-    return Jobs(jobs, said.append, every=1e9).run(), said
+    code = Jobs(jobs, said.append, every=1e9).run()
+    assert said[-1].startswith("the training has ended ")  # and how, which is tested on its own
+    return code, said[:-1]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,25 @@ def test_one_that_makes_outer_steps_may_die_as_often_as_it_likes(tmp_path: Path)
     code, said = run(one)
     assert code == 0 and one.restarts == 7
     assert said == ["replica 0 has ended with SIGKILL: it is started again"] * 7
-    assert one.line() == "replica 0: has ended, started again 7 times"
+    assert one.line() == "replica 0: has ended well at step 1, started again 7 times"
+
+
+def test_the_last_lines_say_how_long_it_took_and_how_each_replica_ended(tmp_path: Path) -> None:
+    well = job(tmp_path, 0, f"open({str(tmp_path / '0.json')!r}, 'w').write('{{\"step\": 7}}')")
+    assert well._process is not None
+    well._process.wait()
+    said: list[str] = []
+    assert Jobs([well, job(tmp_path, 1, "raise SystemExit(4)")], said.append, every=1e9).run() == 0
+    assert re.fullmatch(
+        r"the training has ended well after 0:\d\d:\n"
+        r"  replica 0: has ended well at step 7\n"
+        r"  replica 1: has ended with exit code 4",
+        said[-1],
+    )
+    said.clear()
+    assert Jobs([job(tmp_path, 2, "raise SystemExit(4)")], said.append, every=0.0).run() == 4
+    assert said[1].startswith("after 0:0") and "\n  replica 2: " in said[1]  # what is said now and then
+    assert said[-1].startswith("the training has ended with exit code 4 after ")
 
 
 def test_what_it_has_started_ends_with_one_that_dies(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.docs.pages import files
+
 pytest.importorskip("torchft")
 
 from tests.launch import forked
@@ -74,6 +76,24 @@ def test_of_replicas_of_two_ranks_one_rank_is_killed_and_its_replica_joins_again
     assert {step for step, _ in results} == {int((tmp_path / "stop").read_text())}
     for _, other in results[1:]:
         torch.testing.assert_close(other, results[0][1], rtol=0, atol=0)
+
+
+def test_the_script_of_the_documentation_trains(tmp_path: Path) -> None:
+    script = files()["elastic.py"]
+    assert 'ModelCheckpoint("checkpoints", ' in script and "max_steps=2000" in script
+    for name, folder in (("elastic.py", '"checkpoints", '), ("scattered.py", "")):
+        short = script.replace("max_steps=2000", "max_steps=60").replace("steps=500", "steps=20")
+        (tmp_path / name).write_text(short.replace('"checkpoints", ', folder))
+        command = [sys.executable, "-m", "lightning_entropy.launch", "--replicas", "2", "--min-replicas", "2", name]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        # Without a folder each job has its own, and the one that would write there says so.
+        assert ("ModelCheckpoint must have a dirpath" in done.stderr) == (not folder)
+        for replica in range(2):
+            assert f"  replica {replica}: has ended well at step " in done.stderr
+        assert "the training has ended well after 0:" in done.stderr
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
 def test_when_all_have_died_another_number_goes_on_from_the_last_consensus(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
-from lightning_entropy.trainer.resume import REPLICAS
 from tests.kill_callback import kill_and_resume
 from tests.lightning_modules import (
     BATCHES,
@@ -185,15 +184,3 @@ def test_the_resumed_run_keeps_the_noise_of_the_seed_it_began_with(tmp_path: Pat
     torch.manual_seed(12)
     trainer(callbacks=[callback()]).fit(resumed, Stream(), ckpt_path=tmp_path / "last.ckpt")
     assert same(weights(resumed), weights(whole))
-
-
-def test_a_checkpoint_of_replicas_is_said(tmp_path: Path) -> None:
-    t = trainer(callbacks=[], max_steps=8)
-    t.fit(Automatic(), Stream())
-    t.save_checkpoint(tmp_path / "replicas.ckpt")
-    checkpoint = torch.load(tmp_path / "replicas.ckpt")
-    torch.save({**checkpoint, REPLICAS: {"replicas": 2}}, tmp_path / "replicas.ckpt")
-    with pytest.warns(UserWarning, match="the checkpoint's loop is of replicas, not of EntropySGD"):
-        trainer(callbacks=[CALLBACKS["entropy"]()], max_epochs=2).fit(
-            Automatic(), Stream(), ckpt_path=tmp_path / "replicas.ckpt"
-        )

@@ -110,6 +110,10 @@ def _print(findings: list[Findings]) -> None:
         for section, rows in found.rows().items():
             for row in rows:
                 print(f"{found.title}  {section:15} {row.name:32} {row}")
+    print(
+        "± is a 99 % interval: of the choice of examples, random probes and chains. Numbers whose intervals "
+        "overlap may be alike; how to read each is on the page"
+    )
     first = findings[0]
     for section, reason in first.failed.items():
         print(f"{section}: {failure(reason, section in first.results)}")

@@ -176,28 +176,41 @@ def _gradient_noise_rows(r: GradientNoiseResult) -> list[Row]:
         return Row(name, Estimate(float(getattr(r, number))), meaning, groups=r.groups(number))
 
     return [
-        row("trace of D", "trace", "Loudness: mean squared distance of one example's gradient from their mean."),
+        row(
+            "trace of D",
+            "trace",
+            "D is the covariance of the gradients of single examples. Loudness: their mean squared distance from their "
+            "mean.",
+        ),
         row(
             "λ(D), clipped",
             "clipped_mean",
-            f"Mean eigenvalue as Chaudhari & Soatto count; it varies by {r.clipped_std:.3g} (sd) over directions.",
+            f"Mean eigenvalue of D as Chaudhari & Soatto count: what lies below λ₁ P ε (the largest, times "
+            f"{r.weights:,} weights, times float32's precision) counts as that much. Sd over directions: "
+            f"{r.clipped_std:.3g}.",
         ),
         row(
             "rank(D), clipped, %",
             "rank_percent",
-            f"As they count: {r.rank} eigenvalues above λ₁ P ε. A few per cent is typical: the noise is not round.",
+            f"Share of directions with noise, as they count: {r.rank} eigenvalues above λ₁ P ε. A few per cent is "
+            "typical: the noise is not round.",
         ),
-        row("λ(D)", "mean", f"Mean eigenvalue; it varies by {r.std:.3g} (sd) over directions."),
+        row("λ(D)", "mean", f"Mean eigenvalue of D: the noise in one direction. Sd over directions: {r.std:.3g}."),
         row(
             "stable rank",
             "stable_rank",
             f"Trace over largest eigenvalue: round noise would have {r.weights:,}, a handful is typical.",
         ),
-        row("participation", "participation", "About how many directions share the noise."),
+        row(
+            "participation",
+            "participation",
+            f"tr(D)² / tr(D²): about how many directions share the noise, from 1 to {r.weights:,} (round noise).",
+        ),
         Row(
             "noise scale, examples",
             scale,
-            "Much larger batches than this waste examples, much smaller ones waste steps."
+            "tr(D) / |mean gradient|²: the batch whose noise is as large as its gradient. Much larger batches than "
+            "this waste examples, much smaller ones waste steps."
             if math.isfinite(scale.value)
             else "The mean gradient is lost in the noise, as near a minimum: take more examples.",
         ),
@@ -216,14 +229,18 @@ def _trajectory_rows(r: TrajectoryResult) -> list[Row]:
         Row(
             "p-value of the current",
             Estimate(r.current.p_value),
-            "Of a turn this clear by chance; below 0.01 it turns.",
+            "How likely chance alone turns a path this clearly; below 0.01 SGD walks in circles here.",
         ),
         Row(
             "clearest turn, standard errors",
             Estimate(r.current.significance),
-            "In the planes of the components; 2 to 3 by chance.",
+            "Rotation in the plane of two principal components of the path, over its error; 2 to 3 by chance.",
         ),
-        Row("the control's", Estimate(r.control_current.significance), "A reversible process of equal length."),
+        Row(
+            "the control's",
+            Estimate(r.control_current.significance),
+            "The same of a reversible process of equal length, which does not turn: what chance makes.",
+        ),
         memory,
     ]
 

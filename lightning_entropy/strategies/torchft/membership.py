@@ -7,7 +7,9 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_entropy.strategies.checkpoint import KEY
 from lightning_entropy.strategies.lightning_internals import restore_from, timeout
@@ -52,7 +54,15 @@ class TorchftMembership:
         return self.assembly is not None and self.assembly.wants_state
 
     def prepare(self, strategy: WatchedDDPStrategy, grid: Grid) -> None:
-        """Wait for :meth:`join`: the others wait for every replica that they know of."""
+        """Warn of checkpoints that would be apart; nobody is met yet, as the others wait for all that they know of."""
+        assert strategy.lightning_module is not None
+        trainer = strategy.lightning_module.trainer
+        folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        if trainer.loggers and None in folders:
+            rank_zero_warn(
+                "ModelCheckpoint must have a dirpath that all replicas share where they come and go, got None: each "
+                "job's logger has a folder of its own, so that ckpt_path='last' of one does not find another's"
+            )
 
     def join(self, strategy: WatchedDDPStrategy, grid: Grid) -> dict[str, Any] | None:
         """Meet the other replicas, and take the state of one that is training.

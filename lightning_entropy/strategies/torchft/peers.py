@@ -198,4 +198,11 @@ def _bracketed(host: str) -> str:
 
 
 def _short(error: Exception) -> str:
-    return textwrap.shorten(str(error).splitlines()[0], 200, placeholder=" ...")
+    """Return the first line of an error, without half a word at its end; its class where it says nothing.
+
+    Example:
+        >>> _short(RuntimeError("a peer " * 40))[-12:], _short(OSError())
+        ('r a peer ...', 'OSError')
+    """
+    lines = str(error).strip().splitlines()
+    return textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else type(error).__name__
