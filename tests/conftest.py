@@ -22,6 +22,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# A shell ignores Ctrl+C in what it starts in the background, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Set by Lightning for its own children; a test must not hand them to the next one.
 _LEAKING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
