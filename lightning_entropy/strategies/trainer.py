@@ -339,6 +339,7 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         if self._loops is not None:
             if not self._leaving:
                 self._state.leave(self._loops, self._module)
+            self.end_heartbeat()
             self._loops.detach(close=not self._leaving)
             self._log.flush()
             self._loops = None

@@ -61,13 +61,21 @@ class WatchedDDPStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Stop the heartbeat."""
+        self.end_heartbeat()
+        super().teardown()
+
+    def end_heartbeat(self) -> None:
+        """Let the others know that this rank has come to its end. May be called twice.
+
+        Before its process groups are closed: that may keep all threads of the process waiting, and a rank that is
+        done would be taken for one that has stopped answering.
+        """
         if self._heartbeat is not None:
             if self._leaving and self.is_global_zero:
                 # Rank 0 may be the one that started the others and ends them: they are let write their checkpoints.
                 self._heartbeat.wait_for_others()
             self._heartbeat.stop()
             self._heartbeat = None
-        super().teardown()
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""

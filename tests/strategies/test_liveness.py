@@ -1,5 +1,6 @@
 """A rank that dies or hangs: how the job ends, never by hanging and never silently."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_entropy as le
 from lightning_entropy.strategies import board
 from lightning_entropy.strategies import liveness as heartbeat
+from lightning_entropy.strategies.links import Links
 from tests.kill_and_resume import MAIN, RENAME, UPDATE, WRITE, kill_and_resume
 from tests.strategies.runs import FORK_WARNINGS, Net, external, fit, strategy, trainer
 
@@ -301,11 +303,23 @@ def test_ranks_that_wait_for_each_other_at_different_places_end_and_say_where(
 
 
 @pytest.mark.processes
-def test_a_rank_that_has_ended_before_the_others_is_named(tmp_path: Path) -> None:
-    """Its last meeting was another one for the others."""
+@pytest.mark.parametrize("seconds", [0, 4])
+def test_a_rank_that_has_ended_before_the_others_is_named(
+    tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last meeting was another one for the others; closing its groups may keep all its threads for a while."""
+    monkeypatch.setattr(heartbeat, "PATIENCE", 2.0)
 
     def work(rank: int) -> None:
         warnings.simplefilter("ignore")
+        close = Links.close
+
+        def slowly(links: Links) -> None:
+            close(links)
+            ctypes.PyDLL(None).sleep(seconds)  # does not let go of the interpreter
+
+        if rank == 1:
+            monkeypatch.setattr(Links, "close", slowly)
         trainer(tmp_path, strategy(PARLE, start_method="popen"), 2).fit(StopsAlone())
 
     said = external(2, work, timeout=40)
