@@ -303,20 +303,19 @@ def test_ranks_that_wait_for_each_other_at_different_places_end_and_say_where(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("seconds", [0, 4])
+@pytest.mark.parametrize("seconds", [0, 7])  # more than PATIENCE
 def test_a_rank_that_has_ended_before_the_others_is_named(
     tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its last meeting was another one for the others; closing its groups may keep all its threads for a while."""
-    monkeypatch.setattr(heartbeat, "PATIENCE", 2.0)
 
     def work(rank: int) -> None:
         warnings.simplefilter("ignore")
-        close = Links.close
+        close, naps = Links.close, [seconds]
 
         def slowly(links: Links) -> None:
             close(links)
-            ctypes.PyDLL(None).sleep(seconds)  # does not let go of the interpreter
+            ctypes.PyDLL(None).sleep(naps.pop() if naps else 0)  # does not let go of the interpreter
 
         if rank == 1:
             monkeypatch.setattr(Links, "close", slowly)
