@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_entropy as le
 from lightning_entropy import plan
@@ -174,6 +175,27 @@ def test_a_loop_that_is_longer_than_the_training_is_warned_of() -> None:
         warnings.simplefilter("always")
         fit(callbacks=[le.EntropySGD(1)])
     assert not [w for w in caught if "inner_steps" in str(w.message)]
+
+
+class Endless(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Any:
+        return iter(torch.ones(3, 32))
+
+
+def test_a_training_whose_length_is_not_known_is_not_warned_of() -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[le.EntropySGD(15)],
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*inner_steps")
+        trainer.fit(BoringModel(), DataLoader(Endless()))
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpoint that ended before the epoch ended")

@@ -12,7 +12,7 @@ from lightning_entropy.strategies.replica_ddp import ReplicaDDPStrategy
 from lightning_entropy.strategies.replica_state import ReplicaState
 from lightning_entropy.strategies.save import Save
 from lightning_entropy.strategies.sharding import gathered, has_shards, module_state, optimizer_state
-from lightning_entropy.trainer.resume import is_callbacks, warn_of_another
+from lightning_entropy.trainer.resume import loop_of_callback, warn_of_another
 
 
 class ResumableDDPStrategy(ReplicaDDPStrategy):
@@ -55,9 +55,7 @@ class ResumableDDPStrategy(ReplicaDDPStrategy):
         if self._fitting:
             module = self._module
             restored = self._members.load(checkpoint, checkpoint_path, module, self.grid, weights_only)
-            states = checkpoint.get("callbacks", {})
-            other = next((key for key, state in states.items() if is_callbacks(state)), None)
-            if restored is None and other is not None:
+            if restored is None and (other := loop_of_callback(checkpoint)):
                 warn_of_another(type(self).__name__, other)
             self._state.load(restored)
         return checkpoint

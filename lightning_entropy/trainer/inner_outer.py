@@ -34,7 +34,7 @@ from lightning_entropy.trainer.resume import (
     check_method,
     check_state,
     check_states,
-    is_callbacks,
+    loop_of_callback,
     shapes_of,
     warn_of_another,
 )
@@ -157,7 +157,7 @@ class InnerOuterCallback(Callback):
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:
             check_state(type(self).__name__, states[self.state_key], FORMAT)
-        elif other := next((key for key, state in states.items() if is_callbacks(state)), None):
+        elif other := loop_of_callback(checkpoint):
             warn_of_another(type(self).__name__, other)
         elif REPLICAS in checkpoint:
             warn_of_another(type(self).__name__, "ElasticEntropyStrategy")

@@ -29,13 +29,19 @@ def of_this_training(relaxation: Relaxation, trainer: Trainer) -> Relaxation:
             "at must be an outer step in manual optimization, where the number of each optimizer's steps is not known, "
             f"got a share of the training in {relaxation}"
         )
-    steps = trainer.estimated_stepping_batches
+    steps = _optimizer_steps(trainer)
     if math.isinf(steps):
         raise MisconfigurationException(
             "at must be an outer step without max_steps or max_epochs, as the training has no end, got a share of it "
             f"in {relaxation}"
         )
     return relaxation.over(steps)
+
+
+def _optimizer_steps(trainer: Trainer) -> float:
+    """Return how many steps an optimizer takes; inf where that is not known, for which Lightning may have -1."""
+    steps = trainer.estimated_stepping_batches
+    return steps if steps >= 0 else math.inf
 
 
 PINNED = 0.95  # of a loop's path taken back, above which y hardly leaves x
@@ -78,7 +84,7 @@ def warn_if_short(owner: str, relaxation: Relaxation, trainer: Trainer) -> None:
         return
     if not trainer.lightning_module.automatic_optimization:
         return
-    steps = trainer.estimated_stepping_batches
+    steps = _optimizer_steps(trainer)
     if steps < relaxation.inner_steps:
         rank_zero_warn(
             f"{owner}: inner_steps = {relaxation.inner_steps} is more than the {int(steps)} optimizer steps of this "

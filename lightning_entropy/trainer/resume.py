@@ -65,9 +65,12 @@ def check_state(
         ) from None
 
 
-def is_callbacks(state: Any) -> bool:
-    """Return whether the state of a callback in a checkpoint is that of one which drives loops."""
-    return isinstance(state, dict) and {"format", "loops", "method"} <= state.keys()
+def loop_of_callback(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the state key of a callback in a checkpoint that drives loops; None where there is none."""
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if isinstance(state, dict) and {"format", "loops", "method"} <= state.keys():
+            return str(key)
+    return None
 
 
 def warn_of_another(owner: str, other: str) -> None:

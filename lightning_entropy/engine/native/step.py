@@ -20,7 +20,7 @@ from lightning_entropy.engine.native.cpu import CppKernel
 from lightning_entropy.engine.native.cuda import TritonKernel
 from lightning_entropy.engine.native.rows import Kernel, MakeKernel, Numbers, Tables, Tensors, Update, noise_of
 from lightning_entropy.engine.optimizer_hooks import has_foreign_hooks
-from lightning_entropy.engine.weights import Weight
+from lightning_entropy.engine.weight import Weight
 
 KERNELS: Mapping[str, MakeKernel] = {"cpu": CppKernel, "cuda": TritonKernel}  # by kind of device
 
