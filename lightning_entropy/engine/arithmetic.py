@@ -213,7 +213,7 @@ def copy_where_written_(anchors: Sequence[Tensor], params: Sequence[Tensor]) -> 
             alike = [x.stride() == y.stride() for x, y in zip(xs, ys, strict=True)]
             x = torch.cat([flat(x) if a else x.reshape(-1) for x, a in zip(xs, alike, strict=True)])
             y = torch.cat([flat(y) if a else y.reshape(-1) for y, a in zip(ys, alike, strict=True)])
-            lines = torch.where(x.to(y.dtype) == y, x, y.to(x.dtype)).split([x.numel() for x in xs])
+            lines = torch.where(x.to(y.dtype) == y, x, y).split([x.numel() for x in xs])
             rows = zip(lines, xs, alike, strict=True)
             copy_(xs, [shaped(line, x) if a else line.view(x.shape) for line, x, a in rows])
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_entropy.engine.flat import CHUNK, flat, is_dense, runs
+from lightning_entropy.engine.flat import CHUNK, is_dense, joined, runs
 
 
 def filter_norms(param: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def all_filter_norms(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) ->
     for (device, dtype), indices in together.items():
         for run in runs([params[i].numel() for i in indices], CHUNK):
             some = [indices[j] for j in run]
-            squares = torch.cat([flat(params[i].detach()) for i in some]).to(dtype)
+            squares = joined([params[i].detach() for i in some], dtype)
             squares.mul_(squares)
             lengths = lengths_of(tuple(filters_of(params[i]) for i in some), device)
             found = torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True).sqrt_()

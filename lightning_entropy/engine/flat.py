@@ -52,6 +52,45 @@ def shaped(line: Tensor, like: Tensor) -> Tensor:
     return line.view(like.shape)
 
 
+def joined(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Copy the :func:`flat` numbers of tensors into one line, in one call.
+
+    Args:
+        tensors: dense and not complex, on one device.
+        dtype: of the line.
+
+    Example:
+        >>> joined([torch.tensor([1, 2]), torch.tensor([[3]])], torch.float32)
+        tensor([1., 2., 3.])
+    """
+    if all(t.dtype == dtype for t in tensors):
+        return torch.cat([flat(t) for t in tensors])
+    sizes = [t.numel() for t in tensors]
+    line = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
+    torch._foreach_copy_([shaped(part, t) for part, t in zip(line.split(sizes), tensors, strict=True)], list(tensors))
+    return line
+
+
+def in_line(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the numbers of contiguous tensors of one type in one line: a view where they lie so in memory.
+
+    Example:
+        >>> parts = torch.tensor([1.0, 2.0, 3.0]).split([2, 1])
+        >>> in_line(parts).data_ptr() == parts[0].data_ptr()
+        True
+    """
+    first, at = tensors[0], 0
+    sizes = [t.numel() for t in tensors]
+    for t, size in zip(tensors, sizes, strict=True):
+        if t.data_ptr() != first.data_ptr() + at * first.element_size():
+            return torch.cat([t.reshape(-1) for t in tensors])
+        at += size
+    room = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
+    if at > room:  # another's memory, by chance behind
+        return torch.cat([t.reshape(-1) for t in tensors])
+    return first.as_strided((at,), (1,))
+
+
 def _has_channels_last(t: Tensor) -> bool:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return t.dim() in formats and t.is_contiguous(memory_format=formats[t.dim()])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.engine.filters import lengths_of
-from lightning_entropy.engine.flat import flat, is_dense, shaped
+from lightning_entropy.engine.flat import flat, in_line, is_dense, shaped
 from lightning_entropy.engine.shards import Region
 
 BLOCK = 1 << 20  # weights drawn from one stream of random numbers
@@ -223,13 +223,30 @@ def _shake_chunk_(chunk: Place, rows: Sequence[Row]) -> None:
         sizes = [numbers(y) for y, *_ in some]
         parts = [drawn.narrow(0, start, size) for size, (*_, start, _) in zip(sizes, some, strict=True)]
         if isinstance(s, Tensor):
-            whole = drawn if sum(sizes) == chunk.size else torch.cat(parts)
-            scales = [scale.reshape(-1) for _, _, scale, *_ in some if isinstance(scale, Tensor)]
-            filters = tuple((len(of), size // len(of)) for of, size in zip(scales, sizes, strict=True))
-            repeats = lengths_of(filters, device)
-            whole.mul_(torch.repeat_interleave(torch.cat(scales).to(dtype), repeats, output_size=whole.numel()))
-            parts, s = list(whole.split(sizes)), 1.0
+            scales, starts = [scale for _, _, scale, *_ in some if isinstance(scale, Tensor)], [row[3] for row in some]
+            whole, gaps = drawn[starts[0] : starts[-1] + sizes[-1]], _gaps(starts, sizes)
+            if any(gaps) and len(some) < len(rows):  # another's numbers, which must stay as they are
+                whole, gaps = torch.cat(parts), [0] * len(sizes)
+                parts = list(whole.split(sizes))
+            repeats = lengths_of(_filters(scales, sizes, gaps), device)
+            whole.mul_(torch.repeat_interleave(in_line(scales).to(dtype), repeats, output_size=whole.numel()))
+            s = 1.0
         add_([y for y, *_ in some], [shaped(n, y) for n, (y, *_) in zip(parts, some, strict=True)], s)
+
+
+def _gaps(starts: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Count the numbers of a chunk between one parameter and the next; 0 behind the last."""
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    return [start - end for start, end in zip([*starts[1:], ends[-1]], ends, strict=True)]
+
+
+def _filters(scales: Sequence[Tensor], sizes: Sequence[int], gaps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return the filters of some parameters as (how many, numbers of each); the last one has the gap behind it too."""
+    filters: list[tuple[int, int]] = []
+    for scale, size, gap in zip(scales, sizes, gaps, strict=True):
+        count = scale.numel()
+        filters += [(count - 1, size // count), (1, size // count + gap)] if gap else [(count, size // count)]
+    return tuple(filters)
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

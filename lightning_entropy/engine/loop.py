@@ -281,6 +281,10 @@ class InnerOuter:
             self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
 
     def _on_gradients(self, first: bool) -> None:
+        with self.weights.alone():
+            self._before_update(first)
+
+    def _before_update(self, first: bool) -> None:
         self.unperturb()
         self._outer.begin()
         weights, rates = self.weights.stepping()
@@ -294,6 +298,10 @@ class InnerOuter:
             rule.before_update(step)
 
     def _after_step(self) -> None:
+        with self.weights.alone():
+            self._after_update()
+
+    def _after_update(self) -> None:
         step, self._stepping = self._stepping, None
         if step is not None and step.weights:
             for rule in self._inner:

@@ -106,7 +106,7 @@ class OuterRule:
             means, pulls = agreed
             self._step.step(weights, self._weights.named(), means, pulls, settings.outer_lr)
             if self._reset:
-                F.copy_([w.value for w in weights], [w.anchor for w in weights])
+                self._weights.put_anchors(weights)
         for w in weights:
             w.moved = False
         return True

@@ -164,7 +164,7 @@ class StreamingRule(OuterRule):
             self._start(i)
         taken = [self._use(i, settings.outer_lr, 0.0) for i in left]
         if all(taken):
-            F.copy_([w.value for w in self._weights], [w.anchor for w in self._weights])
+            self._weights.put_anchors(list(self._weights))
             self._weights.rest()
 
     @property

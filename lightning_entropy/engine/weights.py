@@ -57,6 +57,8 @@ class Weights:
         self._names = names or {}
         self._weights: dict[Tensor, Weight] = {}
         self._before: list[tuple[Holds, Holds]] = []  # per call of show: what hide is to return, and what they held
+        self._alone = False  # nobody else can write now
+        self._same = False  # since then the parameters have been made the same as x, rounded
 
     @property
     def params(self) -> list[Tensor]:
@@ -136,19 +138,40 @@ class Weights:
             return None
         return shards.whole(self._weights[p].near_anchor, p)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Write alone, as in a hook of the optimizer: what the loop makes the same stays so, and is not compared.
+
+        Yields:
+            Nothing.
+        """
+        outermost, self._alone = not self._alone, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._alone = self._same = False
+
     @torch.no_grad()
     def settle(self) -> None:
         """Bring x up to date with the parameters, which may have been written since they hold it."""
         if self._before:
             self.adopt()
         elif self.at_rest:
-            same = [w for w in self if w.anchor.dtype == w.param.dtype]
-            F.copy_([w.anchor for w in same], [w.value for w in same])
-            narrow = [w for w in self if w.anchor.dtype != w.param.dtype]
-            with self.fetched(narrow):
-                F.copy_where_written_([w.anchor for w in narrow], [w.value for w in narrow])
+            if not self._same:
+                same = [w for w in self if w.anchor.dtype == w.param.dtype]
+                F.copy_([w.anchor for w in same], [w.value for w in same])
+                narrow = [w for w in self if w.anchor.dtype != w.param.dtype]
+                with self.fetched(narrow):
+                    F.copy_where_written_([w.anchor for w in narrow], [w.value for w in narrow])
             having = [(w.average, w.anchor) for w in self if w.average is not None]
             F.copy_([z for z, _ in having], [x for _, x in having])
+            self._same = self._alone
+
+    def put_anchors(self, weights: Sequence[Weight]) -> None:
+        """Put x into the parameters of some weights, whose loop is over."""
+        F.copy_([w.value for w in weights], [w.anchor for w in weights])
+        self._same = self._alone and len(weights) == len(self._weights)
 
     def begin(self) -> None:
         """Begin a loop: from now on y moves and x stays."""
@@ -174,6 +197,7 @@ class Weights:
     def take_back(self) -> None:
         """Put y back after :meth:`set_aside`."""
         now = Holds.INNER if self._apart else Holds.ANCHOR
+        self._same = self._alone and now is Holds.ANCHOR  # as it was set aside
         kept = [(w.value, w.kept) for w in self if w.kept is not None]
         F.copy_([p for p, _ in kept], [y for _, y in kept])
         for w in self:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_entropy.engine.flat import flat, is_dense, runs, shaped
+from lightning_entropy.engine.flat import flat, in_line, is_dense, joined, runs, shaped
 
 TENSORS = {
     "scalar": torch.randn(()),
@@ -41,6 +41,31 @@ def test_a_filter_comes_after_another_in_memory() -> None:
 def test_a_complex_numbers_parts_stand_side_by_side() -> None:
     t = torch.tensor([[1 + 2j, 3 - 4j]])
     assert torch.equal(shaped(torch.tensor([1.0, 2.0, 3.0, -4.0]), t), t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_joined_tensors_are_one_line(dtype: torch.dtype) -> None:
+    tensors = list(TENSORS.values())
+    line = joined(tensors, dtype)
+    assert line.dtype == dtype and torch.equal(line, torch.cat([flat(t) for t in tensors]).to(dtype))
+    line.zero_()
+    assert any(t.any() for t in tensors)
+
+
+def test_neighbours_in_memory_are_a_line_without_a_copy() -> None:
+    base = torch.randn(12)
+    parts = [base[2:6].view(4, 1, 1), base[6:7].view(()), base[7:11]]
+    line = in_line(parts)
+    assert torch.equal(line, base[2:11]) and line.data_ptr() == parts[0].data_ptr()
+    for others in (parts[::-1], [parts[0], parts[2]], [torch.ones(2), torch.zeros(3)]):
+        assert torch.equal(in_line(others), torch.cat([t.reshape(-1) for t in others]))
+
+
+def test_another_tensors_memory_may_be_behind_by_chance() -> None:
+    memory = bytearray(torch.arange(5.0).numpy().tobytes())
+    parts = [torch.frombuffer(memory, dtype=torch.float32, count=n, offset=4 * at) for at, n in ((0, 3), (3, 2))]
+    assert parts[1].data_ptr() == parts[0].data_ptr() + 12
+    assert in_line(parts).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

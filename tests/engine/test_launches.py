@@ -4,6 +4,7 @@ No GPU is needed: calls are counted on the CPU with the choices that a GPU's par
 "meta" have no values to tell the host. (Fake ones on "cuda" would make a later fork of the process fail.)
 """
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 import lightning_entropy as le
+from lightning_entropy.engine.weights import Weights
 from tests.device_calls import WAITS, Calls, as_on_a_gpu
-from tests.engine.methods_table import METHODS, part
+from tests.engine.methods_table import METHODS, part, perturbs
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -23,8 +25,10 @@ OPTIMIZERS: dict[str, Make] = {
 }
 STEPS = 10
 NO_VALUE = "called on meta tensors|out of meta tensor"
-# Beyond the optimizer's own calls, in float32; a parameter with less precision is widened and rounded, by a few more.
-MOST, MOST_IN_HALF = 20, 36
+MOST = 20  # beyond the optimizer's own calls
+# With less precision a parameter is widened and rounded besides. A mean over several gradients is so too, and where
+# the optimizer steps at x it has to be found out which of the rounded weights it has moved.
+MOST_IN_HALF = {"heat_filter": 23, "heat_relative": 24, "smoothed_filter": 23}
 
 
 def resnet50(width: int) -> list[tuple[int, ...]]:
@@ -109,9 +113,35 @@ def test_a_step_makes_few_calls_whatever_the_number_of_tensors(method: str, name
 
 @pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_of_less_precision_make_some_more(method: str) -> None:
+def test_so_it_does_where_weights_have_less_precision(method: str) -> None:
     for counted in beyond("sgd", METHODS[method], torch.bfloat16):
-        assert counted.total() <= MOST_IN_HALF, counted
+        assert counted.total() <= MOST_IN_HALF.get(method, MOST), counted
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [name for name, relaxation in METHODS.items() if perturbs(relaxation)])
+def test_what_a_hook_has_just_made_the_same_need_not_be_compared(
+    method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparing it nevertheless, as where somebody may have written in between, changes no bit."""
+
+    def run() -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in ((4, 3), (5,), (2, 3, 3, 3))]
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        loop = le.relax(optimizer, METHODS[method], seed=0)
+        loop.prepare()
+        for i in range(10):
+            for p in params:
+                p.grad = None if i in (4, 5) and p.dim() == 1 else p.detach() * (i + 1)
+            optimizer.step()
+        return [*loop.anchor, *loop.average, *params]
+
+    torch.manual_seed(0)
+    found = run()
+    monkeypatch.setattr(Weights, "alone", lambda self: contextlib.nullcontext())
+    torch.manual_seed(0)
+    assert all(map(torch.equal, run(), found))
 
 
 @pytest.mark.parametrize("method", METHODS)
