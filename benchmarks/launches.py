@@ -18,7 +18,7 @@ from benchmarks.update import resnet50
 from lightning_entropy.strategies.compression import FORMATS
 from lightning_entropy.strategies.exchange import Coupling
 from lightning_entropy.strategies.links import Links
-from tests.device_calls import Calls, as_on_a_gpu
+from tests.device_calls import Calls, as_on_a_gpu, rounded_by_kernels
 
 INNER_STEPS = 8
 METHODS = {
@@ -78,17 +78,20 @@ def step_rows(shapes: Shapes) -> list[list[str]]:
 def exchange_rows(shapes: Shapes) -> list[list[str]]:
     """Return, per format, the calls that begin an exchange and that use it. Needs a process group."""
     rows = []
-    for format in FORMATS:
-        cells = [format]
+    for format, compile in [*((f, False) for f in FORMATS), *((f, True) for f in FORMATS if f != "float32")]:
+        cells = [f"{format}, `compile=True`" if compile else format]
         for dtype in (torch.float32, torch.bfloat16):
-            coupling = Coupling(Links(1, 1), format=format)
+            coupling = Coupling(Links(1, 1), format=format, compile=compile)
             tensors = [torch.randn(s).to(dtype) for s in shapes]
             for _ in range(3):  # the first is in full precision, the second has no rounding error before it
-                with Calls() as begun:
+                with rounded_by_kernels() as first, Calls() as begun:
                     wait = coupling(tensors)
-                with Calls() as used:
+                with rounded_by_kernels() as second, Calls() as used:
                     wait()
-            cells += [str(begun.counted.total()), str(used.counted.total())]
+            cells += [
+                str(begun.counted.total() + len(first.launched)),
+                str(used.counted.total() + len(second.launched)),
+            ]
         rows.append(cells)
     return rows
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lightning_entropy.engine import filters, gaussian, noise
-from lightning_entropy.strategies import exchange
+from lightning_entropy.strategies import exchange, fused
 
 # What waits for the device: a value that the host reads, a shape that depends on one, and a copy to the host.
 WAITS = (
@@ -103,6 +103,28 @@ def late_copy(value: Tensor, *, patience: float = math.inf) -> tuple[Any, Late]:
     copy = value.clone()
     with _disable_current_modes():
         return False if value.is_meta else bool(copy), Late(patience)
+
+
+class Kernels:
+    """In the place of a module of Triton kernels: counts launches, which write nothing."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[int, ...]] = []
+
+    def __getattr__(self, name: str) -> "Kernels":
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launched.append(grid)
+        return lambda *given, **options: None
+
+
+@contextmanager
+def rounded_by_kernels() -> Iterator[Kernels]:
+    """Let exchanges with ``compile=True`` launch kernels for tensors on the CPU, as for a GPU's."""
+    kernels = Kernels()
+    with patch.object(exchange, "is_fusible", lambda values: True), patch.object(fused, "kernels", lambda: kernels):
+        yield kernels
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""How a flat tensor is summed over replicas: as it is, or rounded to 16, 8 or 4 bits with the rounding error kept."""
+"""What is sent in 16, 8 or 4 bits: how values are rounded, packed as bytes and read, and what rounding leaves out."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
@@ -14,51 +14,6 @@ BLOCK = 1024  # int8 weights that share a scale: 0.4 % on top of the bytes
 LEVELS = 127
 BLOCK_4 = 128  # int4 weights that share a scale, a divisor of BLOCK: 6 % on top of the bytes, 4.25 bits a weight
 LEVELS_4 = 7
-
-
-class Collectives(Protocol):
-    """What a sum asks of a group of processes. Each returns the work in progress, as torch.distributed does."""
-
-    @property
-    def size(self) -> int:
-        """How many processes."""
-        ...
-
-    def all_reduce(self, values: Tensor) -> Any:
-        """Sum in place."""
-        ...
-
-    def all_to_all(self, received: Tensor, given: Tensor) -> Any:
-        """Exchange rows: of ``given`` one for each process, of ``received`` one from each."""
-        ...
-
-    def all_gather(self, received: list[Tensor], given: Tensor) -> Any:
-        """Receive what every process gives."""
-        ...
-
-
-class GroupCollectives:
-    """:class:`Collectives` of a process group of torch.distributed."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-
-    @property
-    def size(self) -> int:
-        """How many processes."""
-        return dist.get_world_size(self._group)
-
-    def all_reduce(self, values: Tensor) -> Any:
-        """Sum in place."""
-        return dist.all_reduce(values, group=self._group, async_op=True)
-
-    def all_to_all(self, received: Tensor, given: Tensor) -> Any:
-        """Exchange rows."""
-        return dist.all_to_all_single(received, given, group=self._group, async_op=True)
-
-    def all_gather(self, received: list[Tensor], given: Tensor) -> Any:
-        """Receive what every process gives."""
-        return dist.all_gather(received, given, group=self._group, async_op=True)
 
 
 def share_size(n: int, ranks: int) -> int:
@@ -71,87 +26,49 @@ def share_size(n: int, ranks: int) -> int:
     return -(-n // (ranks * BLOCK)) * BLOCK
 
 
-class Sum:
-    """One sum over a group of processes, in progress.
-
-    ``"float32"`` sends the values as they are, in one all-reduce. The others send bytes in two halves: every rank
-    receives the others' values of its share and sums them in float32, and then sends the rounded sum to all.
-
-    Args:
-        values: what this rank adds, flat. In ``"float32"`` they become the sum.
-        group: over which.
-        format: of what is sent.
-        residual: the rounding error of this rank's share of the last sum, added to this one; None: nothing.
+class Entry(NamedTuple):
+    """What a rank's values are to be before they are sent.
 
     Attributes:
-        left: ``values`` less what the others receive of them; None where they receive all.
-        payload: bytes of ``values`` in this format.
-        residual: for the next sum.
+        reference: what all ranks have, so that the difference from it is sent; None: the values are.
+        before: what rounding has left out of the values sent before, to be added; None: nothing.
+        lost: where nothing is sent, and what was left out before is kept: bool, one for all values or one for each.
     """
 
-    def __init__(self, values: Tensor, group: Collectives, format: Format, residual: Tensor | None) -> None:
-        self._group, self._size, self._dtype = group, values.numel(), values.dtype
-        self.residual = residual
-        self.left: Tensor | None = None
-        self._codec = CODECS.get(format)
-        self._second: Tensor | None = None
-        if self._codec is None:
-            self._given = values
-            self._work = group.all_reduce(self._given)
-        else:
-            self._share = share_size(self._size, group.size)
-            room = self._share * group.size - self._size
-            padded = torch.nn.functional.pad(values, (0, room)) if room else values
-            self._given, left = self._codec[0](padded.view(group.size, -1))
-            self.left = left.view(-1)[: self._size]
-            self._first = torch.empty_like(self._given)
-            self._work = group.all_to_all(self._first, self._given)
-        self.payload = self._given.numel() * self._given.element_size()
+    reference: Tensor | None = None
+    before: Tensor | None = None
+    lost: Tensor | None = None
 
-    @property
-    def in_halves(self) -> bool:
-        """Whether a second half follows the first."""
-        return self._codec is not None
+    def apply_(self, values: Tensor) -> Tensor:
+        """Return what is sent, in place of the values."""
+        if self.reference is not None:
+            values.sub_(self.reference)
+        if self.before is not None:
+            values.add_(self.before)
+        return values if self.lost is None else values.masked_fill_(self.lost, 0.0)
 
-    @property
-    def done(self) -> bool:
-        """Whether :meth:`result` would return at once, without a collective."""
-        return (not self.in_halves or self._second is not None) and self._work.is_completed()
 
-    def progress(self) -> None:
-        """Start the second half if the first has arrived."""
-        if self.in_halves and self._second is None and self._work.is_completed():
-            self._start_second()
+class Codec(Protocol):
+    """The arithmetic of a sum whose values are sent with fewer bits. Bytes are rows, of n values each."""
 
-    def advance(self) -> None:
-        """Wait for the first half, if there are two, and start the second."""
-        if self.in_halves and self._second is None:
-            self._start_second()
+    def enter(self, values: Tensor, entry: Entry, rows: int, n: int) -> tuple[Tensor, Tensor]:
+        """Return the bytes of a rank's values, of shape (rows, ...), and what it is to add to the next ones.
 
-    def result(self) -> Tensor:
-        """Wait for the sum and return it.
-
-        Raises:
-            RuntimeError: a rank of the group is gone.
+        Args:
+            values: flat, at most rows x n. They may be overwritten.
+            entry: what is done with them first.
+            rows: one for each rank.
+            n: values in a row, a multiple of :data:`BLOCK`; where there are none, zeros are sent.
         """
-        self.advance()
-        self._work.wait()
-        if self._codec is None:
-            return self._given
-        assert self._second is not None
-        return self._codec[1](self._second, self._share).view(-1)[: self._size].to(self._dtype)
+        ...
 
-    def _start_second(self) -> None:
-        assert self._codec is not None
-        encode, decode = self._codec
-        self._work.wait()
-        total = decode(self._first, self._share).sum(0, keepdim=True, dtype=torch.float32)
-        if self.residual is not None:
-            total = total + self.residual
-        self._given, self.residual = encode(total)
-        self._second = torch.empty_like(self._first)
-        pieces = [piece.view(1, -1) for piece in self._second.unbind()]
-        self._work = self._group.all_gather(pieces, self._given)
+    def pass_on(self, received: Tensor, n: int, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the bytes of the sum of some rows and a residual, of shape (1, ...), and what they leave out."""
+        ...
+
+    def leave(self, received: Tensor, n: int) -> Tensor:
+        """Return the values of some rows, flat."""
+        ...
 
 
 def to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,3 +174,31 @@ CODECS: dict[str, tuple[Encode, Decode]] = {
     "int8": (to_int8, from_int8),
     "int4": (to_int4, from_int4),
 }
+
+
+@dataclass(frozen=True)
+class EagerCodec:
+    """The :class:`Codec` of a format below float32, call by call: for every device and type of values."""
+
+    format: Format
+
+    def enter(self, values: Tensor, entry: Entry, rows: int, n: int) -> tuple[Tensor, Tensor]:
+        """Return the bytes of a rank's values, and what it is to add to the next ones."""
+        size = values.numel()
+        values = entry.apply_(values)
+        padded = torch.nn.functional.pad(values, (0, rows * n - size)) if rows * n > size else values
+        given, left = CODECS[self.format][0](padded.view(rows, n))
+        left = left.view(-1)[:size]
+        if entry.before is not None and entry.lost is not None:
+            torch.where(entry.lost, entry.before, left, out=left)
+        return given, left
+
+    def pass_on(self, received: Tensor, n: int, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the bytes of the sum of some rows and a residual, and what they leave out."""
+        encode, decode = CODECS[self.format]
+        total = decode(received, n).sum(0, keepdim=True, dtype=torch.float32)
+        return encode(total if residual is None else total + residual)
+
+    def leave(self, received: Tensor, n: int) -> Tensor:
+        """Return the values of some rows, flat."""
+        return CODECS[self.format][1](received, n).view(-1)

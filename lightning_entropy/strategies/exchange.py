@@ -18,14 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_entropy.strategies.compression import Format, GroupCollectives, Sum
+from lightning_entropy.strategies.compression import Codec, EagerCodec, Entry, Format
 from lightning_entropy.strategies.flattened import finite, flatten, numbers_on, squared_distance, unflatten
+from lightning_entropy.strategies.fused import FusedCodec, is_fusible
 from lightning_entropy.strategies.links import Links
+from lightning_entropy.strategies.summation import GroupCollectives, Sum
 from lightning_entropy.trainer.metrics import to_host
 
 # Waits for other ranks inside of the block, at a place with a name; an error then names the rank that is gone.
 Meeting = Callable[[str], AbstractContextManager[None]]
 
+NO_DISTANCE = (1.0, 0.0, 0.0)  # the header of a replica that has none yet: see Coupling.distance
 DIVERGED = "the weights of every replica are nan or inf"  # how the error begins
 
 
@@ -61,6 +64,7 @@ class Coupling:
             and add the rounding error to the next round (error feedback); the first round is sent in float32.
         differences: False sends the values themselves: for pseudo-gradients, which the last mean does not predict.
         overlap: False waits for every exchange at once, with the same result.
+        compile: on a GPU float32 values are rounded by kernels of our own.
         meeting: waits for other ranks.
         name: of the stream, for messages.
 
@@ -81,6 +85,7 @@ class Coupling:
         format: Format = "float32",
         differences: bool = True,
         overlap: bool = True,
+        compile: bool = False,
         meeting: Meeting = lambda where: nullcontext(),
         name: str = "an exchange",
     ) -> None:
@@ -88,6 +93,7 @@ class Coupling:
         self.format: Format = format
         self.differences = differences
         self.overlap = overlap
+        self.compile = compile
         self.meeting = partial(meeting, name)
         self.round: Round | None = None
         self.notice = False
@@ -96,7 +102,7 @@ class Coupling:
         self.peak = 0.0
         self.waited = 0.0
         self.spread: float | None = None
-        # The end of the next round's header, if this replica is finite then: no notice, and its squared distance.
+        # The next round's header, if this replica is finite then: that it is, no notice, and its squared distance.
         self.distance: Tensor | None = None
         self.memory = Memory()
         self._before = Memory()
@@ -158,7 +164,7 @@ class Round:
         # How many values are judged together: those of all weights, then those of every other tensor.
         self._sizes = [sum(t.numel() for t in self._judged), *(t.numel() for t in tensors[judged:])]
         flat = flatten(tensors)
-        self._device = flat.device
+        self._device, self._dtype = flat.device, flat.dtype
         good, notice = finite(flat, self._sizes), coupling.notice
         if coupling.links.inside is not None:
             with coupling.meeting():
@@ -174,18 +180,19 @@ class Round:
         self._compressed = coupling.format != "float32"
         assert len(self._sizes) == 1 or not self._compressed, "a compressed round has weights alone"
         self._reference = memory.mean.to(own) if coupling.differences and memory.mean is not None else None
-        whole = self._compressed and coupling.differences and self._reference is None
-        values = own if self._reference is None else own.sub_(self._reference)
-        if memory.residual is not None:
-            values.add_(memory.residual.to(own))
+        whole = coupling.differences and self._reference is None
         # A replica that does not count does not send what the rounds before have left over either.
-        values.masked_fill_(lost if len(lost) == 1 else self._part(self._spread_out(lost)), 0.0)
+        entry = Entry(
+            self._reference,
+            None if memory.residual is None else memory.residual.to(own),
+            lost if len(lost) == 1 else self._part(self._spread_out(lost)),
+        )
         self._header = self._described(good.to(own.device, non_blocking=True), lost, notice=notice)
         with coupling.meeting():
             self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
             across = GroupCollectives(coupling.links.across)
-            self._sum = Sum(values, across, "float32" if whole else coupling.format, memory.share)
-        self._residual = self._after_rounding(values, lost, memory.residual) if self._compressed else None
+            self._sum = Sum(own, across, None if whole else self._codec(own), memory.share, entry)
+        self._residual = self._after_rounding(own, entry) if self._compressed else None
         sent = 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
         coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)
 
@@ -204,17 +211,29 @@ class Round:
 
     def _described(self, good: Tensor, lost: Tensor, *, notice: bool) -> Tensor:
         """Return what is summed beside the values: whether each part counts, the notice, and the squared distance."""
-        known = self._coupling.distance
-        rest = torch.zeros(2, device=lost.device) if known is None else known.to(lost.device, non_blocking=True)
-        header = torch.cat([good, rest.masked_fill(lost[:1], 0.0)])
+        known, device = self._coupling.distance, lost.device
+        header = numbers_on(device, NO_DISTANCE) if known is None else known.to(device, non_blocking=True)
+        if len(lost) == 1:
+            header = header.masked_fill(lost, 0.0)
+        else:
+            header = torch.cat([good, header[1:].masked_fill(lost[:1], 0.0)])
         if notice:
             header[-2].fill_(1.0)
         return header
 
-    def _after_rounding(self, values: Tensor, lost: Tensor, before: Tensor | None) -> Tensor:
+    def _codec(self, values: Tensor) -> Codec | None:
+        """Return how values are rounded."""
+        if not self._compressed:
+            return None
+        fused = self._coupling.compile and is_fusible(values)
+        return (FusedCodec if fused else EagerCodec)(self._coupling.format)
+
+    def _after_rounding(self, values: Tensor, entry: Entry) -> Tensor:
         """Return what the next round is to add: what this one leaves out, or the one before if this does not count."""
-        left = torch.zeros_like(values) if self._sum.left is None else self._sum.left
-        return left if before is None else torch.where(lost, before.to(left), left)
+        if self._sum.left is not None:
+            return self._sum.left
+        left = torch.zeros_like(values)
+        return left if entry.before is None or entry.lost is None else torch.where(entry.lost, entry.before, left)
 
     @property
     def arrived(self) -> bool:
@@ -261,7 +280,10 @@ class Round:
             raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")
         known = self._header[: len(counts)]
         count = known[0] if len(counts) == 1 else self._part(self._spread_out(known.to(total.dtype)))
-        mean = total / count if self._reference is None else torch.addcdiv(self._reference, total, count)
+        if self._reference is None:
+            mean = total.to(self._dtype) / count
+        else:
+            mean = torch.addcdiv(self._reference, total, count)
         if self._compressed:
             coupling.memory = Memory(mean if coupling.differences else None, self._residual, self._sum.residual)
         whole = self._whole(mean).to(self._device)
@@ -278,8 +300,8 @@ class Round:
         if coupling.links.sharded:
             count = coupling.links.sum_inside(torch.tensor(float(count)))
         if coupling.distance is None:
-            coupling.distance = torch.zeros(2, device=total.device)
-        torch.div(coupling.links.sum_inside(total), count, out=coupling.distance[1])
+            coupling.distance = numbers_on(total.device, NO_DISTANCE)
+        torch.div(coupling.links.sum_inside(total), count, out=coupling.distance[2])
 
     def _spread_out(self, parts: Tensor) -> Tensor:
         """Return for every value of all the tensors what its part has."""

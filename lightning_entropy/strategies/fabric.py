@@ -48,7 +48,8 @@ class ElasticEntropyFabricStrategy(OptionAttributes, DDPStrategy):
         seed: of the noise and the random numbers, >= 0; None: rank 0's seed of torch's generator.
         communication_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
         overlap: False waits for every exchange at once.
-        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
+        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`; on CUDA also
+            what is rounded for ``communication_dtype``.
         offload_anchor: x and the outer optimizer's state in the host's memory between outer steps, likewise.
         **kwargs: of Fabric's ``DDPStrategy``, and of ``DistributedDataParallel`` inside a replica.
 

@@ -53,7 +53,7 @@ def finite(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([judged, upto.diff() == ends.diff()])
 
 
-def numbers_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+def numbers_on(device: torch.device, numbers: Sequence[float]) -> Tensor:
     """Return numbers on a device, which is not waited for."""
     there = torch.tensor(numbers)
     return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)

@@ -39,7 +39,7 @@ class ReplicaLoops:
         seed: common to all ranks, >= 0.
         communication_dtype: of what is sent.
         overlap: False waits for every exchange at once.
-        compile: an inner step in one compiled pass over memory.
+        compile: an inner step in one compiled pass over memory; on CUDA also what is rounded.
         offload_anchor: x in the host's memory between outer steps.
         apart: parameters that no optimizer has may differ between replicas.
         timeout: of the exchanges.
@@ -77,7 +77,7 @@ class ReplicaLoops:
         self._diverged: dict[int, Round] = {}  # by optimizer: the exchange whose mean this replica goes back to
         self._exchange_timeout, self._meeting = timeout, meeting
         self._format: Format = communication_dtype
-        self._overlap = overlap
+        self._overlap, self._compile = overlap, compile
         self._links: list[Links] = []
         self._sharded = is_sharded(p for o in optimizers for group in o.param_groups for p in group["params"])
         # The consensus is exchanged by itself, in full precision: what is compressed reaches no checkpoint.
@@ -139,6 +139,7 @@ class ReplicaLoops:
             format=self._format,
             differences=self._relaxation.outer_target.near,
             overlap=self._overlap,
+            compile=self._compile,
             meeting=self._meeting,
             name="an outer step",
         )

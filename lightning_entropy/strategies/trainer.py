@@ -105,7 +105,8 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         communication_dtype: ``"float32"``; ``"bfloat16"`` sends half the bytes, ``"int8"`` a quarter and ``"int4"`` an
             eighth, with the rounding error added to the next round.
         overlap: False waits for every exchange at once. The result is the same.
-        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`.
+        compile: an inner step in one compiled pass over memory, as in :func:`lightning_entropy.relax`; on CUDA also
+            what is rounded for ``communication_dtype``.
         offload_anchor: x and the outer optimizer's state in the host's memory between outer steps, likewise.
         membership: ``"static"``: the replicas are this job's processes, from its start to its end. ``"torchft"``: every
             job is one, and ``TORCHFT_LIGHTHOUSE`` and ``REPLICA_GROUP_ID`` are in its environment.

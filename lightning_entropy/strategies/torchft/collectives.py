@@ -9,7 +9,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOption
 
 
 class MeetingCollectives:
-    """:class:`~lightning_entropy.strategies.compression.Collectives` of a process group of torchft.
+    """:class:`~lightning_entropy.strategies.summation.Collectives` of a process group of torchft.
 
     Args:
         group: of those that meet.

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_entropy.strategies.compression import Collectives, Format, Sum
+from lightning_entropy.strategies.compression import EagerCodec, Format
+from lightning_entropy.strategies.summation import Collectives, Sum
 
 ALONE = 0  # in the place of a mean's key: values are sent as they are, not as differences from one
 NEW = -1  # there is no mean yet
@@ -69,8 +70,8 @@ class Rounding:
                 values = values + before.residual
         place = rank, group.size
         share = before.share if before.place == place and not whole else None
-        in_progress = Sum(values, group, "float32" if whole else self.format, share)
-        total = in_progress.result()
+        in_progress = Sum(values, group, None if whole else EagerCodec(self.format), share)
+        total = in_progress.result().to(values.dtype)
         self.payload = in_progress.payload
         if whole:
             return total, Left()
