@@ -19,7 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_entropy.strategies.compression import Codec, EagerCodec, Entry, Format
-from lightning_entropy.strategies.flattened import finite, flatten, numbers_on, squared_distance, unflatten
+from lightning_entropy.strategies.flattened import (
+    finite,
+    flatten,
+    numbers_on,
+    spread_out,
+    squared_distance,
+    unflatten,
+)
 from lightning_entropy.strategies.fused import FusedCodec, is_fusible
 from lightning_entropy.strategies.links import Links
 from lightning_entropy.strategies.summation import GroupCollectives, Sum
@@ -185,7 +192,7 @@ class Round:
         entry = Entry(
             self._reference,
             None if memory.residual is None else memory.residual.to(own),
-            lost if len(lost) == 1 else self._part(self._spread_out(lost)),
+            lost if len(lost) == 1 else self._part(spread_out(lost, self._sizes)),
         )
         self._header = self._described(good.to(own.device, non_blocking=True), lost, notice=notice)
         with coupling.meeting():
@@ -279,7 +286,7 @@ class Round:
         if counts[0] == 0:
             raise RuntimeError(f"{DIVERGED}: lower the learning rate, or gamma and rho")
         known = self._header[: len(counts)]
-        count = known[0] if len(counts) == 1 else self._part(self._spread_out(known.to(total.dtype)))
+        count = known[0] if len(counts) == 1 else self._part(spread_out(known.to(total.dtype), self._sizes))
         if self._reference is None:
             mean = total.to(self._dtype) / count
         else:
@@ -302,10 +309,6 @@ class Round:
         if coupling.distance is None:
             coupling.distance = numbers_on(total.device, NO_DISTANCE)
         torch.div(coupling.links.sum_inside(total), count, out=coupling.distance[2])
-
-    def _spread_out(self, parts: Tensor) -> Tensor:
-        """Return for every value of all the tensors what its part has."""
-        return parts.repeat_interleave(numbers_on(parts.device, self._sizes), output_size=sum(self._sizes))
 
     def _part(self, flat: Tensor) -> Tensor:
         """Return this rank's part of its replica's values, on the device they are sent from."""

@@ -53,6 +53,20 @@ def finite(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([judged, upto.diff() == ends.diff()])
 
 
+def spread_out(parts: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return for every value what its part has, on their device, which is not waited for.
+
+    Args:
+        parts: a value for each.
+        sizes: of the parts.
+
+    Example:
+        >>> spread_out(torch.tensor([7, 8]), [1, 2])
+        tensor([7, 8, 8])
+    """
+    return parts.repeat_interleave(numbers_on(parts.device, sizes), output_size=sum(sizes))
+
+
 def numbers_on(device: torch.device, numbers: Sequence[float]) -> Tensor:
     """Return numbers on a device, which is not waited for."""
     there = torch.tensor(numbers)

@@ -18,6 +18,7 @@ from lightning_entropy.strategies.torchft.peers import Closed, Peers
 from lightning_entropy.strategies.torchft.records import Met, Record, most_wanted
 from lightning_entropy.strategies.torchft.rounding import ALONE, NEW, Rounding
 from lightning_entropy.strategies.torchft.transfer import StateServer
+from lightning_entropy.trainer.metrics import Event
 
 ROUNDS = 10  # in which the others come to all their exchanges but this replica's, after which it is not waited for
 
@@ -68,6 +69,7 @@ class Assembly:
     # Asked for by the training
 
     speaks = True  # this rank sends the payload; see Delegation
+    single = True  # it has no others to agree with
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         """Return which of the flags are set on any rank of this replica: it is one rank."""
@@ -77,6 +79,7 @@ class Assembly:
         self,
         payload: Tensor | None,
         *,
+        ready: Event | None = None,
         stream: int = 0,
         version: int = -1,
         common: Callable[[], dict[str, Any]] | None = None,
@@ -86,12 +89,13 @@ class Assembly:
 
         Args:
             payload: on the CPU, float32 or float64; it is overwritten.
+            ready: the payload is there when this has happened; None: it is.
             stream: which exchange this is, the same on all replicas.
             version: of what all replicas have in common; -1: nothing.
             common: returns it.
             rounding: of its first numbers; None: of none.
         """
-        return self._ask(payload, stream, version, common, rounding)
+        return self._ask(payload, stream, version, common, rounding, ready)
 
     def join(self) -> Encounter:
         """Ask for a meeting in which this replica, which has no state, finds one that has."""
@@ -104,6 +108,7 @@ class Assembly:
         version: int,
         common: Callable[[], dict[str, Any]] | None,
         rounding: Rounding | None = None,
+        ready: Event | None = None,
     ) -> Encounter:
         record = Record(
             replica=self.replica,
@@ -120,7 +125,7 @@ class Assembly:
             port=self._states.address[1],
             in_step=self._in_step,
         )
-        encounter = Encounter(self, record, payload, common, rounding)
+        encounter = Encounter(self, record, payload, common, rounding, ready)
         self._tasks.put(encounter)
         return encounter
 
@@ -176,6 +181,7 @@ class Assembly:
         """
         others: Counter[int] = Counter()
         try:
+            task.collect()
             while isinstance(met := self._meet(task), int):
                 others[met] += 1
                 if others[met] > ROUNDS:

@@ -15,6 +15,7 @@ from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.encounter import TICK, Encounter
 from lightning_entropy.strategies.torchft.records import Met
 from lightning_entropy.strategies.torchft.rounding import Rounding
+from lightning_entropy.trainer.metrics import Event
 
 WHERE = "a meeting of the replicas"  # of errors that name a rank
 
@@ -34,9 +35,12 @@ class Delegation:
 
     Attributes:
         speaks: whether this is the rank that goes to meetings.
+        single: whether it is the only one: never.
         present: the replicas that met last.
         wants_state: whether a replica that joins waited for this one's state when :meth:`asks` was called last.
     """
+
+    single = False
 
     def __init__(self, assembly: Assembly | None, *, check: Callable[[], None], meeting: Meeting, timeout: Any) -> None:
         self._assembly, self._check, self._meeting = assembly, check, meeting
@@ -85,6 +89,7 @@ class Delegation:
         self,
         payload: Tensor | None,
         *,
+        ready: Event | None = None,
         stream: int = 0,
         version: int = -1,
         common: Callable[[], dict[str, Any]] | None = None,
@@ -94,7 +99,9 @@ class Delegation:
         if self._assembly is None:
             return Delegated(self, None)
         assert payload is not None
-        asked = self._assembly.exchange(payload, stream=stream, version=version, common=common, rounding=rounding)
+        asked = self._assembly.exchange(
+            payload, ready=ready, stream=stream, version=version, common=common, rounding=rounding
+        )
         return Delegated(self, asked)
 
     def join(self) -> "Delegated":

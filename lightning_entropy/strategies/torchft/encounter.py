@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_entropy.strategies.torchft.records import Met, Record
 from lightning_entropy.strategies.torchft.rounding import Rounding
+from lightning_entropy.trainer.metrics import Event
 
 TICK = 1.0  # seconds between two questions whether one still wants to wait
 PATIENCE = 10.0  # seconds after which a replica that waits says for what
@@ -34,6 +35,7 @@ class Encounter:
         record: of this replica.
         payload: what it sends, flat; it is overwritten. None: it joins.
         rounding: of the first numbers of it; None: of none.
+        ready: the payload is there when this has happened; None: it is.
         common: returns what all replicas have in common, for those that have missed some of it.
     """
 
@@ -44,14 +46,20 @@ class Encounter:
         payload: Tensor | None,
         common: Callable[[], dict[str, Any]] | None,
         rounding: Rounding | None = None,
+        ready: Event | None = None,
     ) -> None:
         self.record, self.payload, self.common, self.rounding = record, payload, common, rounding
         self.met: Met | None = None
         self.error: BaseException | None = None
         self.over = threading.Event()
-        self._place = place
+        self._place, self._ready = place, ready
         self._since: float | None = None  # it is waited for
         self._patience = PATIENCE
+
+    def collect(self) -> None:
+        """Wait until what is sent has come from the device: in the thread that sends it, while the training goes on."""
+        if self._ready is not None:
+            self._ready.synchronize()
 
     @property
     def arrived(self) -> bool:

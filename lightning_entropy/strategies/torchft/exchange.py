@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_entropy.strategies.compression import Format
 from lightning_entropy.strategies.exchange import DIVERGED
-from lightning_entropy.strategies.flattened import finite, flatten, squared_distance, unflatten
+from lightning_entropy.strategies.flattened import finite, flatten, spread_out, squared_distance, unflatten
 from lightning_entropy.strategies.torchft.assembly import Assembly
 from lightning_entropy.strategies.torchft.delegation import Delegation
 from lightning_entropy.strategies.torchft.records import Met
 from lightning_entropy.strategies.torchft.rounding import ALONE, NEW, Left, Rounding
+from lightning_entropy.trainer.metrics import to_host
 
 
 class ElasticCoupling:
@@ -121,7 +122,6 @@ class ElasticRound:
 
     Attributes:
         tensors: this replica's.
-        finite: whether they are, so that they count.
         means: that have been waited for; None: not yet, or there are none.
     """
 
@@ -133,24 +133,37 @@ class ElasticRound:
         flat = flatten([*tensors, *self._extras])
         self._sizes = [sum(t.numel() for t in tensors), *(extra.numel() for extra in self._extras)]
         self._device = flat.device
-        parts = flat.split(self._sizes)
-        lost = coupling.assembly.agree([not f for f in finite(flat, self._sizes).tolist()])
-        for part, left_out in zip(parts, lost, strict=True):
-            if left_out:
-                part.zero_()
-        self.finite = not lost[0]
-        distance = flat.new_zeros(1)
-        if self.finite and coupling.distance is not None:
-            distance[0] = coupling.distance
-        payload, rounding = None, self._rounding() if coupling.format != "float32" else None
+        lost = finite(flat, self._sizes).logical_not()
+        if coupling.assembly.single:
+            self._left_out, self._event = to_host(lost[:1])
+        else:  # the ranks of a replica go back to the mean together, so all of them know it now
+            flags = torch.tensor(coupling.assembly.agree(lost.tolist()))
+            lost, self._left_out, self._event = flags.to(flat.device), flags[:1], None
+        flat[: self._sizes[0]].masked_fill_(lost[:1], 0.0)
+        if self._extras:
+            flat[self._sizes[0] :].masked_fill_(spread_out(lost[1:], self._sizes[1:]), 0.0)
+        payload, ready, rounding = None, None, self._rounding() if coupling.format != "float32" else None
         if coupling.assembly.speaks:
-            counts = flat.new_tensor([float(not left_out) for left_out in lost])
-            payload = torch.cat([flat, counts, distance]).cpu()
+            distance = flat.new_zeros(1) if coupling.distance is None else coupling.distance.reshape(1)
+            parts = flat, lost.logical_not(), distance.masked_fill(lost[:1], 0.0)
+            payload, ready = to_host(torch.cat([part.to(flat.dtype) for part in parts]))
         # Looked up now: it stays as it is until the mean is used, and what is around it may train meanwhile.
         common = None if coupling.common is None else partial(dict[str, Any], coupling.common())
         self._encounter = coupling.assembly.exchange(
-            payload, stream=coupling.stream, version=coupling.version, common=common, rounding=rounding
+            payload,
+            ready=ready,
+            stream=coupling.stream,
+            version=coupling.version,
+            common=common,
+            rounding=rounding,
         )
+
+    @property
+    def finite(self) -> bool | None:
+        """Whether this replica's weights are, so that they count; None where a device is yet to find out."""
+        if self._event is not None and not self._event.query():
+            return None
+        return not self._left_out
 
     def _rounding(self) -> Rounding:
         coupling, size = self._coupling, self._sizes[0]
@@ -159,7 +172,7 @@ class ElasticRound:
         if any(t is not None and t.numel() != size for t in (mean, residual)):  # parameters have been added
             coupling.last_mean, coupling.left = (NEW if coupling.differences else ALONE, None), None
             key, mean = coupling.last_mean
-        return Rounding(coupling.format, size, key, mean, coupling.left, self.finite)
+        return Rounding(coupling.format, size, key, mean, coupling.left, self._left_out)
 
     @property
     def arrived(self) -> bool:
@@ -214,6 +227,6 @@ class ElasticRound:
         if coupling.keep:
             coupling.last = means
         coupling.spread = None if coupling.distance is None else float(squares / counts[0]) ** 0.5
-        if self.finite:
+        if not self._left_out:
             coupling.distance = squared_distance(self.tensors, mean.to(self._device)) / self._sizes[0]
         return means

@@ -40,7 +40,8 @@ class Rounding:
         key: of the last mean; ``ALONE`` or ``NEW``.
         reference: that mean, for those whose key is another.
         left: by the sum before, which is added to this one.
-        counts: whether this replica's numbers are finite; if not, it sends zeros.
+        lost: whether this replica's numbers are not finite, so that it sends zeros: in the host's memory when the
+            numbers are there.
         payload: bytes sent, when the sum is there.
     """
 
@@ -49,7 +50,7 @@ class Rounding:
     key: int = NEW
     reference: Tensor | None = None
     left: Left | None = None
-    counts: bool = True
+    lost: Tensor | None = None
     payload: int = 0
 
     def sum(self, values: Tensor, group: Collectives, rank: int, *, whole: bool) -> tuple[Tensor, Left]:
@@ -61,8 +62,8 @@ class Rounding:
             rank: of this one.
             whole: send the numbers themselves; else, if there is a reference, their differences from it.
         """
-        before = self.left or Left()
-        if not self.counts:
+        before, lost = self.left or Left(), self.lost is not None and bool(self.lost)
+        if lost:
             values = torch.zeros_like(values)
         elif not whole:
             values = values if self.reference is None else values - self.reference
@@ -75,5 +76,5 @@ class Rounding:
         self.payload = in_progress.payload
         if whole:
             return total, Left()
-        residual = in_progress.left if self.counts else before.residual
+        residual = before.residual if lost else in_progress.left
         return total, Left(residual, in_progress.residual, place)

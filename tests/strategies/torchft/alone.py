@@ -34,7 +34,7 @@ class Alone:
 
     present = (0,)
     loses = False
-    speaks = True
+    speaks = single = True
 
     def __init__(self) -> None:
         self.asked = 0
@@ -43,7 +43,7 @@ class Alone:
         return list(flags)
 
     def exchange(
-        self, payload: Tensor, *, stream: int, version: int, common: Callable[[], Any], rounding: Any
+        self, payload: Tensor, *, ready: Any, stream: int, version: int, common: Callable[[], Any], rounding: Any
     ) -> Round:
         self.asked += 1
         if self.loses:

@@ -96,7 +96,7 @@ class One:
 
 def test_what_is_left_is_kept_by_one_that_does_not_count_and_a_share_by_its_place() -> None:
     left = Left(torch.ones(BLOCK), torch.full((BLOCK,), 0.5), (0, 1))
-    lost = Rounding("int8", BLOCK, 0, None, left, counts=False)
+    lost = Rounding("int8", BLOCK, 0, None, left, lost=torch.tensor([True]))
     total, after = lost.sum(torch.full((BLOCK,), float("nan")), One(), 0, whole=False)
     torch.testing.assert_close(total, torch.full((BLOCK,), 0.5))  # zeros, and what its share has left over
     assert after.residual is left.residual
