@@ -69,7 +69,7 @@ def test_every_method_searches_and_keeps_its_own_best(task, tmp_path, monkeypatc
     found = study(task, tmp_path)
     runs = found.search_runs()
     assert [dict(run.settings) for run in runs if run.arm.method == "adamw"] == [{"lr": 1e-3}, {"lr": 1e-2}]
-    assert len([run for run in runs if run.arm.method == "diloco"]) == 4
+    assert len([run for run in runs if run.arm.method == "diloco"]) == 6
     chosen = found.chosen(found.train(runs))
     assert chosen["adamw"] == {"lr": 0.01}
     assert chosen["diloco"] == {"lr": 0.01, "outer_momentum": 0.9}

@@ -12,7 +12,7 @@ from lightning_entropy import Relaxation
 Settings = Mapping[str, float]
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # of what replicas send
-MOMENTA = (0.5, 0.9)  # of an outer Nesterov step
+MOMENTA = (0.5, 0.8, 0.9)  # of an outer Nesterov step
 EMA_MEMORY = 0.05  # of the training, about, is in the average
 
 

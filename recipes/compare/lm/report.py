@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.compare.lm.methods import METHODS, Arm, ddp_like
+from recipes.compare.lm.methods import METHODS, MOMENTA, Arm, ddp_like
 from recipes.compare.lm.speed import LINKS, link_seconds
 from recipes.compare.lm.study import THROTTLED, Chosen, Record, Study
 from recipes.data.cache import write
@@ -164,7 +164,8 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
         "the replicas. DDP's is that with the same inner optimizer. Losses are in nats per token, bytes are of all "
         "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
-        f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of two; the outer rate is 0.7.",
+        f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of "
+        f"{', '.join(map(str, MOMENTA))}; the outer rate is 0.7.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
         "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
         "count as of one size; latency is left out.",
