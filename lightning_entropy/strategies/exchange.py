@@ -1,10 +1,11 @@
 """The mean over replicas of a list of tensors, in one flat exchange that runs while they train.
 
 On a GPU the host waits for nothing when one begins, where a replica is one rank. The device finds what is not finite,
-and takes it out. NCCL has a stream of its own. For gloo torch copies CUDA's tensors to pinned memory and back, on
-streams of its own, and a thread of gloo waits for the copy, and then for the others. So the collectives of a process
-group are called in the same order on all ranks, at the same places in the program, whenever their devices get there.
-(Copies of our own, whose collectives the next step starts that finds them made, would be more code and begin later.)
+and takes it out. NCCL has a stream of its own, and what is between the halves of a rounded exchange another. For gloo
+torch copies CUDA's tensors to pinned memory and back, on streams of its own, and a thread of gloo waits for the copy,
+and then for the others. So the collectives of a process group are called in the same order on all ranks, at the same
+places in the program, whenever their devices get there. (Copies of our own, whose collectives the next step starts that
+finds them made, would be more code and begin later.)
 """
 
 import time
@@ -113,6 +114,7 @@ class Coupling:
         self.distance: Tensor | None = None
         self.memory = Memory()
         self._before = Memory()
+        self._aside: torch.cuda.Stream | None = None
 
     def __call__(self, tensors: Sequence[Tensor], judged: int | None = None) -> Callable[[], list[Tensor]]:
         """Start a mean over replicas.
@@ -138,6 +140,12 @@ class Coupling:
         """Start the second half of the exchange, if it has one and the first has arrived."""
         if self.round is not None and self.links.by_host:
             self.round.progress()
+
+    def aside(self, device: torch.device) -> torch.cuda.Stream | None:
+        """Return the stream for what follows the first half of an exchange; None where the host's threads send."""
+        if self._aside is None and not self.links.by_host:
+            self._aside = torch.cuda.Stream(device)
+        return self._aside
 
     def state_dict(self, *, repeat: bool) -> dict[str, Tensor | None]:
         """Return the memory.
@@ -198,7 +206,9 @@ class Round:
         with coupling.meeting():
             self._header_work = dist.all_reduce(self._header, group=coupling.links.across, async_op=True)
             across = GroupCollectives(coupling.links.across)
-            self._sum = Sum(own, across, None if whole else self._codec(own), memory.share, entry)
+            codec = None if whole else self._codec(own)
+            aside = None if codec is None else coupling.aside(own.device)
+            self._sum = Sum(own, across, codec, memory.share, entry, aside)
         self._residual = self._after_rounding(own, entry) if self._compressed else None
         sent = 2 * (1 - 1 / coupling.links.replicas) * (self._sum.payload + 4 * self._header.numel())
         coupling.sent, coupling.peak = coupling.sent + sent, max(coupling.peak, sent)

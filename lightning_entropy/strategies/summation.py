@@ -66,6 +66,8 @@ class Sum:
         codec: how they are rounded; None: not at all.
         residual: the rounding error of this rank's share of the last sum, added to this one; None: nothing.
         entry: what is done with the values first.
+        aside: a stream on which the second half begins by itself when the first has arrived, where a group's work is
+            waited for by streams (NCCL's) and not by the host; None: :meth:`progress` or :meth:`advance` begins it.
 
     Attributes:
         left: what this rank is to add to its next values; None where rounding leaves out nothing.
@@ -80,8 +82,9 @@ class Sum:
         codec: Codec | None,
         residual: Tensor | None,
         entry: Entry = Entry(),  # noqa: B008 - immutable
+        aside: torch.cuda.Stream | None = None,
     ) -> None:
-        self._group, self._codec, self._size = group, codec, values.numel()
+        self._group, self._codec, self._size, self._aside = group, codec, values.numel(), aside
         self.residual = residual
         self.left: Tensor | None = None
         self._second: Tensor | None = None
@@ -94,6 +97,8 @@ class Sum:
             self._first = torch.empty_like(self._given)
             self._work = group.all_to_all(self._first, self._given)
         self.payload = self._given.numel() * self._given.element_size()
+        if aside is not None and self.in_halves:
+            self._start_aside(aside)
 
     @property
     def in_halves(self) -> bool:
@@ -126,7 +131,21 @@ class Sum:
         if self._codec is None:
             return self._given
         assert self._second is not None
+        if self._aside is not None:  # it is of that stream's memory
+            self._second.record_stream(torch.cuda.current_stream(self._second.device))
         return self._codec.leave(self._second, self._share)[: self._size]
+
+    def _start_aside(self, stream: torch.cuda.Stream) -> None:
+        """Start the second half on a stream of its own, which waits for the first; neither host nor training does.
+
+        The memory of the first half is the current stream's, which must not use it again before that stream is done.
+        That stream's own is used again when it has waited for the current one, in the next exchange.
+        """
+        for t in (self._given, self._first):
+            t.record_stream(stream)
+        stream.wait_stream(torch.cuda.current_stream(self._first.device))
+        with torch.cuda.stream(stream):
+            self._start_second()
 
     def _start_second(self) -> None:
         assert self._codec is not None

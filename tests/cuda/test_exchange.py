@@ -106,3 +106,29 @@ def test_kernels_round_as_torch_does(format: Any) -> None:
         entered = values - reference + before
         torch.testing.assert_close(left, before if lost else entered - sent, rtol=0, atol=0)
         assert lost or (other.norm() == pytest.approx(left.norm().item(), rel=1e-3))
+
+
+@pytest.mark.parametrize(("format", "compile"), FORMATS)
+def test_beside_a_busy_device_it_brings_the_same(
+    backend: str, device: torch.device, format: Any, compile: bool
+) -> None:
+    """Streams that do not wait for each other, or that use memory too early, would bring other numbers."""
+
+    def run(*, busy: bool) -> list[Tensor]:
+        coupling, found = Coupling(Links(1, 1), format=format, compile=compile), list[Tensor]()
+        for step in range(12):
+            wait = coupling(tensors(step, device))
+            for i in range(4 if busy else 0):  # the training: memory of every size is written and given back
+                if device.type == "cuda":
+                    torch.cuda._sleep(3_000_000)
+                for t in tensors(100 + i, device):
+                    t.mul_(torch.nan)
+                torch.full((coupling.links.replicas * 32768,), 255, dtype=torch.uint8, device=device)
+            if not busy and device.type == "cuda":
+                torch.cuda.synchronize()
+            found += wait()
+            if not busy and device.type == "cuda":
+                torch.cuda.synchronize()
+        return found
+
+    torch.testing.assert_close(run(busy=True), run(busy=False), rtol=0, atol=0)
