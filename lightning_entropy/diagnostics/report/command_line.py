@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +11,17 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import Path_fr
 
 from lightning_entropy.diagnostics.figures import overview
-from lightning_entropy.diagnostics.report.findings import ESTIMATORS, GROUPS, SECTIONS, VALLEY, Findings, look
+from lightning_entropy.diagnostics.report.findings import (
+    COMMON,
+    ESTIMATORS,
+    GROUPS,
+    SECTIONS,
+    SPECTRUM,
+    VALLEY,
+    Findings,
+)
+from lightning_entropy.diagnostics.report.given_loss import quietly
+from lightning_entropy.diagnostics.report.looks import look
 from lightning_entropy.diagnostics.report.names import Refused
 from lightning_entropy.diagnostics.report.page import Sections, failure, page, unfinished
 from lightning_entropy.diagnostics.report.record import record, source_of
@@ -33,8 +44,6 @@ config.yaml that LightningCLI left one or two folders above it, or from --config
   python -m lightning_entropy.diagnostics compare first.ckpt second.ckpt --module train.py:Net --data train.py:loaders
 """
 _PLACE = "package.Class, package:Class or path/train.py:Class"
-# What the report itself says, or says once for all estimators.
-_COMMON = {"module", "data", "loss", "examples", "batch_dim", "mode", "seed", "state", "transfer", "progress"}
 
 
 class Parser(ArgumentParser):
@@ -60,12 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     Returns:
         Where the page was written.
     """
+    start = time.monotonic()
     parser = _parser()
     parsed = parse(arguments, parser)
     command: str = parsed.command
     options: Namespace = parsed[command]
     paths = [options.checkpoint] if command == "report" else [options.first, options.second]
     paths = [Path(path) for path in paths]
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"--budget must be > 0 seconds or null, got {options.budget}")
+    if options.examples < 1:
+        parser.error(f"--examples must be at least 1, got {options.examples}")
     for path in paths:
         if not path.is_file():
             parser.error(f"the checkpoint must be a file, got {path}: there is none")
@@ -75,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if options[name] is not None and not Path(options[name]).absolute().parent.is_dir():
             parser.error(f"--{name} must be in a folder that there is, got {options[name]}")
     try:
-        subjects = subjects_of(options, paths)
+        with quietly():
+            subjects = subjects_of(options, paths)
     except Refused as error:
         parser.error(str(error))
     findings = [subject.findings for subject in subjects]
@@ -88,7 +103,20 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if options.json is not None:
             _replace(Path(options.json), record(findings, source))
 
-    look(subjects, examples=options.examples, budget=options.budget, skip=options.skip, grown=write)
+    def tell(words: str) -> None:
+        if sys.stderr.isatty():
+            print(words, file=sys.stderr)
+
+    with quietly():
+        look(
+            subjects,
+            examples=options.examples,
+            budget=options.budget,
+            skip=options.skip,
+            grown=write,
+            tell=tell,
+            start=start,
+        )
     if not any(found.results for found in findings) and findings[0].failed:
         parser.error(f"nothing could be measured: {next(iter(findings[0].failed.values()))}")
     write()
@@ -172,7 +200,8 @@ def _parser() -> ArgumentParser:
         command.add_argument(
             "--loss",
             type=str | None,
-            help="a callable (module, batch) -> scalar: package.name or path/train.py:name; null: cross entropy",
+            help="a callable (module, batch) -> scalar, package.name or path/train.py:name; training_step: the "
+            "module's own; null: cross entropy of module(x) and y",
         )
         command.add_argument(
             "--split",
@@ -185,7 +214,8 @@ def _parser() -> ArgumentParser:
             "--budget",
             type=float | None,
             default=60.0,
-            help="seconds; few examples first, more while time is left; null: all of --examples at once, however long",
+            help="seconds from the start: few examples and draws first, more while time is left; what is left out is "
+            "said, with the budget that it takes; null: all of --examples at once, however long",
         )
         command.add_argument(
             "--batch_dim",
@@ -202,8 +232,9 @@ def _parser() -> ArgumentParser:
         command.add_argument("--json", type=str | None, help="a file for all numbers, their errors and their source")
         command.add_argument("--image", type=str | None, help="a file (png, pdf, svg) for all pictures in one")
         for name, estimator in ESTIMATORS.items():
-            command.add_function_arguments(estimator, name, skip=set(_COMMON))
+            command.add_function_arguments(estimator, name, skip=set(COMMON))
         command.set_defaults({f"{name}.groups": GROUPS for name in ESTIMATORS})
+        command.set_defaults({f"hessian.{name}": value for name, value in SPECTRUM.items()})
         command.set_defaults({f"local_entropy.{name}": value for name, value in VALLEY.items()})
     parser = Parser(prog=COMMAND, description=_DESCRIPTION)
     commands = parser.add_subcommands(dest="command", required=True)
