@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from jsonargparse.typing import Path_fr
 
 from lightning_entropy.diagnostics.figures import overview
@@ -24,11 +24,11 @@ from lightning_entropy.diagnostics.report.given_loss import quietly
 from lightning_entropy.diagnostics.report.looks import look
 from lightning_entropy.diagnostics.report.names import Refused
 from lightning_entropy.diagnostics.report.page import Sections, failure, page, unfinished
+from lightning_entropy.diagnostics.report.parser import COMMAND, Parser, check_words
 from lightning_entropy.diagnostics.report.record import record, source_of
 from lightning_entropy.diagnostics.report.subjects import device_of, subjects_of
 from lightning_entropy.diagnostics.report.verdict import verdict
 
-COMMAND = "python -m lightning_entropy.diagnostics"
 _DESCRIPTION = """How flat is the minimum, how loud and how round is the noise, did SGD walk in circles.
 
 A first look takes a minute (--budget), on few examples first; the page is written as it grows, and Ctrl+C keeps it.
@@ -43,21 +43,8 @@ config.yaml that LightningCLI left one or two folders above it, or from --config
   python -m lightning_entropy.diagnostics report best.ckpt --module train.py:Net --data train.py:loaders
   python -m lightning_entropy.diagnostics compare first.ckpt second.ckpt --module train.py:Net --data train.py:loaders
 """
+_CHECKPOINTS = {"report": 1, "compare": 2}
 _PLACE = "package.Class, package:Class or path/train.py:Class"
-
-
-class Parser(ArgumentParser):
-    """jsonargparse's, whose errors are a sentence and no page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the process with the message.
-
-        Raises:
-            SystemExit: with status 2; or jsonargparse's own error, for whoever has asked for it.
-        """
-        if not self.exit_on_error:
-            super().error(message, ex)
-        self.exit(2, f"error: {' '.join(message.split())}\n{COMMAND} report --help lists the options\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -88,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for name in ("output", "json", "image"):
         if options[name] is not None and not Path(options[name]).absolute().parent.is_dir():
             parser.error(f"--{name} must be in a folder that there is, got {options[name]}")
-    try:
-        with quietly():
+    with quietly():
+        try:
             subjects = subjects_of(options, paths)
-    except Refused as error:
-        parser.error(str(error))
+        except Refused as error:
+            parser.error(str(error))
     findings = [subject.findings for subject in subjects]
     source = source_of(options, paths, subjects, device_of(options))
 
@@ -151,7 +138,7 @@ def _print(findings: list[Findings]) -> None:
         print("\n".join(verdict(*findings)))
 
 
-def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None = None) -> Namespace:
+def parse(arguments: Sequence[str] | None = None, parser: Parser | None = None) -> Namespace:
     """Read the command line, and import nothing that it names.
 
     ``--module`` is a class, and ``--module.NAME`` sets an item of the dictionary ``--module_settings``.
@@ -166,18 +153,11 @@ def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None 
     words = sys.argv[1:] if arguments is None else arguments
     words = [re.sub(r"^--(module|data)\.", r"--\1_settings.", word) for word in words]
     parser = parser or _parser()
-    asked = bool({"--help", "-h"} & set(words)) or any(re.match(r"--module(=|$)", word) for word in words)
-    if words and words[0] in ("report", "compare") and not asked:
-        parser.exit(
-            2,
-            f"error: {words[0]} needs --module package.Class or --module train.py:Class, the class that the "
-            "checkpoint was trained with: a checkpoint holds weights and no code\n"
-            f"{COMMAND} {words[0]} --help lists the options\n",
-        )
-    return parser.parse_args(words)
+    check_words(words, parser, _CHECKPOINTS)
+    return cast("Namespace", parser.parse_args(words))
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> Parser:
     report, compare = Parser(), Parser()
     report.add_argument("checkpoint", type=str, help="the checkpoint file")
     compare.add_argument("first", type=str, help="a checkpoint file")
@@ -238,6 +218,7 @@ def _parser() -> ArgumentParser:
         command.set_defaults({f"local_entropy.{name}": value for name, value in VALLEY.items()})
     parser = Parser(prog=COMMAND, description=_DESCRIPTION)
     commands = parser.add_subcommands(dest="command", required=True)
-    commands.add_subcommand("report", report, help="one checkpoint")
-    commands.add_subcommand("compare", compare, help="two checkpoints side by side")
+    for name, command, words in (("report", report, "one checkpoint"), ("compare", compare, "two side by side")):
+        commands.add_subcommand(name, command, help=words)
+        parser.options[name] = {"--help", *(f"--{key}" for key in vars(command.get_defaults().as_flat()))}
     return parser

@@ -16,9 +16,8 @@ from lightning_entropy.diagnostics.report.findings import Subject
 from lightning_entropy.diagnostics.report.names import Refused, find, said
 
 OWN = "training_step"
-_OTHERS = (
-    f"--loss {OWN} for the module's own, or --loss train.py:function, which takes (module, batch) and returns a scalar"
-)
+_FUNCTION = "--loss train.py:function, which takes (module, batch) and returns a scalar"
+_OTHERS = f"--loss {OWN} for the module's own, or {_FUNCTION}"
 
 
 def loss_of(name: str | None) -> Loss | None:
@@ -91,7 +90,7 @@ def _failed(name: str | None, module: pl.LightningModule, batch: Batch, error: E
     if name is None:
         ours = "the loss must be given with --loss where it is not the cross entropy of module(x) and y"
         return f"{ours}, which has failed for {kind}: {reason}; give {_OTHERS}"
-    return f"--loss {name} has failed for {kind}: {reason}; give {_OTHERS}"
+    return f"--loss {name} has failed for {kind}: {reason}; give {_FUNCTION if name == OWN else _OTHERS}"
 
 
 def _kind(batch: Any) -> str:

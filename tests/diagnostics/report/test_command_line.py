@@ -106,7 +106,19 @@ def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys)
         (["compare", __file__, __file__, *CLASSES[:2]], "there must be data, got no --data and no train_dataloader"),
         (["report", __file__, "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
         (["report", __file__, "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
-        (["report", __file__, *CLASSES, "--datum.x=1"], "--datum.x=1"),
+        (["report", __file__, *CLASSES, "--datum.x=1"], "report has no option --datum.x: did you mean --data?"),
+        (["report", __file__, "--modul", "train.py:Net"], "report has no option --modul: did you mean --module?"),
+        (["report", __file__, *CLASSES, "--budget=ten"], "error: --budget must be a number or null, got 'ten'"),
+        (["report", __file__, *CLASSES, "--examples=1.5"], "error: --examples must be an integer, got '1.5'"),
+        (["report", __file__, *CLASSES, "--hessian.top=x"], "error: --hessian.top must be an integer, got 'x'"),
+        (["report", __file__, *CLASSES, "--split=test"], "invalid choice: 'test' (choose from"),
+        (
+            ["repart", __file__, *CLASSES],
+            "word must be report or compare, got 'repart': did you mean report?",
+        ),
+        ([], "the first word must be report or compare, got nothing"),
+        (["report", *CLASSES], "report takes 1 checkpoint after its name, got 0"),
+        (["compare", __file__, *CLASSES], "compare takes 2 checkpoints after its name, got 1"),
         (["report", __file__, *CLASSES, "--budget=-1"], "--budget must be > 0 seconds or null, got -1"),
         (["report", __file__, *CLASSES, "--examples=0"], "--examples must be at least 1, got 0"),
         (["report", __file__, *CLASSES, "--hessian.top=many"], "hessian.top"),
@@ -114,9 +126,11 @@ def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys)
     ],
 )
 def test_bad_input(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         main(arguments)
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert end.value.code == 2 and len(said.strip().splitlines()) == 2, said
 
 
 @pytest.mark.parametrize("name", ["report", "compare"])

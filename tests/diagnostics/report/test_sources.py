@@ -230,7 +230,7 @@ def test_a_module_has_its_own_loaders_and_a_loss_its_own_script(folder):
         (("@Net", "@dicts", "--loss", "@smoothed"), r"smoothed has failed for Net on a batch that is a dict of x"),
         (("@Net", "@both", "--loss", "@regression"), r"must return a scalar tensor, .*, got torch.float32 \(4, 3\)"),
         (("@Net", "@both", "--loss", "@Pixels"), r"--loss must be a callable .*, the class Pixels"),
-        (("@Manual", "@both", "--loss=training_step"), r"training_step returns no loss, as with manual optimization"),
+        (("@Manual", "@both", "--loss=training_step"), r"as with manual optimization; give --loss train.py:function"),
         (("@Net", "@nothing"), r"--data must be a function that returns .*, got nothing \(is there a return\?\) from"),
         (("@no_module",), r"--module must be a LightningModule, got nothing \(is there a return\?\) from .*no_module"),
         (("@Net", "@empty"), r"--data .*:empty: .* data must hold at least one example"),
