@@ -129,16 +129,11 @@ class RefreshBatchNorm(Callback):
         pair = isinstance(batch, list | tuple)
         try:
             pl_module(batch[0] if pair else batch)
-        except (
-            NotImplementedError,
-            TypeError,
-            KeyError,
-            AttributeError,
-        ) as error:  # no forward, or one of other inputs
-            name = type(pl_module).__name__
-            reason = (
-                "it has no forward" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {error}"
-            )
+        except (NotImplementedError, TypeError, KeyError, AttributeError) as error:  # no forward, or of other inputs
+            if not first:  # the module takes a batch
+                raise
+            name, reason = type(pl_module).__name__, f"{type(error).__name__}: {error}"
+            reason = "it has no forward" if isinstance(error, NotImplementedError) else reason
             raise MisconfigurationException(
                 f"RefreshBatchNorm runs {name}(batch{'[0]' if pair else ''}), a batch being a {type(batch).__name__}, "
                 f"which has failed ({reason}): say what to run, as in "
