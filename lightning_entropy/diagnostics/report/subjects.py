@@ -156,7 +156,7 @@ def _try(option: str, name: str, what: str, make: Callable[[], Any]) -> Any:
 def _hint(option: str, error: Exception) -> str:
     """Return what to give, where arguments are missing."""
     words = str(error)
-    if not (isinstance(error, TypeError) and "argument" in words):
+    if not (isinstance(error, TypeError) and "argument" in words) or "unexpected" in words:
         return ""
     missing = re.findall(r"'(\w+)'", words.split("missing", 1)[1]) if "missing" in words else []
     return f": give arguments as {' '.join(f'{option}.{name}=VALUE' for name in missing or ['NAME'])}"

@@ -70,6 +70,19 @@ def test_a_checkpoint_is_as_flat_as_itself(checkpoints, tmp_path):
     assert "Neither is flatter" in main([*both, "--output", str(tmp_path / "p.html")]).read_text()
 
 
+def test_a_terminal_is_told_what_comes_next_and_how_long_it_takes(checkpoints, tmp_path, monkeypatch, capsys):
+    words = ["report", checkpoints[0], *CLASSES, *QUICK, "--skip", "gradient_noise", "local_entropy"]
+    main([*words, "--output", str(tmp_path / "page.html")])
+    assert "examples" not in capsys.readouterr().err
+    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True)
+    main([*words, "--output", str(tmp_path / "page.html")])
+    told = [line for line in capsys.readouterr().err.splitlines() if "examples" in line]
+    assert [re.sub(r"\d+ s", "N s", line) for line in told] == [
+        "loss, 24 examples: N s, N s used",
+        "hessian, 24 examples: N s, N s used",
+    ]
+
+
 def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys):
     take, ends = findings.Subject.measure, {"local_entropy"}
 

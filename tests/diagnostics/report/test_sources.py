@@ -219,7 +219,7 @@ def test_a_module_has_its_own_loaders_and_a_loss_its_own_script(folder):
         (("@Net", "@Net"), r"--data must be a LightningDataModule or a function, .*, the class Net"),
         (("@Net", "@breaks"), r"calling it has failed with FileNotFoundError: no folder data"),
         (("@Net", "@needs"), r"missing 1 required .*'root': give arguments as --data.root=VALUE"),
-        (("@Net", "@train", "--data.size=3"), r"unexpected keyword argument 'size'"),
+        (("@Net", "@train", "--data.size=3"), r"unexpected keyword argument 'size'$"),
         (("@Net", "@train", "--split=val"), r"--split must name a loader of the data, got 'val'"),
         (("@Net", None), r"there must be data, got no --data and no train_dataloader in"),
         (("@Net", "@both", "--loss", "@three"), r"--loss must be a callable"),
