@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import Options
+
 ROOT = Path(__file__).parents[1]
 INNER_STEPS = 25
 LINKS = {"none": None, "1 Gbit/s": "1gbit", "100 Mbit/s": "100mbit"}
@@ -305,11 +307,11 @@ def table(net: str, results: dict[tuple[str, str], list[dict[str, float]]]) -> N
 
 def main() -> None:
     """Measure, or train on one host for it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--nets", nargs="*", default=["fully connected", "All-CNN-BN"])
-    parser.add_argument("--runs", nargs="*", default=list(RUNS))
-    parser.add_argument("--links", nargs="*", default=list(LINKS))
+    parser = Options(__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn")
+    parser.add_argument("--nets", nargs="*", default=["fully connected", "All-CNN-BN"], help="to train")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), help="strategies and formats to compare")
+    parser.add_argument("--links", nargs="*", default=list(LINKS), help="limits of the link")
     parser.add_argument("--batch", type=int, nargs=2, default=(128, 32), help="of the two nets")
     parser.add_argument("--out", type=Path, help="a JSON file for every single result")
     parser.add_argument("--blocks", type=int, default=21, help="of the runs in which the limit comes and goes; 0: none")

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from benchmarks.command import Options
 from lightning_entropy.diagnostics import hessian_spectrum
 
 
@@ -178,16 +179,18 @@ def curvature(net: nn.Module, batch: list, gib: float) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=1)
-    parser.add_argument("--probes", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="*", default=[], choices=("top-5", "density", "trace"))
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--gib", type=float, default=2.0)
+    parser = Options(__doc__)
+    parser.add_argument("--width", type=int, default=4, help="of the Wide-ResNet")
+    parser.add_argument("--batch", type=int, default=32, help="examples of a batch")
+    parser.add_argument("--batches", type=int, default=1, help="that the Hessian is of")
+    parser.add_argument("--probes", type=int, default=4, help="of density and trace")
+    parser.add_argument("--steps", type=int, default=10, help="Lanczos steps of a probe")
+    parser.add_argument("--rounds", type=int, default=3, help="of all systems in turn")
+    parser.add_argument(
+        "--tasks", nargs="*", default=[], choices=("top-5", "density", "trace"), help="to time; none: all"
+    )
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--gib", type=float, default=2.0, help="that --memory allows the estimators")
     warnings.simplefilter("ignore")
     chosen = parser.parse_args()
     memory(chosen) if chosen.memory else compare(chosen)

@@ -6,13 +6,13 @@ about one rounding of all weights and two readings. One thread; the formats take
     python -m benchmarks.formats
 """
 
-import argparse
 import platform
 import statistics
 import time
 
 import torch
 
+from benchmarks.command import Options
 from lightning_entropy.strategies.compression import BLOCK, CODECS
 
 
@@ -34,9 +34,9 @@ def measure(weights: int, rounds: int) -> dict[str, tuple[list[float], list[floa
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--weights", type=int, default=4096 * BLOCK)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = Options((__doc__ or "").splitlines()[0])
+    parser.add_argument("--weights", type=int, default=4096 * BLOCK, help="to round")
+    parser.add_argument("--rounds", type=int, default=15, help="of all formats in turn")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, {platform.machine()}; {args.weights / 1e6:.1f} M weights\n")

@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import Options
 from lightning_entropy.strategies.compression import FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -236,15 +237,17 @@ def compare_slow(slow: float, seconds: float, replicas: int) -> None:
 
 def main() -> None:
     """Run both trainings and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1800.0, help="of the disturbed run (default: 1800)")
-    parser.add_argument("--undisturbed", type=float, default=300.0, help="seconds of the other one (default: 300)")
-    parser.add_argument("--every", type=float, default=10.0, help="seconds between two kills (default: 10)")
-    parser.add_argument("--replicas", type=int, default=4)
+    parser = Options(__doc__)
+    parser.add_argument("--seconds", type=float, default=1800.0, help="of the disturbed run")
+    parser.add_argument("--undisturbed", type=float, default=300.0, help="seconds of the other one")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between two kills")
+    parser.add_argument("--replicas", type=int, default=4, help="how many")
     parser.add_argument("--slow", type=float, help="by how much the last replica's steps take longer; nobody is killed")
-    parser.add_argument("--devices", type=int, default=1, help="processes of a replica (default: 1)")
-    parser.add_argument("--method", choices=["parle", "diloco", "streaming_diloco"], default="parle")
-    parser.add_argument("--communication-dtype", choices=FORMATS, default="float32")
+    parser.add_argument("--devices", type=int, default=1, help="processes of a replica")
+    parser.add_argument(
+        "--method", choices=["parle", "diloco", "streaming_diloco"], default="parle", help="of the replicas"
+    )
+    parser.add_argument("--communication-dtype", choices=FORMATS, default="float32", help="of what replicas send")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from benchmarks.command import Options
 from recipes.allcnn import AllCNN
 from recipes.classifier import Batch, Classifier
 from recipes.data import ImageData
@@ -118,15 +119,15 @@ def measure(options: argparse.Namespace, data: InTurns) -> list[float]:
 
 def main() -> None:
     """Measure from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("net", choices=list(NETS))
-    parser.add_argument("--source", default="random")
-    parser.add_argument("--root", default="data")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--normalise", choices=["mean_std", "gcn_zca"], default="mean_std")
-    parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--compile", action="store_true")
+    parser = Options(__doc__)
+    parser.add_argument("net", choices=list(NETS), help="to train")
+    parser.add_argument("--source", default="random", help="of the images: random, folder, or a data set's name")
+    parser.add_argument("--root", default="data", help="folder of the images")
+    parser.add_argument("--batch_size", type=int, default=128, help="images of a step")
+    parser.add_argument("--normalise", choices=["mean_std", "gcn_zca"], default="mean_std", help="of the pixels")
+    parser.add_argument("--precision", default="32-true", help="the Trainer's")
+    parser.add_argument("--accelerator", default="auto", help="the Trainer's")
+    parser.add_argument("--compile", action="store_true", help="compile the net")
     parser.add_argument("--block", type=int, default=1, help="steps of a turn; more on a GPU, whose steps overlap")
     parser.add_argument("--pairs", type=int, default=40, help="of turns")
     options = parser.parse_args()

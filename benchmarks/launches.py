@@ -7,13 +7,13 @@ get, on the device "meta" for steps, and on the CPU for exchanges, of one replic
 are left out. Loops are short, as their length changes no count. Prints two Markdown tables.
 """
 
-import argparse
 import contextlib
 
 import torch
 import torch.distributed as dist
 
 import lightning_entropy as le
+from benchmarks.command import Options
 from benchmarks.update import resnet50
 from lightning_entropy.strategies.compression import FORMATS
 from lightning_entropy.strategies.exchange import Coupling
@@ -103,7 +103,7 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="with the first ten tensors alone")
     shapes = resnet50()[: 10 if parser.parse_args().small else None]
     own = [counts(shapes, None, dtype)[0] for dtype in (torch.float32, torch.bfloat16)]

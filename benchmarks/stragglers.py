@@ -29,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import Options
 from benchmarks.communication import call
 
 ROOT = Path(__file__).parents[1]
@@ -295,11 +296,11 @@ def draw(results: dict[tuple[str, str], list[float]], path: Path) -> None:
 
 def main() -> None:
     """Measure, or train on one rank for it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = Options(__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--steps", type=int, default=250, help="that are counted, after a warm-up of 25")
-    parser.add_argument("--scenarios", nargs="*", default=list(SCENARIOS), choices=SCENARIOS)
-    parser.add_argument("--strategies", nargs="*", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--scenarios", nargs="*", default=list(SCENARIOS), choices=SCENARIOS, help="what is late")
+    parser.add_argument("--strategies", nargs="*", default=STRATEGIES, choices=STRATEGIES, help="to compare")
     parser.add_argument("--plot", type=Path, help="a picture")
     parser.add_argument("--out", type=Path, help="a JSON file of every result")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)

@@ -7,7 +7,6 @@ whole periods. The unit is torch's SGD with momentum, foreach. Prints a Markdown
 ratio to the unit of the same round, and its quartiles.
 """
 
-import argparse
 import platform
 import statistics
 import time
@@ -20,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from tqdm import tqdm
 
 import lightning_entropy as le
+from benchmarks.command import Options
 
 PERIOD = 20  # inner steps per timed period: whole outer steps of L = 20, whole periods of Lookahead's k = 5
 
@@ -129,8 +129,8 @@ def measure(shapes: list[tuple[int, ...]], rounds: int, repeats: int) -> dict[st
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="of all steps in turn (default: 15)")
+    parser = Options(__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="of all steps in turn")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {args.rounds}")

@@ -88,7 +88,12 @@ def _sentence(message: str) -> str:
         >>> lines = ['Parser key "data.files":', "Subtypes: [list[str], <class 'NoneType'>]", "Given value: x"]
         >>> _sentence("\n".join(lines))
         '--data.files must be list[str] or null, got x'
+        >>> _sentence('Parser key "data.source":\n  Expected a typing.Literal[\'a\', \'b\']. Got value: x')
+        "--data.source must be one of 'a', 'b', got x"
     """
+    found = re.search(r'Parser key "(.+?)":\s+Expected an? typing\.Literal\[(.+)\]\. Got value: (.*)', message)
+    if found:
+        return f"--{found[1]} must be one of {found[2]}, got {found[3]}"
     found = re.search(r'Parser key "(.+?)":.*Subtypes: \[(.+)\]\n.*Given value: (.*)', message, re.DOTALL)
     if not found:
         return " ".join(message.split())

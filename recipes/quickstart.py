@@ -246,13 +246,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         "python -m recipes.quickstart", description="SGD against three smoothings of the loss, on a small conv net."
     )
-    parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
+    parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits", help="to train on")
     parser.add_argument("--root", default="data", help="folder of the data sets (fashion-mnist)")
     parser.add_argument(
         "--train-size", type=argument(int, 1, 60_000), default=6000, help="training images used (fashion-mnist)"
     )
-    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=40)
-    parser.add_argument("--seeds", type=argument(int, 1, 1000), default=3)
+    parser.add_argument("--epochs", type=argument(int, 1, 10**6), default=40, help="passes over the data")
+    parser.add_argument("--seeds", type=argument(int, 1, 1000), default=3, help="trainings of each method")
     parser.add_argument("--out", default="quickstart.png", help="where the picture goes")
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,25 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: le.InnerOuterCallback(le.HeatSmoothing()), "got HeatSmoothing: HeatSmoothing has one"),  # type: ignore[arg-type]
     (lambda: fit(callbacks=[le.EntropySGD]), r"^EntropySGD is a class .*write callbacks=\[EntropySGD\(...\)\]"),
     (lambda: fit(callbacks=[le.EntropySGD(), le.HamiltonJacobi()]), "got EntropySGD and HamiltonJacobi: remove one"),
+    (lambda: fit(callbacks=le.entropy_sgd()), r"^a Relaxation is a method and no callback: .*InnerOuterCallback"),
+    (
+        lambda: fit(callbacks=[le.RefreshBatchNorm]),
+        r"^RefreshBatchNorm is a class .*\[RefreshBatchNorm\(...\)\]",
+    ),
+    (
+        lambda: fit(callbacks=[le.ElasticEntropyStrategy()]),
+        r"^ElasticEntropyStrategy is a strategy and no callback: write Trainer\(strategy=ElasticEntropyStrategy\(",
+    ),
+    (
+        lambda: le.InnerOuterCallback("lookahead"),
+        r"got 'lookahead': a method is a value and no name, as lookahead\(\) is",
+    ),  # type: ignore[arg-type]
+    (lambda: le.relax(le.entropy_sgd(), optimizer()), r"got Relaxation: relax\(optimizer, relaxation\)"),  # type: ignore[arg-type]
+    (lambda: le.relax(torch.optim.SGD, le.entropy_sgd()), "must be a torch.optim.Optimizer, got the class SGD$"),  # type: ignore[arg-type]
+    (
+        lambda: le.relax(optimizer(), le.entropy_sgd(), outer=optimizer()),  # type: ignore[arg-type]
+        "^outer must be a callable of the list of anchors, got a SGD: write outer=torch.optim.Adam, or",
+    ),
     (
         lambda: le.relax(optimizer(), 3),
         "relaxation must be a Relaxation, as le.entropy_sgd\\(\\) and the other presets return, got int$",
@@ -86,6 +106,74 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
 def test_a_mistake_is_told_with_what_to_write_instead(mistake: Callable[[], Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError, MisconfigurationException), match=message):
         mistake()
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        le.entropy_sgd(),
+        [le.lookahead()],
+        [le.lookahead],
+        [le.EntropySGD],
+        [le.RefreshBatchNorm],
+        [le.ElasticEntropyStrategy()],
+    ],
+)
+def test_what_is_no_callback_is_told_in_one_traceback(callbacks: Any) -> None:
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        fit(callbacks=callbacks)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("Traceback") == 1
+    assert "no callback" in shown.splitlines()[-1]
+
+
+def test_a_method_is_shown_by_what_makes_it_another() -> None:
+    for name in ("lookahead", "entropy_sgd", "parle", "diloco", "heat", "streaming_diloco"):
+        method = getattr(le, name)()
+        assert eval(repr(method), vars(le)) == method
+        assert len(repr(method)) < 250
+    assert repr(le.lookahead(5, 0.5)) == "Relaxation(inner_steps=5, outer_lr=0.5)"
+
+
+class Dicts(BoringModel):
+    """With BatchNorm, and without a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(32, 2), torch.nn.BatchNorm1d(2))
+
+    forward = L.LightningModule.forward
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(batch["x"]).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([{"x": torch.ones(32) * i} for i in range(8)], 4)
+
+    val_dataloader = train_dataloader
+
+
+def test_batches_that_refresh_batchnorm_cannot_run_ask_for_what_to_run() -> None:
+    arguments = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+                 "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}  # fmt: skip
+    words = r"RefreshBatchNorm runs Dicts\(batch\), a batch being a dict, which has failed \(it has no forward\): say"
+    with pytest.raises(MisconfigurationException, match=words):
+        L.Trainer(**arguments, callbacks=[le.RefreshBatchNorm(2)]).fit(Dicts())
+    forward = le.RefreshBatchNorm(2, forward=lambda module, batch: module.net(batch["x"]))
+    L.Trainer(**arguments, callbacks=[forward]).fit(Dicts())
+
+
+def test_replicas_that_ignore_each_other_say_so_at_the_start() -> None:
+    def said(method: le.Relaxation) -> str:
+        strategy = le.ElasticEntropyStrategy(method)
+        return strategy.options.describe(strategy.options.grid(0, 2))
+
+    for method in (le.lookahead(), le.entropy_sgd()):
+        assert "do not meet while they train (rho is 0)" in said(method)
+    for method in (le.parle(), le.elastic_sgd(), le.local_sgd(), le.diloco(), le.streaming_diloco()):
+        assert "do not meet" not in said(method)
 
 
 def test_a_relaxation_has_no_attributes_beyond_its_own() -> None:

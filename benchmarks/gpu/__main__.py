@@ -8,7 +8,6 @@ Results are kept in ``OUT/<card>/results.jsonl``, a line for each piece of work,
 ``--small --device cpu`` tries the command itself, at sizes that mean nothing.
 """
 
-import argparse
 import platform
 import re
 import subprocess
@@ -21,6 +20,7 @@ import lightning
 import torch
 
 import lightning_entropy
+from benchmarks.command import Options
 from benchmarks.gpu import accuracy, replicas, speed, steps
 from benchmarks.gpu.page import markdown, page
 from benchmarks.gpu.record import Piece, Row, finished, run
@@ -51,10 +51,10 @@ def commit() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for this call (default: 540)")
+    parser = Options(__doc__)
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for this call")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where results are kept")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu (default: cuda)")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu")
     parser.add_argument("--data", type=Path, help="train/ and test/ with a folder of images a class; default: made up")
     parser.add_argument("--small", action="store_true", help="sizes that take seconds, to try this command")
     options = parser.parse_args(arguments)

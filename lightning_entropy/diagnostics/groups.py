@@ -89,11 +89,12 @@ class Groups:
     def _products(self, vectors: Tensor, parts: list[_Part], shares: list[list[float]]) -> Tensor:
         products = torch.zeros_like(vectors)
         for part, share in zip(parts, shares, strict=True):
-            for k, product in enumerate(
-                self.surface.batch_products(self.surface.weights, vectors, part.batch, part.index)
-            ):
-                if share[k]:
-                    products[k].add_(product, alpha=share[k])
+            counted = [k for k, weight in enumerate(share) if weight]
+            if not counted:
+                continue
+            theirs = self.surface.batch_products(self.surface.weights, vectors[counted], part.batch, part.index)
+            for k, product in zip(counted, theirs, strict=True):
+                products[k].add_(product, alpha=share[k])
         return products
 
     def resampling(self, times: int, seed: int) -> np.ndarray:

@@ -215,7 +215,9 @@ class OuterStep:
         self._options: list[set[str]] | None = None  # of the optimizer's groups; None where there is no optimizer
         if factory is not None:
             if not callable(factory):
-                raise TypeError(f"outer must be a callable of the list of anchors, got {factory!r}")
+                kind = f"a {type(factory).__name__}" if isinstance(factory, Optimizer) else repr(factory)
+                hint = "write outer=torch.optim.Adam, or outer=lambda anchors: torch.optim.SGD(anchors, lr=0.5)"
+                raise TypeError(f"outer must be a callable of the list of anchors, got {kind}: {hint}")
             made = factory([torch.zeros(1, 1)])  # a matrix, which Muon asks for
             if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
                 kind = type(made).__name__

@@ -106,7 +106,9 @@ def make_loop(optimizer: Optimizer, relaxation: Relaxation, **options: Any) -> I
 
 def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+        hint = ": relax(optimizer, relaxation)" if isinstance(optimizer, Relaxation) else ""
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}{hint}")
     check_relaxation(relaxation)
     by_lr = relaxation.gamma != 0 and not isinstance(relaxation.gamma, Pull)
     uses_lr = relaxation.has_anchor and (by_lr or relaxation.noise != 0)

@@ -76,8 +76,8 @@ class Jobs:
         ended = job.look()
         if ended and job.code == 0 and not job.reports and not self._signals:
             self._say(
-                f"replica {job.replica} has ended well and reported no outer step: does its Trainer have "
-                "ElasticEntropyStrategy(membership='torchft')?"
+                f"replica {job.replica} has ended well and reported no outer step: had its checkpoint all of them, or "
+                "has its Trainer no ElasticEntropyStrategy(membership='torchft')?"
             )
         if ended and job.code:
             if self._over:

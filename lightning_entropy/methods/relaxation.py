@@ -1,7 +1,7 @@
 """A method of this family is a value: what happens in the inner loop, and what the outer step does with it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_entropy.methods.arguments import named
@@ -14,6 +14,11 @@ from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, c
 Number = float | Scoping | Widening | Warmup | Starting | Callable[[int], float]
 Gamma = float | Literal["auto"] | Pull | Scoping | Widening | Warmup | Starting | Callable[[int], float]
 Scale = Literal["absolute", "filter", "relative"]
+
+_NO_CALLBACK = (
+    "a Relaxation is a method and no callback: write callbacks=[InnerOuterCallback(relaxation)], or EntropySGD(...), "
+    "HamiltonJacobi(...), HeatSmoothing(...)"
+)
 
 # The numbers that may vary with the outer step t, and their ranges.
 _VARYING: dict[str, Rule] = {
@@ -42,7 +47,7 @@ class Settings:
     stiffness: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Relaxation:
     r"""L inner steps on y by the user's own optimizer, then one outer step on the anchor x.
 
@@ -171,13 +176,26 @@ class Relaxation:
     if not TYPE_CHECKING:  # or type checkers would allow any attribute
 
         def __getattr__(self, name: str) -> Any:
-            # Called for what there is not; Lightning looks up its hooks on whatever it was given as a callback.
+            # Called for what there is not; Lightning looks up its hooks on whatever it was given as a callback. It has
+            # failed by then to set an attribute of it, which says nothing.
             if name.startswith("on_") or name in ("setup", "teardown", "state_key"):
-                raise AttributeError(
-                    "a Relaxation is a method and no callback: write callbacks=[InnerOuterCallback(relaxation)], or "
-                    "EntropySGD(...), HamiltonJacobi(...), HeatSmoothing(...)"
-                )
+                raise AttributeError(_NO_CALLBACK) from None
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+        def __iter__(self) -> Any:
+            # Trainer(callbacks=relaxation) takes it for a list of them.
+            raise TypeError(_NO_CALLBACK)
+
+    def __repr__(self) -> str:
+        """Return the arguments that are not the defaults, ``inner_steps`` always.
+
+        Example:
+            >>> Relaxation(inner_steps=5, outer_lr=0.5)
+            Relaxation(inner_steps=5, outer_lr=0.5)
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        said = {f.name for f in fields(self) if f.name == "inner_steps" or given[f.name] != f.default}
+        return f"{type(self).__name__}({', '.join(f'{name}={given[name]!r}' for name in given if name in said)})"
 
     def _check_combinations(self) -> None:
         if self.coupled and self.explicit:
@@ -332,7 +350,9 @@ def check_relaxation(value: Any) -> Relaxation:
     if isinstance(value, Relaxation):
         return value
     name, hint = getattr(value, "__name__", type(value).__name__), ""
-    if isinstance(getattr(value, "relaxation", None), Relaxation):
+    if isinstance(value, str):
+        name, hint = repr(value), ": a method is a value and no name, as lookahead() is"
+    elif isinstance(getattr(value, "relaxation", None), Relaxation):
         hint = f": {name} has one, at its attribute relaxation"
     elif callable(value):
         hint = f": call the preset, as in {name}()"

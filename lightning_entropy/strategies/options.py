@@ -135,6 +135,11 @@ class ReplicaOptions:
         """Whether replicas are jobs of their own, which come and go."""
         return self.membership == "torchft"
 
+    @property
+    def meet(self) -> bool:
+        """Whether the method ties replicas: by rho, or by a pseudo-gradient that they have in common."""
+        return self.relaxation.rho != 0 or self.relaxation.elastic_target == "pseudo_gradient"
+
     def grid(self, rank: int, world_size: int) -> Grid:
         """Return where a rank stands; ``"auto"`` makes every process a replica, or every job where they come and go."""
         if self.elastic:
@@ -158,6 +163,8 @@ class ReplicaOptions:
         if grid.replicas == 1:
             return f"1 replica x {processes}, and nothing to tie it to: ask for more devices or fewer processes each"
         who = f"{grid.replicas} replicas x {processes}"
+        if not self.meet:
+            who += ", which do not meet while they train (rho is 0), and whose mean is shown (parle() ties them)"
         if self.data == "shard":
             return f"{who}; each sees a different one of {grid.replicas} parts of every epoch"
         return f"{who}; each sees all data, so an epoch is {grid.replicas} passes over it (data='shard' makes it one)"
@@ -185,6 +192,16 @@ class OptionAttributes:
     overlap = property(attrgetter("options.overlap"))
     compile = property(attrgetter("options.compile"))
     offload_anchor = property(attrgetter("options.offload_anchor"))
+
+    @property
+    def state_key(self) -> str:
+        """What Lightning asks every callback for: a strategy says that it is none.
+
+        Raises:
+            AttributeError: always.
+        """
+        name = type(self).__name__
+        raise AttributeError(f"{name} is a strategy and no callback: write Trainer(strategy={name}(...))") from None
 
 
 def check_arguments(strategy: type, parent: type, given: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_entropy.methods.validation import check_integer
 from lightning_entropy.trainer.lightning_internals import before_batch_transfer, without_iterator
+from lightning_entropy.trainer.state_key import StateKey
 
 NOTHING = "RefreshBatchNorm has nothing to do: no layer of this module keeps BatchNorm statistics"
 
@@ -51,6 +52,8 @@ class RefreshBatchNorm(Callback):
     References:
         Chaudhari et al., Entropy-SGD, ICLR 2017 (code); Izmailov et al., SWA, UAI 2018, arXiv:1803.05407.
     """
+
+    state_key = StateKey()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class RefreshBatchNorm(Callback):
             pl_module: whose layers.
 
         Raises:
-            MisconfigurationException: no training data, or no batch in it.
+            MisconfigurationException: no training data, no batch in it, or none that the module takes.
         """
         frozen = self._frozen or ()
         layers = [m for name, m in pl_module.named_modules() if keeps_statistics(m) and name not in frozen]
@@ -110,7 +113,7 @@ class RefreshBatchNorm(Callback):
                 batch = before_batch_transfer(pl_module, trainer.precision_plugin.convert_input(batch))
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
-                    self._run(pl_module, batch)
+                    self._run(pl_module, batch, first=count == 0)
                 count += 1
             if count == 0:
                 raise MisconfigurationException(
@@ -119,11 +122,23 @@ class RefreshBatchNorm(Callback):
             if trainer.world_size > 1:
                 _average_over_ranks(trainer, [b for layer in layers for b in (layer.running_mean, layer.running_var)])
 
-    def _run(self, pl_module: LightningModule, batch: Any) -> None:
+    def _run(self, pl_module: LightningModule, batch: Any, *, first: bool) -> None:
         if self.forward is not None:
             self.forward(pl_module, batch)
-        else:
-            pl_module(batch[0] if isinstance(batch, list | tuple) else batch)
+            return
+        pair = isinstance(batch, list | tuple)
+        try:
+            pl_module(batch[0] if pair else batch)
+        except (NotImplementedError, TypeError, KeyError, AttributeError) as error:  # no forward, or of other inputs
+            if not first:  # the module takes a batch
+                raise
+            name, reason = type(pl_module).__name__, f"{type(error).__name__}: {error}"
+            reason = "it has no forward" if isinstance(error, NotImplementedError) else reason
+            raise MisconfigurationException(
+                f"RefreshBatchNorm runs {name}(batch{'[0]' if pair else ''}), a batch being a {type(batch).__name__}, "
+                f"which has failed ({reason}): say what to run, as in "
+                "RefreshBatchNorm(forward=lambda module, batch: module.net(batch['x']))"
+            ) from error
 
     def _loader(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if self.dataloader is not None:

@@ -38,19 +38,9 @@ from lightning_entropy.trainer.resume import (
     shapes_of,
     warn_of_another,
 )
+from lightning_entropy.trainer.state_key import StateKey
 
 FORMAT = 1  # of InnerOuterCallback.state_dict()
-
-
-class StateKey:
-    """The state key, which Lightning asks every callback for first; a class in the place of one says what to write."""
-
-    def __get__(self, callback: Callback | None, owner: type) -> str:
-        """Return the class's name, as Lightning's own does."""
-        if callback is None:
-            name = owner.__name__
-            raise AttributeError(f"{name} is a class and no callback yet: write callbacks=[{name}(...)]")
-        return owner.__qualname__
 
 
 class InnerOuterCallback(Callback):

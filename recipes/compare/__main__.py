@@ -92,9 +92,9 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("net", choices=list(DEFAULTS))
+    add("net", choices=list(DEFAULTS), help="to train")
     add("--methods", nargs="+", default=["sgd", "entropy_sgd"], help=f"of {', '.join(METHODS)}; name:option=value,...")
-    add("--seeds", type=argument(int, 1, 1000), default=3)
+    add("--seeds", type=argument(int, 1, 1000), default=3, help="trainings of each method at its best rate")
     add(
         "--epochs",
         type=argument(int, 1, 10**6),
@@ -120,19 +120,19 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
         default=5000,
         help="training images held out to choose learning rates and draw curves",
     )
-    add("--batch_size", type=argument(int, 1, 10**6), default=128)
-    add("--normalise", choices=["mean_std", "gcn_zca"], default="mean_std")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True)
-    add("--crop", type=argument(int, 0, 1000), default=4)
+    add("--batch_size", type=argument(int, 1, 10**6), default=128, help="images of a step")
+    add("--normalise", choices=["mean_std", "gcn_zca"], default="mean_std", help="of the pixels")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images")
+    add("--crop", type=argument(int, 0, 1000), default=4, help="pixels that training images are shifted by at most")
     add("--width", type=argument(int, 1, 1000), help="of All-CNN (96), Wide-ResNet (4), ResNet-18 (64)")
     add("--depth", type=argument(int, 10, 1000), help="of Wide-ResNet (16)")
-    add("--dropout", type=argument(float, 0, 0.99), default=0.0)
-    add("--weight_decay", type=argument(float, 0, 1000), default=1e-3)
+    add("--dropout", type=argument(float, 0, 0.99), default=0.0, help="share of units")
+    add("--weight_decay", type=argument(float, 0, 1000), default=1e-3, help="of every method, without --weight_decays")
     add("--warmup", type=argument(float, 0, 0.99), default=0.05, help="share of training before the cosine")
     add("--points", type=argument(int, 1, 10_000), default=10, help="points of a curve")
-    add("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False)
-    add("--accelerator", default="auto")
+    add("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="the Trainer's")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the net")
+    add("--accelerator", default="auto", help="the Trainer's")
     add("--workers", type=argument(int, 0, 1024), default=1, help="trainings at a time; 0: in this process")
     add("--out", type=Path, help="folder for results (runs/compare/<net>)")
     # Not by this parser, which would print its help with the wrong defaults.

@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m recipes.smoothing", description=(recipes.smoothing.__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("smoothing.png"), help="picture to write (png, pdf, svg)")
     parser.add_argument("--f", metavar="EXPR", help='your own landscape, such as "x**2 + 1.5*sin(2*pi*x)"')
-    parser.add_argument("--domain", type=float, nargs=2, default=(-3.0, 3.0), metavar=("LEFT", "RIGHT"))
+    ends = "LEFT", "RIGHT"
+    parser.add_argument("--domain", type=float, nargs=2, default=(-3.0, 3.0), metavar=ends, help="where it is drawn")
     parser.add_argument("--animate", type=Path, metavar="FILE", help="also write a GIF or MP4 of u and the densities")
     options = parser.parse_args(arguments)
     try:

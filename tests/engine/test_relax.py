@@ -21,7 +21,9 @@ def test_relax_refuses_nonsense() -> None:
     optimizer = torch.optim.SGD([w], lr=0.1)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got str"):
         le.relax("sgd", le.lookahead())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"relaxation must be a Relaxation, as .*, got str"):
+    with pytest.raises(
+        TypeError, match=r"relaxation must be a Relaxation, as .*, got 'lookahead': a method is a value"
+    ):
         le.relax(optimizer, "lookahead")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"outer must return a torch\.optim\.Optimizer.*, got list"):
         le.relax(optimizer, le.lookahead(), outer=lambda params: params)  # type: ignore[arg-type, return-value]

@@ -45,8 +45,8 @@ def test_one_that_never_met_the_others_is_asked_about(tmp_path: Path) -> None:
     code, said = run(job(tmp_path, 0, "pass"), job(tmp_path, 1, program))
     assert code == 0
     assert said == [
-        "replica 0 has ended well and reported no outer step: does its Trainer have "
-        "ElasticEntropyStrategy(membership='torchft')?"
+        "replica 0 has ended well and reported no outer step: had its checkpoint all of them, or "
+        "has its Trainer no ElasticEntropyStrategy(membership='torchft')?"
     ]
 
 

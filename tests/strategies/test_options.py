@@ -168,7 +168,7 @@ def test_arguments_are_checked(cls: Any) -> None:
     ):
         with pytest.raises(ValueError, match=error):
             cls(**arguments)
-    with pytest.raises(TypeError, match=r"relaxation must be a Relaxation, as .*, got str"):
+    with pytest.raises(TypeError, match=r"relaxation must be a Relaxation, as .*, got 'parle': a method is a value"):
         cls("parle")
 
 

@@ -318,7 +318,7 @@ def test_a_parameter_in_two_optimizers_is_refused() -> None:
         (lambda: le.EntropySGD(outer=lambda anchors: 3), TypeError, "outer must return a torch.optim.Optimizer"),  # type: ignore[arg-type,return-value]
         (lambda: le.HamiltonJacobi(outer_momentum=1.0), ValueError, r"outer_momentum must be in \[0, 1\), got 1"),
         (lambda: le.HeatSmoothing(gamma=0), ValueError, "gamma must be .*> 0"),
-        (lambda: le.InnerOuterCallback("lookahead"), TypeError, "relaxation must be a Relaxation, as .*, got str"),  # type: ignore[arg-type]
+        (lambda: le.InnerOuterCallback("lookahead"), TypeError, "must be a Relaxation, .*got 'lookahead': a method"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments_are_refused_when_the_callback_is_made(make: Any, error: type[Exception], message: str) -> None:

@@ -32,6 +32,7 @@ def hessian_spectrum(
     steps: int = 40,
     sigma: float | None = None,
     tolerance: float = 1e-4,
+    products: int | None = None,
     dense_limit: int = 1000,
     memory: float = 8.0,
     examples: Examples = None,
@@ -70,6 +71,8 @@ def hessian_spectrum(
         steps: Lanczos steps of each probe, >= 1: the density resolves about range / steps.
         sigma: Smoothing of the density, > 0, loss/weight^2. None: 1 % of the range of the spectrum.
         tolerance: Error of the extreme eigenvalues relative to the largest in modulus, > 0.
+        products: The most Hessian-vector products for the extreme eigenvalues, >= 1; where they are spent before
+            ``tolerance`` is reached, the errors say how far they came. None: 20 for each eigenvalue, and at least 300.
         dense_limit: With no more weights than this, build the matrix and compute all eigenvalues.
         memory: GiB for Lanczos vectors. Each chain needs ``steps + 4`` vectors of P numbers. A batch's graph comes on
             top: where there is no memory for it, batches are cut in half in eval mode, with a warning.
@@ -102,6 +105,8 @@ def hessian_spectrum(
     for name, count in (("top", top), ("bottom", bottom), ("dense_limit", dense_limit)):
         if count < 0:
             raise ValueError(f"{name} must be at least 0, got {count}")
+    if products is not None and products < 1:
+        raise ValueError(f"products must be None or at least 1, got {products}")
     if probes < 0 or probes == 1:
         raise ValueError(f"probes must be 0 or at least 2, got {probes}")
     if groups < 0 or groups == 1:
@@ -133,7 +138,8 @@ def hessian_spectrum(
             raise ValueError(
                 f"memory must be at least {needed * gib:.3g} GiB for {needed} vectors of {size:,} weights, got {memory}"
             )
-        return _iterative(surface, divided, top, bottom, probes, steps, sigma, tolerance, vectors, seed, progress)
+        most = products or max(300, 20 * (top + bottom))
+        return _iterative(surface, divided, top, bottom, probes, steps, sigma, tolerance, most, vectors, seed, progress)
 
 
 def _iterative(
@@ -145,6 +151,7 @@ def _iterative(
     steps: int,
     sigma: float | None,
     tolerance: float,
+    most: int,
     vectors: int,
     seed: int,
     progress: bool,
@@ -157,7 +164,6 @@ def _iterative(
     values, errors = np.empty(0), np.empty(0)
     eigenvectors = x.new_empty(0, size)
     if top + bottom:
-        most = max(300, 20 * (top + bottom))
         with progress_bar("Hessian eigenvalues", most, progress) as bar:
 
             def products(v: Tensor) -> Tensor:

@@ -133,6 +133,9 @@ def local_entropy(
             values, gradients = zip(*(surface.value_and_gradient(p) for p in points), strict=True)
             return torch.stack(values), torch.stack(gradients)
 
+        def values(points: Tensor) -> Tensor:
+            return torch.stack([surface.evaluate(p) for p in points])
+
         divided = Groups(surface, groups)
         sums: dict[int, Tensor] = {}
 
@@ -161,6 +164,7 @@ def local_entropy(
                 begin=begin,
                 tick=bar.update,
                 visit=visit,
+                values=values,
             )
         rises, stderrs, dof = mean_and_stderr(ladder.rises)
         chain_errors = (stderrs * student(dof)).cpu().numpy() + ladder.quadrature_errors

@@ -2,22 +2,33 @@
 
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from jsonargparse.typing import Path_fr
 
 from lightning_entropy.diagnostics.figures import overview
-from lightning_entropy.diagnostics.report.findings import ESTIMATORS, GROUPS, SECTIONS, VALLEY, Findings, look
+from lightning_entropy.diagnostics.report.findings import (
+    COMMON,
+    ESTIMATORS,
+    GROUPS,
+    SECTIONS,
+    SPECTRUM,
+    VALLEY,
+    Findings,
+)
+from lightning_entropy.diagnostics.report.given_loss import quietly
+from lightning_entropy.diagnostics.report.looks import look
 from lightning_entropy.diagnostics.report.names import Refused
 from lightning_entropy.diagnostics.report.page import Sections, failure, page, unfinished
+from lightning_entropy.diagnostics.report.parser import COMMAND, Parser, check_words
 from lightning_entropy.diagnostics.report.record import record, source_of
 from lightning_entropy.diagnostics.report.subjects import device_of, subjects_of
 from lightning_entropy.diagnostics.report.verdict import verdict
 
-COMMAND = "python -m lightning_entropy.diagnostics"
 _DESCRIPTION = """How flat is the minimum, how loud and how round is the noise, did SGD walk in circles.
 
 A first look takes a minute (--budget), on few examples first; the page is written as it grows, and Ctrl+C keeps it.
@@ -32,23 +43,8 @@ config.yaml that LightningCLI left one or two folders above it, or from --config
   python -m lightning_entropy.diagnostics report best.ckpt --module train.py:Net --data train.py:loaders
   python -m lightning_entropy.diagnostics compare first.ckpt second.ckpt --module train.py:Net --data train.py:loaders
 """
+_CHECKPOINTS = {"report": 1, "compare": 2}
 _PLACE = "package.Class, package:Class or path/train.py:Class"
-# What the report itself says, or says once for all estimators.
-_COMMON = {"module", "data", "loss", "examples", "batch_dim", "mode", "seed", "state", "transfer", "progress"}
-
-
-class Parser(ArgumentParser):
-    """jsonargparse's, whose errors are a sentence and no page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the process with the message.
-
-        Raises:
-            SystemExit: with status 2; or jsonargparse's own error, for whoever has asked for it.
-        """
-        if not self.exit_on_error:
-            super().error(message, ex)
-        self.exit(2, f"error: {' '.join(message.split())}\n{COMMAND} report --help lists the options\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -60,12 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     Returns:
         Where the page was written.
     """
+    start = time.monotonic()
     parser = _parser()
     parsed = parse(arguments, parser)
     command: str = parsed.command
     options: Namespace = parsed[command]
     paths = [options.checkpoint] if command == "report" else [options.first, options.second]
     paths = [Path(path) for path in paths]
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"--budget must be > 0 seconds or null, got {options.budget}")
+    if options.examples < 1:
+        parser.error(f"--examples must be at least 1, got {options.examples}")
     for path in paths:
         if not path.is_file():
             parser.error(f"the checkpoint must be a file, got {path}: there is none")
@@ -74,10 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for name in ("output", "json", "image"):
         if options[name] is not None and not Path(options[name]).absolute().parent.is_dir():
             parser.error(f"--{name} must be in a folder that there is, got {options[name]}")
-    try:
-        subjects = subjects_of(options, paths)
-    except Refused as error:
-        parser.error(str(error))
+    with quietly():
+        try:
+            subjects = subjects_of(options, paths)
+        except Refused as error:
+            parser.error(str(error))
     findings = [subject.findings for subject in subjects]
     source = source_of(options, paths, subjects, device_of(options))
 
@@ -88,7 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if options.json is not None:
             _replace(Path(options.json), record(findings, source))
 
-    look(subjects, examples=options.examples, budget=options.budget, skip=options.skip, grown=write)
+    def tell(words: str) -> None:
+        if sys.stderr.isatty():
+            print(words, file=sys.stderr)
+
+    with quietly():
+        look(
+            subjects,
+            examples=options.examples,
+            budget=options.budget,
+            skip=options.skip,
+            grown=write,
+            tell=tell,
+            start=start,
+        )
     if not any(found.results for found in findings) and findings[0].failed:
         parser.error(f"nothing could be measured: {next(iter(findings[0].failed.values()))}")
     write()
@@ -123,7 +138,7 @@ def _print(findings: list[Findings]) -> None:
         print("\n".join(verdict(*findings)))
 
 
-def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None = None) -> Namespace:
+def parse(arguments: Sequence[str] | None = None, parser: Parser | None = None) -> Namespace:
     """Read the command line, and import nothing that it names.
 
     ``--module`` is a class, and ``--module.NAME`` sets an item of the dictionary ``--module_settings``.
@@ -138,18 +153,11 @@ def parse(arguments: Sequence[str] | None = None, parser: ArgumentParser | None 
     words = sys.argv[1:] if arguments is None else arguments
     words = [re.sub(r"^--(module|data)\.", r"--\1_settings.", word) for word in words]
     parser = parser or _parser()
-    asked = bool({"--help", "-h"} & set(words)) or any(re.match(r"--module(=|$)", word) for word in words)
-    if words and words[0] in ("report", "compare") and not asked:
-        parser.exit(
-            2,
-            f"error: {words[0]} needs --module package.Class or --module train.py:Class, the class that the "
-            "checkpoint was trained with: a checkpoint holds weights and no code\n"
-            f"{COMMAND} {words[0]} --help lists the options\n",
-        )
-    return parser.parse_args(words)
+    check_words(words, parser, _CHECKPOINTS)
+    return cast("Namespace", parser.parse_args(words))
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> Parser:
     report, compare = Parser(), Parser()
     report.add_argument("checkpoint", type=str, help="the checkpoint file")
     compare.add_argument("first", type=str, help="a checkpoint file")
@@ -172,7 +180,8 @@ def _parser() -> ArgumentParser:
         command.add_argument(
             "--loss",
             type=str | None,
-            help="a callable (module, batch) -> scalar: package.name or path/train.py:name; null: cross entropy",
+            help="a callable (module, batch) -> scalar, package.name or path/train.py:name; training_step: the "
+            "module's own; null: cross entropy of module(x) and y",
         )
         command.add_argument(
             "--split",
@@ -185,7 +194,8 @@ def _parser() -> ArgumentParser:
             "--budget",
             type=float | None,
             default=60.0,
-            help="seconds; few examples first, more while time is left; null: all of --examples at once, however long",
+            help="seconds from the start: few examples and draws first, more while time is left; what is left out is "
+            "said, with the budget that it takes; null: all of --examples at once, however long",
         )
         command.add_argument(
             "--batch_dim",
@@ -202,11 +212,13 @@ def _parser() -> ArgumentParser:
         command.add_argument("--json", type=str | None, help="a file for all numbers, their errors and their source")
         command.add_argument("--image", type=str | None, help="a file (png, pdf, svg) for all pictures in one")
         for name, estimator in ESTIMATORS.items():
-            command.add_function_arguments(estimator, name, skip=set(_COMMON))
+            command.add_function_arguments(estimator, name, skip=set(COMMON))
         command.set_defaults({f"{name}.groups": GROUPS for name in ESTIMATORS})
+        command.set_defaults({f"hessian.{name}": value for name, value in SPECTRUM.items()})
         command.set_defaults({f"local_entropy.{name}": value for name, value in VALLEY.items()})
     parser = Parser(prog=COMMAND, description=_DESCRIPTION)
     commands = parser.add_subcommands(dest="command", required=True)
-    commands.add_subcommand("report", report, help="one checkpoint")
-    commands.add_subcommand("compare", compare, help="two checkpoints side by side")
+    for name, command, words in (("report", report, "one checkpoint"), ("compare", compare, "two side by side")):
+        commands.add_subcommand(name, command, help=words)
+        parser.options[name] = {"--help", *(f"--{key}" for key in vars(command.get_defaults().as_flat()))}
     return parser

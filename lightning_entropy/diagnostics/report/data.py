@@ -69,6 +69,14 @@ class Data:
             self._drawn = {k: v for k, v in self._drawn.items() if k[0] != split} | {key: taken}
         return self._drawn[key]
 
+    def batch_size(self, split: str) -> int:
+        """Return how many examples a batch of a split has; those drawn last tell it where the loader does not."""
+        given = getattr(self.splits[split], "batch_size", None)
+        if isinstance(given, int):
+            return given
+        drawn = next((taken for (name, _), taken in self._drawn.items() if name == split), [])
+        return max((Layout(self.batch_dim).size(batch) for batch in drawn), default=1)
+
     def transfer(self, module: pl.LightningModule) -> Callable[[Batch], Batch]:
         """Compose the batch-transfer hooks as a trainer would: the datamodule's where it overrides them."""
 

@@ -4,7 +4,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings
+from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings, Left
 from lightning_entropy.diagnostics.report.pictures import figures, svg
 from lightning_entropy.diagnostics.report.rows import Row, smaller
 from lightning_entropy.diagnostics.report.style import STYLE
@@ -111,11 +111,13 @@ def failure(reason: str, before: bool) -> str:
     return f"{'Not measured on more examples' if before else 'Not measured'}: {reason}"
 
 
-def unfinished(examples: int) -> str:
-    """Return a sentence on a section whose finest look was left out."""
-    if not examples:
-        return "not measured, since the look was ended"
-    return f"a first look, on {examples:,} examples: a larger --budget has time for more"
+def unfinished(left: Left) -> str:
+    """Return a sentence on a section whose finest look was left out, with what would take it."""
+    with_it = "" if left.budget is None else f"; --budget {left.budget} has time for all of it"
+    if not left.examples:
+        why = "since the look was ended" if left.budget is None else "for want of time"
+        return f"not measured, {why}{with_it}"
+    return f"a first look, on {left.examples:,} examples{with_it}"
 
 
 def _table(title: str, columns: list[list[Row]], titles: list[str]) -> str:

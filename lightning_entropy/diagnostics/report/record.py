@@ -68,7 +68,8 @@ def record(findings: list[Findings], source: Mapping[str, str]) -> str:
                 sections[section] = {
                     "numbers": {row.name: _number(row) for row in rows.get(section, [])},
                     "scalars": {} if result is None else result.scalars(),
-                    "examples_so_far": finding.left.get(section),
+                    "examples_so_far": finding.left[section].examples if section in finding.left else None,
+                    "budget_for_all": finding.left[section].budget if section in finding.left else None,
                     "failed": finding.failed.get(section),
                 }
         checkpoints.append({"title": finding.title, "sections": sections})

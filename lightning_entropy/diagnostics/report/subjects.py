@@ -1,9 +1,9 @@
 """The data and the modules of a report, from what the command line and the configurations say."""
 
-import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,17 +11,27 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from torch.utils.data import DataLoader
 
-from lightning_entropy.diagnostics.loss import Loss
+from lightning_entropy.diagnostics.report.checkpoint import fill, other_weights, read
 from lightning_entropy.diagnostics.report.data import Data, is_loader
 from lightning_entropy.diagnostics.report.findings import ESTIMATORS, Subject
+from lightning_entropy.diagnostics.report.given_loss import check_loss, loss_of
 from lightning_entropy.diagnostics.report.names import Refused, find, importing, said
 
 _RETURNS = "a DataLoader, a pair (training loader, validation loader) or a LightningDataModule"
 
 
 def device_of(options: Namespace) -> str:
-    """Return where to measure."""
-    return str(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return where to measure.
+
+    Raises:
+        Refused: There is no such device here.
+    """
+    device = str(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Refused(f"--device must be one that is here, got {device}: {said(error)}; leave it out") from None
+    return device
 
 
 def subjects_of(options: Namespace, paths: list[Path]) -> list[Subject]:
@@ -33,9 +43,8 @@ def subjects_of(options: Namespace, paths: list[Path]) -> list[Subject]:
     make = find("--module", options.module)
     if not callable(make) or (isinstance(make, type) and not issubclass(make, pl.LightningModule)):
         raise Refused(f"--module must be a LightningModule, got {options.module}, {_kind(make)}")
-    loss: Any = None if options.loss is None else find("--loss", options.loss)
-    if loss is not None and not callable(loss):
-        raise Refused(f"--loss must be a callable (module, batch) -> scalar, got {options.loss}, {_kind(loss)}")
+    loss = loss_of(options.loss)
+    device = device_of(options)
     given = None if options.config is None else Path(str(options.config))
     if options.data is None and not (isinstance(make, type) and _has_loaders(make)):
         raise Refused(
@@ -54,36 +63,25 @@ def subjects_of(options: Namespace, paths: list[Path]) -> list[Subject]:
             data = Data.of(module, batch_dim=options.batch_dim, seed=options.seed)
         subjects.append(
             Subject(
-                module.to(device_of(options)),
+                module.to(device),
                 data,
                 title=title,
                 split=options.split,
-                loss=cast("Loss | None", loss),
+                loss=loss,
                 mode=options.mode,
                 seed=options.seed,
                 checkpoint=checkpoint,
                 settings={name: dict(options[name].as_dict()) for name in ESTIMATORS},
             )
         )
+        _check(subjects[-1], options)
     return subjects
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint without running code of its own.
-
-    Raises:
-        Refused: It is none.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        reason = said(error)
-        if "weights_only" in reason or "Unsupported" in reason:
-            reason = "it holds objects of classes, which reading would run code of: save plain hyper-parameters"
-        raise Refused(f"{path} must be a checkpoint that the Trainer has saved, got {reason[:300]}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise Refused(f"{path} must be a checkpoint that the Trainer has saved, got a file without 'state_dict'")
-    return checkpoint
+def _check(subject: Subject, options: Namespace) -> None:
+    """Read a batch and evaluate its loss, so that what is wrong with either is said before anything is measured."""
+    _try("--data", options.data or options.module, "reading a batch", lambda: subject.try_loss(lambda *_: None))
+    check_loss(subject, options.loss)
 
 
 def data_of(made: Any, options: Namespace, config: dict[str, Any] | None = None, *, trusted: bool = False) -> Data:
@@ -107,7 +105,7 @@ def data_of(made: Any, options: Namespace, config: dict[str, Any] | None = None,
         if isinstance(made, type) and issubclass(made, pl.LightningDataModule):
             made = _try("--data", name, "making what it returned", made)
         if not _is_data(made):
-            raise Refused(f"--data must be a function that returns {_RETURNS}, got {_kind(made)} from {name}")
+            raise Refused(f"--data must be a function that returns {_RETURNS}, got {_returned(made)} from {name}")
     if isinstance(made, pl.LightningDataModule):
         module: Any = made
         _set_up("--data", name, module)
@@ -152,9 +150,20 @@ def _try(option: str, name: str, what: str, make: Callable[[], Any]) -> Any:
     except Refused:
         raise
     except Exception as error:
-        missing = isinstance(error, TypeError) and "argument" in str(error)
-        hint = f": give arguments as {option}.NAME=VALUE" if missing else ""
-        raise Refused(f"{option} {name}: {what} has failed with {said(error)}{hint}") from error
+        raise Refused(f"{option} {name}: {what} has failed with {said(error)}{_hint(option, error)}") from error
+
+
+def _hint(option: str, error: Exception) -> str:
+    """Return what to give, where arguments are missing."""
+    words = str(error)
+    if not (isinstance(error, TypeError) and "argument" in words) or "unexpected" in words:
+        return ""
+    missing = re.findall(r"'(\w+)'", words.split("missing", 1)[1]) if "missing" in words else []
+    return f": give arguments as {' '.join(f'{option}.{name}=VALUE' for name in missing or ['NAME'])}"
+
+
+def _returned(value: Any) -> str:
+    return "nothing (is there a return?)" if value is None else _kind(value)
 
 
 def _set_up(option: str, name: str, owner: Any) -> None:
@@ -179,8 +188,8 @@ def _module(
 
     def filled(module: Any) -> Any:
         if not isinstance(module, pl.LightningModule):
-            raise Refused(f"--module must be a LightningModule, got {_kind(module)} from {options.module}")
-        module.load_state_dict(checkpoint["state_dict"])
+            raise Refused(f"--module must be a LightningModule, got {_returned(module)} from {options.module}")
+        fill(module, checkpoint["state_dict"], path, options.module)
         return module
 
     def build() -> Any:
@@ -191,7 +200,10 @@ def _module(
             values = {name: value for name, value in saved.items() if not name.startswith("_")}
             return filled(make(**{**_plain(values, "the checkpoint's hyper-parameters"), **settings}))
         if config is None or (saved and not trusted):
-            return cls.load_from_checkpoint(path, map_location=device_of(options), **settings)
+            try:
+                return cls.load_from_checkpoint(path, map_location=device_of(options), **settings)
+            except RuntimeError as error:
+                raise other_weights(error, path, options.module) from None
         return filled(_configured(make, "model", config, settings, trusted=trusted))
 
     return _try("--module", options.module, f"making it from {path}", build)

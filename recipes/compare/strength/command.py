@@ -12,6 +12,7 @@ from recipes.compare.strength.tasks import BASELINE, METHODS, TRIALS
 from recipes.compare.study import Study
 from recipes.data import ImageData
 from recipes.limits import argument
+from recipes.messages import Parser
 
 
 def main(args: Sequence[str]) -> dict[str, Results]:
@@ -49,7 +50,7 @@ def make_study(name: str, options: argparse.Namespace) -> Study:
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m recipes.compare strength",
         description="Does a method help over SGD whose rate and weight decay were searched? Small tasks, on the CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -60,7 +61,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--methods", nargs="+", type=_method, default=list(METHODS), metavar="METHOD", help="name:option=value,...")
     add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", help="that every method tries; by default the task's")
     add("--weight_decays", type=argument(float, 0, 1000), nargs="+", help="each with each")
-    add("--seeds", type=argument(int, 1, 1000), default=5)
+    add("--seeds", type=argument(int, 1, 1000), default=5, help="trainings of each method at its best rate")
     add("--root", default="data", help="folder of torchvision's data sets")
     add("--folder", help="an image folder in the place of CIFAR-10: train/<class>/* and test/<class>/*")
     add("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="the Trainer's")

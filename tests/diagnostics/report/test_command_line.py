@@ -1,4 +1,3 @@
-import functools
 import re
 import runpy
 import sys
@@ -12,7 +11,6 @@ from lightning_entropy.diagnostics.report import command_line as command
 from lightning_entropy.diagnostics.report import findings
 from lightning_entropy.diagnostics.report import subjects as sources
 from lightning_entropy.diagnostics.report.command_line import main
-from lightning_entropy.diagnostics.report.data import Data
 from tests.diagnostics import tiny
 
 pytestmark = tiny.LIGHTNING_ADVICE
@@ -72,64 +70,26 @@ def test_a_checkpoint_is_as_flat_as_itself(checkpoints, tmp_path):
     assert "Neither is flatter" in main([*both, "--output", str(tmp_path / "p.html")]).read_text()
 
 
-class Clock:
-    """Estimators that take a second for every ten examples, and remember what they were asked for."""
-
-    def __init__(self, monkeypatch):
-        self.now, self.asked, self.draws = 100.0, [], None
-        monkeypatch.setattr(findings.time, "monotonic", lambda: self.now)
-        for section in ("hessian", "local_entropy"):
-            monkeypatch.setitem(findings.ESTIMATORS, section, functools.partial(self.estimate, section))
-
-    def estimate(self, section, module, data, *, examples, draws=None, **_):
-        self.asked.append((section, examples))
-        self.draws = self.draws if draws is None else draws
-        self.now += examples / 10
-        return (section, examples)
-
-
-def subjects(count=1):
-    module, data = tiny.TinyModule(width=5), tiny.TinyData()
-    data.setup("fit")
-    return [findings.Subject(module, Data.of(data), title=str(i)) for i in range(count)]
-
-
-def test_a_first_look_comes_first_and_finer_ones_while_time_is_left(monkeypatch):
-    clock, (subject,) = Clock(monkeypatch), subjects()
-    # 64 examples take 6.4 s a section, 256 take 25.6 s; of local entropy, whose draws grow too, 102.4 s are expected.
-    # After 12.8 + 51.2 s there is time for the Hessian's 51.2 s, and then none for 102.4 s.
-    findings.look([subject], examples=512, budget=145.0, skip=["loss", "gradient_noise"])
-    assert clock.draws == 4, "half of eight, at 256 of 512 examples"
-    first = [(section, size) for size in (64, 256) for section in ("hessian", "local_entropy")]
-    assert clock.asked == [*first, ("hessian", 512)]
-    assert subject.findings.results == {"hessian": ("hessian", 512), "local_entropy": ("local_entropy", 256)}
-    assert subject.findings.left == {"local_entropy": 256}
-
-
-def test_two_checkpoints_are_looked_at_alike_and_without_a_budget_once(monkeypatch):
-    clock, pair = Clock(monkeypatch), subjects(2)
-    findings.look(pair, examples=300, budget=None, skip=["loss", "gradient_noise"])
-    assert clock.asked == [("hessian", 300)] * 2 + [("local_entropy", 300)] * 2
-    assert pair[0].findings.left == {}
-    clock.asked.clear()
-    assert clock.draws == 8
-    findings.look(pair, examples=300, budget=40.0, skip=["loss", "gradient_noise"])
-    assert {size for _, size in clock.asked} == {64}, "25.6 s for each of the two is too much for the 14.4 s left"
-
-
-def test_a_first_look_is_taken_whatever_the_one_before_took(monkeypatch):
-    clock, (subject,) = Clock(monkeypatch), subjects()
-    findings.look([subject], examples=512, budget=1.0, skip=["loss", "gradient_noise"])
-    assert clock.asked == [("hessian", 64), ("local_entropy", 64)]
+def test_a_terminal_is_told_what_comes_next_and_how_long_it_takes(checkpoints, tmp_path, monkeypatch, capsys):
+    words = ["report", checkpoints[0], *CLASSES, *QUICK, "--skip", "gradient_noise", "local_entropy"]
+    main([*words, "--output", str(tmp_path / "page.html")])
+    assert "examples" not in capsys.readouterr().err
+    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True)
+    main([*words, "--output", str(tmp_path / "page.html")])
+    told = [line for line in capsys.readouterr().err.splitlines() if "examples" in line]
+    assert [re.sub(r"\d+ s", "N s", line) for line in told] == [
+        "loss, 24 examples: N s, N s used",
+        "hessian, 24 examples: N s, N s used",
+    ]
 
 
 def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys):
     take, ends = findings.Subject.measure, {"local_entropy"}
 
-    def measure(self, section, examples, share):
+    def measure(self, section, *given):
         if section in ends:
             raise KeyboardInterrupt
-        return take(self, section, examples, share)
+        return take(self, section, *given)
 
     monkeypatch.setattr(findings.Subject, "measure", measure)
     arguments = [
@@ -151,11 +111,6 @@ def test_ctrl_c_keeps_what_was_found(checkpoints, tmp_path, monkeypatch, capsys)
         main([*arguments, "--output", str(tmp_path / "none.html")])
 
 
-def test_a_budget_is_positive(checkpoints):
-    with pytest.raises(ValueError, match="budget must be > 0 seconds or None, got -1"):
-        main(["report", checkpoints[0], *CLASSES, "--budget=-1"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,15 +119,31 @@ def test_a_budget_is_positive(checkpoints):
         (["compare", __file__, __file__, *CLASSES[:2]], "there must be data, got no --data and no train_dataloader"),
         (["report", __file__, "--module", "nowhere.Class", *CLASSES[2:]], "--module must be an import path"),
         (["report", __file__, "--module", "torch.nn.Linear", *CLASSES[2:]], "--module must be a LightningModule"),
-        (["report", __file__, *CLASSES, "--datum.x=1"], "--datum.x=1"),
+        (["report", __file__, *CLASSES, "--datum.x=1"], "report has no option --datum.x: did you mean --data?"),
+        (["report", __file__, "--modul", "train.py:Net"], "report has no option --modul: did you mean --module?"),
+        (["report", __file__, *CLASSES, "--budget=ten"], "error: --budget must be a number or null, got 'ten'"),
+        (["report", __file__, *CLASSES, "--examples=1.5"], "error: --examples must be an integer, got '1.5'"),
+        (["report", __file__, *CLASSES, "--hessian.top=x"], "error: --hessian.top must be an integer, got 'x'"),
+        (["report", __file__, *CLASSES, "--split=test"], "invalid choice: 'test' (choose from"),
+        (
+            ["repart", __file__, *CLASSES],
+            "word must be report or compare, got 'repart': did you mean report?",
+        ),
+        ([], "the first word must be report or compare, got nothing"),
+        (["report", *CLASSES], "report takes 1 checkpoint after its name, got 0"),
+        (["compare", __file__, *CLASSES], "compare takes 2 checkpoints after its name, got 1"),
+        (["report", __file__, *CLASSES, "--budget=-1"], "--budget must be > 0 seconds or null, got -1"),
+        (["report", __file__, *CLASSES, "--examples=0"], "--examples must be at least 1, got 0"),
         (["report", __file__, *CLASSES, "--hessian.top=many"], "hessian.top"),
         (["report", __file__, *CLASSES[:2]], "data"),
     ],
 )
 def test_bad_input(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         main(arguments)
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert end.value.code == 2 and len(said.strip().splitlines()) == 2, said
 
 
 @pytest.mark.parametrize("name", ["report", "compare"])

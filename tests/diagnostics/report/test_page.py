@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lightning_entropy.diagnostics import gradient_noise, hessian_spectrum, local_entropy, overview
 from lightning_entropy.diagnostics.report import page as page_module
-from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings
+from lightning_entropy.diagnostics.report.findings import SECTIONS, Findings, Left
 from lightning_entropy.diagnostics.report.losses import loss_and_error
 from lightning_entropy.diagnostics.report.page import page
 from lightning_entropy.diagnostics.report.pictures import figures
@@ -47,7 +47,7 @@ def findings(title, scale):
             ),
             "gradient_noise": gradient_noise(net, batches, groups=4),
         },
-        left={"hessian": 30},
+        left={"hessian": Left(30, 90)},
     )
 
 
@@ -221,7 +221,7 @@ def test_a_page_that_grows_draws_what_is_new_and_is_as_if_all_were_drawn(pair, m
         drawn.clear()
         text = page([found], sections=sections)
         assert drawn == [name]
-    found.left["hessian"] = 8
+    found.left["hessian"] = Left(8)
     found.results["loss"] = loss_and_error(tiny.net(), {"train": tiny.data()})
     drawn.clear()
     again = page([found], sections=sections)

@@ -66,6 +66,60 @@ def breaks():
 def smoothed(module, batch):
     return torch.nn.functional.cross_entropy(module(batch[0]), batch[1], label_smoothing=0.1)
 
+class Pixels(torch.nn.Module):
+    pass
+
+class Dicts(TinyModule):
+    def training_step(self, batch, index):
+        loss = torch.nn.functional.cross_entropy(self.net(batch["x"]), batch["y"])
+        self.log("loss", loss)
+        return dict(loss=loss, more=3)
+
+class Bodiless(TinyModule):
+    forward = pl.LightningModule.forward
+
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+class Manual(TinyModule):
+    def training_step(self, batch, index):
+        return None
+
+class Wide(TinyModule):
+    def __init__(self, breadth, depth=1):
+        super().__init__(breadth)
+
+class Deeper(TinyModule):
+    def __init__(self, width=5):
+        super().__init__(width)
+        self.more = torch.nn.Linear(2, 2)
+        self.even = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+
+def dicts():
+    return torch.utils.data.DataLoader([dict(x=x, y=y) for x, y in train().dataset], 8)
+
+def nothing():
+    train()
+
+def no_module():
+    pass
+
+def empty():
+    return torch.utils.data.DataLoader([])
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        raise KeyError("picture 3")
+
+def unreadable():
+    return torch.utils.data.DataLoader(Broken())
+
+def regression(module, batch):
+    return (module(batch[0]) - 1).square()
+
 loader = train()
 instance = TinyData()
 three = 3
@@ -164,12 +218,29 @@ def test_a_module_has_its_own_loaders_and_a_loss_its_own_script(folder):
         (("@Net", "@three"), r"--data must be callable or a DataLoader, .*, got .*:three, a int"),
         (("@Net", "@Net"), r"--data must be a LightningDataModule or a function, .*, the class Net"),
         (("@Net", "@breaks"), r"calling it has failed with FileNotFoundError: no folder data"),
-        (("@Net", "@needs"), r"missing 1 required .*'root': give arguments as --data.NAME=VALUE"),
-        (("@Net", "@train", "--data.size=3"), r"unexpected keyword argument 'size'"),
+        (("@Net", "@needs"), r"missing 1 required .*'root': give arguments as --data.root=VALUE"),
+        (("@Net", "@train", "--data.size=3"), r"unexpected keyword argument 'size'$"),
         (("@Net", "@train", "--split=val"), r"--split must name a loader of the data, got 'val'"),
         (("@Net", None), r"there must be data, got no --data and no train_dataloader in"),
         (("@Net", "@both", "--loss", "@three"), r"--loss must be a callable"),
-        (("@Net", "@both", "--module.width=7"), r"making it from .* has failed with RuntimeError"),
+        (("@Net", "@both", "--module.width=7"), r"its net.0.weight has the shape \[5, 5\], the module's \[7, 5\]"),
+        (("@Bodiless",), r"--loss .* for Bodiless on a batch that is a list of torch.float32 \(4, 5\), torch.int64 "
+         r"\(4,\): it has no forward; give --loss training_step for the module's own, or --loss train.py:"),
+        (("@Dicts", "@dicts"), r"--loss .* for Dicts on a batch that is a dict of x, y: .* give --loss training_step"),
+        (("@Net", "@dicts", "--loss", "@smoothed"), r"smoothed has failed for Net on a batch that is a dict of x"),
+        (("@Net", "@both", "--loss", "@regression"), r"must return a scalar tensor, .*, got torch.float32 \(4, 3\)"),
+        (("@Net", "@both", "--loss", "@Pixels"), r"--loss must be a callable .*, the class Pixels"),
+        (("@Manual", "@both", "--loss=training_step"), r"as with manual optimization; give --loss train.py:function"),
+        (("@Net", "@nothing"), r"--data must be a function that returns .*, got nothing \(is there a return\?\) from"),
+        (("@no_module",), r"--module must be a LightningModule, got nothing \(is there a return\?\) from .*no_module"),
+        (("@Net", "@empty"), r"--data .*:empty: .* data must hold at least one example"),
+        (("@Net", "@unreadable"), r"--data .*:unreadable: reading a batch has failed with KeyError: 'picture 3'"),
+        (("@Wide",), r"missing 1 required .*'breadth': give arguments as --module.breadth=VALUE"),
+        (("@Deeper",), r"last.ckpt must be a checkpoint of .*Deeper, made with .* it lacks more.weight, more.bias, "
+         r"even.0.weight and 5 more\. Name its class"),
+        (("@Net", "@both", "--device=cuda:7"), r"--device must be one that is here, got cuda:7: .*; leave it out"),
+        (("@Net", "@both", "--device=gpu"), r"--device must be one that is here, got gpu"),
+        (("train",), r"--module must be an import path such as package.module.Class or train.py:Class, got 'train'"),
         (("@Net", "@both", "--json=no/such/folder/x.json"), r"--json must be in a folder that there is"),
     ],
 )  # fmt: skip
@@ -181,6 +252,15 @@ def test_what_cannot_be_is_said_in_two_lines(folder, words, message, capsys):
     assert len(said) == 2, said
     assert said[0].startswith("error: ") and re.search(message, said[0])
     assert "report --help lists the options" in said[1]
+
+
+@pytest.mark.parametrize(("module", "data"), [("@Bodiless", "@both"), ("@Dicts", "@dicts"), ("@Net", "@both")])
+def test_the_module_s_own_loss_needs_no_forward_and_no_pairs(folder, module, data, recwarn):
+    report(folder, module, data, "--loss=training_step", "--batch_dim=0")
+    value = losses(folder)["training loss"][0]
+    report(folder)
+    assert value == pytest.approx(losses(folder)["training loss"][0], rel=1e-6), "which is the cross entropy here"
+    assert not [w for w in recwarn if "self.log" in str(w.message)]
 
 
 @pytest.mark.parametrize(("name", "reason"), [("other.pt", "got a file without 'state_dict'"), ("text.ckpt", "got ")])
