@@ -69,12 +69,6 @@ def gloo_is_open() -> bool:
     return "gloo_tcp_loop\n" in names
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Answer ``-n auto``: more workers than cores, as many tests wait for the processes that they have started."""
-    return min((os.cpu_count() or 1) + 2, 16)
-
-
 # CI tries the same examples every time; "thorough" as many others as one likes to wait for.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, stateful_step_count=25)
 settings.register_profile("thorough", deadline=None, max_examples=2000, stateful_step_count=50)
