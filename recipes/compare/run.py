@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from lightning_entropy import Relaxation
 from recipes.classifier import Classifier, Cosine
 from recipes.compare.budget import Budget, Kind
 from recipes.compare.judge import Judge, Recorder
@@ -73,6 +74,19 @@ class Task:
     optimizer: str = "sgd"
 
 
+def written_out(relaxation: Relaxation | None) -> str:
+    """Return all fields of a method, the defaults too, which its repr leaves out: those of another version may differ.
+
+    Example:
+        >>> written_out(Relaxation(inner_steps=5))[:33]
+        'Relaxation(inner_steps=5, gamma=0'
+    """
+    if relaxation is None:
+        return "None"
+    said = (f"{f.name}={getattr(relaxation, f.name)!r}" for f in fields(relaxation))
+    return f"Relaxation({', '.join(said)})"
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: a task, a method, a learning rate, a seed, a kind of budget.
@@ -97,7 +111,7 @@ class Run:
     def name(self) -> str:
         """A file name of this run alone; it changes with the method's defaults, too."""
         method = Method.parse(self.method)
-        text = json.dumps(asdict(self), sort_keys=True) + repr(method.relaxation) + method.defaults
+        text = json.dumps(asdict(self), sort_keys=True) + written_out(method.relaxation) + method.defaults
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", self.method)
         decay = "" if self.weight_decay is None else f"-wd{self.weight_decay:g}"

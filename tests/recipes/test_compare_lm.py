@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_entropy as le
 from recipes.compare.__main__ import main as compare
 from recipes.compare.lm import run as run_module
 from recipes.compare.lm import study as study_module
@@ -241,3 +242,13 @@ def test_the_command_line_says_that_it_is_there(capsys):
         assert said in " ".join(capsys.readouterr().out.split())
     assert parse(["--quick"]).steps < parse([]).steps
     assert parse(["--quick", "--steps", "7"]).steps == 7
+
+
+def test_a_run_has_another_name_when_a_methods_default_has_changed(task, monkeypatch):
+    run = Run(task, Arm("local_sgd", 4, 30), {"lr": 0.01}, 0, 12)
+    name = run.name
+    monkeypatch.setattr(le.Relaxation, "__repr__", lambda self: "of what differs from the defaults")
+    assert run.name == name
+    method = dataclasses.replace(METHODS["local_sgd"], relaxation=lambda inner_steps, _: le.local_sgd(inner_steps + 1))
+    monkeypatch.setitem(METHODS, "local_sgd", method)
+    assert run.name != name

@@ -72,6 +72,7 @@ def test_options_reach_the_method():
 
 
 def test_a_run_has_another_name_when_a_default_has_changed(monkeypatch):
+    monkeypatch.setattr(le.Relaxation, "__repr__", lambda self: "of what differs from the defaults")
     names = {Run(TASK, method, 0.1, 0).name for method in ("lookahead", "elastic_sgd", "sgd")}
     changed = Parts([le.InnerOuterCallback(le.lookahead(7))])
     monkeypatch.setitem(METHODS, "lookahead", lambda **options: changed)

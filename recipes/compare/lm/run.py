@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 import lightning_entropy as le
 from recipes.classifier import Cosine
 from recipes.compare.lm.methods import EMA_MEMORY, METHODS, Arm
-from recipes.compare.run import DIVERGED, settle
+from recipes.compare.run import DIVERGED, settle, written_out
 from recipes.data.cache import write
 from recipes.lm.data import TextData
 from recipes.lm.gpt import GPT
@@ -98,8 +98,8 @@ class Run:
     def name(self) -> str:
         """A file name of this run alone; it changes with the method's defaults, too."""
         method = METHODS[self.arm.method]
-        loop = method.relaxation and repr(method.relaxation(max(self.arm.inner_steps, 1), self.settings))
-        digest = hashlib.sha256((self.to_json() + str(loop)).encode()).hexdigest()[:10]
+        loop = method.relaxation and method.relaxation(max(self.arm.inner_steps, 1), self.settings)
+        digest = hashlib.sha256((self.to_json() + written_out(loop)).encode()).hexdigest()[:10]
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", f"{self.arm}")
         return f"{label}-lr{self.settings['lr']:g}-seed{self.seed}-{digest}"
 
