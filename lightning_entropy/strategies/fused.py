@@ -9,13 +9,13 @@ a view of another type, is a call of its own to it.
 
 import functools
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_entropy.engine.native.cuda import current
 from lightning_entropy.strategies.compression import BLOCK, BLOCK_4, LEVELS, LEVELS_4, Entry, Format
 
 
@@ -101,7 +101,7 @@ class FusedCodec:
     def _launch(self, kernel: Any, rows: int, n: int, *given: Any, **constants: int) -> None:
         """Launch a kernel, a program for every block of every row."""
         layout, device = LAYOUTS[self.format], given[0].device
-        with _on(device):
+        with current(device):
             kernel[(rows * n // BLOCK,)](
                 *given,
                 n,
@@ -112,8 +112,3 @@ class FusedCodec:
                 LEVELS=layout.levels,
                 enable_fp_fusion=False,  # or what is left out is not that of what is sent, to the last bit
             )
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,9 +1,6 @@
 """Rounding by Triton kernels: in Triton's interpreter, compiled for real, and counted. No GPU is needed."""
 
 import inspect
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from lightning_entropy.strategies.fused import LAYOUTS, FusedCodec, is_fusible
 from lightning_entropy.strategies.links import Links
 from tests.device_calls import Calls, as_on_a_gpu, rounded_by_kernels
 from tests.engine.test_launches import resnet50
+from tests.interpreter import run_interpreted
 from tests.strategies.runs import FORK_WARNINGS, fit, strategy
 from tests.strategies.test_exchange import meet
 
@@ -29,13 +27,7 @@ FORMATS = tuple(LAYOUTS)
 @NEEDS_TRITON
 @pytest.mark.processes
 def test_in_tritons_interpreter() -> None:
-    """It has to be told before Triton is imported, so a process of its own runs the file beside this one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rA", str(Path(__file__).with_name("interpreted.py"))]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    run_interpreted(Path(__file__).with_name("interpreted.py"))
 
 
 @NEEDS_TRITON

@@ -77,7 +77,7 @@ class TritonKernel:
             _ROW.pack(*kept, gradient, size, n.noise.start, *n.update, n.pull, n.noise.scale, *n.noise.keys)
             for kept, gradient, size, n in rows
         ]
-        with _on(device):
+        with current(device):
             table, blocks = self._table_of(device, packed), self._blocks_of(device, places.sizes)
             kernel()[(len(blocks),)](
                 table,
@@ -114,6 +114,6 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def current(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

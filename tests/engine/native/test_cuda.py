@@ -2,9 +2,7 @@
 
 import copy
 import inspect
-import os
 import pickle
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from lightning_entropy.engine.native import cuda
 from lightning_entropy.engine.native.rows import Noise, Numbers, Places, Update
 from tests.device_calls import Calls
+from tests.interpreter import run_interpreted
 
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with a torch for CUDA alone")
 CPU = torch.device("cpu")
@@ -22,13 +21,7 @@ CPU = torch.device("cpu")
 
 @NEEDS_TRITON
 def test_in_tritons_interpreter() -> None:
-    """It has to be told before Triton is imported, so a process of its own runs the file beside this one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rA", str(Path(__file__).with_name("interpreted.py"))]
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    run_interpreted(Path(__file__).with_name("interpreted.py"))
 
 
 @NEEDS_TRITON
