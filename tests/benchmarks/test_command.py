@@ -28,6 +28,7 @@ class Read(Exception):
     """A command line is about to be read."""
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_option_has_a_text_and_a_misspelt_one_ends_in_two_lines(
     command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -38,8 +39,6 @@ def test_every_option_has_a_text_and_a_misspelt_one_ends_in_two_lines(
     parse = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", read)
     monkeypatch.setattr(sys, "argv", list(command))
-    for name in [name for name in sys.modules if name == f"{command[0]}.__main__" or name == command[0]]:
-        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(Read) as caught:
         runpy.run_module(command[0], run_name="__main__")
     (parser,) = caught.value.args

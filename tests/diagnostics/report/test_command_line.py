@@ -163,10 +163,10 @@ def test_settings_of_a_class_and_of_an_estimator_are_told_from_its_name(checkpoi
     assert options.local_entropy.samples == 20
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
 def test_it_is_a_command(monkeypatch, capsys):
     """What ``python -m`` does, without the seconds of a new process."""
     monkeypatch.setattr(sys, "argv", ["diagnostics", "--help"])
-    monkeypatch.delitem(sys.modules, "lightning_entropy.diagnostics.__main__", raising=False)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("lightning_entropy.diagnostics", run_name="__main__")
     assert "compare" in capsys.readouterr().out
