@@ -43,6 +43,7 @@ def main(args: Sequence[str]) -> Study:
                 batch_size=options.batch_size,
                 val_windows=options.val_windows,
                 steps=options.steps,
+                beta2=options.beta2,
             ),
             **{
                 name: getattr(options, name)
@@ -79,6 +80,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--inner_steps", type=argument(int, 1, 10**6), nargs="+", default=[10, 30, 100], help="H")
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of what replicas send")
     add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", default=[1e-3, 3e-3, 1e-2], help="that methods try")
+    add("--beta2", type=argument(float, 0, 0.999999), default=0.95, help="of AdamW")
     add("--seeds", type=argument(int, 1, 1000), default=3, help="trainings of each at its best rate")
     add("--steps", type=argument(int, 1, 10**9), default=900, help="of a training, warm-up included")
     add("--batch_size", type=argument(int, 1, 10**6), default=32, help="windows of a step, all replicas together")

@@ -165,7 +165,7 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
         "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of "
-        f"{', '.join(map(str, MOMENTA))}; the outer rate is 0.7.",
+        f"{', '.join(map(str, MOMENTA))}; the outer rate is 0.7, beta2 {study.task.beta2:g}.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
         "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
         "count as of one size; latency is left out.",

@@ -45,6 +45,7 @@ class Task:
         steps: of a training at equal tokens.
         warmup: share of training before the cosine, which ends at a tenth of the rate.
         weight_decay: of AdamW and Muon.
+        beta2: of AdamW, that of Muon's other parameters, too.
     """
 
     net: Mapping[str, int] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class Task:
     steps: int = 900
     warmup: float = 0.05
     weight_decay: float = 0.1
+    beta2: float = 0.95
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,7 +74,7 @@ class Task:
 
     def optimizer(self, name: str, lr: float) -> partial[Optimizer]:
         """Return what makes AdamW or Muon from groups of parameters."""
-        common = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": self.weight_decay}
+        common = {"lr": lr, "betas": (0.9, self.beta2), "weight_decay": self.weight_decay}
         return partial(torch.optim.AdamW, fused=True, **common) if name == "adamw" else partial(Muon, **common)
 
 
