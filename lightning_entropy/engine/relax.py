@@ -114,9 +114,10 @@ def _check(optimizer: Optimizer, relaxation: Relaxation) -> None:
     uses_lr = relaxation.has_anchor and (by_lr or relaxation.noise != 0)
     if uses_lr and any("lr" not in group for group in optimizer.param_groups):
         raise ValueError("optimizer must have an 'lr' in every param group for a spring or noise, got one without")
-    if relaxation.has_shares:
+    if (name := relaxation.share) is not None:
         raise ValueError(
-            f"at must be an outer step here, where the length of the training is not known, got a share in {relaxation}"
+            f"{name} must count outer steps here, where the length of the training is not known, got a share of it in "
+            f"{getattr(relaxation, name)!r}"
         )
     averages = not relaxation.has_anchor and relaxation.inner_steps > 1
     if isinstance(optimizer, SparseAdam) and averages:

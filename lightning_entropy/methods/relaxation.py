@@ -251,12 +251,18 @@ class Relaxation:
         return {name: _plain(value) for name, value in values.items()}
 
     @property
-    def has_shares(self) -> bool:
-        """Whether a setting is a share of the training, which :meth:`over` turns into an outer step."""
-        return self.over(1.0) is not self
+    def share(self) -> str | None:
+        """The first setting that is a share of the training, which :meth:`over` turns into outer steps; None: none is.
+
+        Example:
+            >>> Relaxation(inner_steps=5, outer_lr=Starting(0.5, at=0.9, before=1.0)).share
+            'outer_lr'
+        """
+        known = self.over(1.0)
+        return next((n for n in self.__dataclass_fields__ if getattr(known, n) is not getattr(self, n)), None)
 
     def over(self, steps: float) -> "Relaxation":
-        """Return the method in which shares of the training (:class:`Starting`) are outer steps.
+        """Return the method in which shares of the training, as schedules may have, are outer steps.
 
         Args:
             steps: the training's length in steps of the optimizer, > 0.

@@ -71,7 +71,7 @@ class Widening:
     Args:
         gamma: at t = 0, > 0.
         factor: final width over first width, > 0.
-        steps: outer steps until then, int >= 1.
+        steps: until then: outer steps, int >= 1, or a share of the training, as :class:`Starting` has it.
 
     Raises:
         ValueError: an argument outside its range.
@@ -87,16 +87,16 @@ class Widening:
 
     gamma: float
     factor: float
-    steps: int
+    steps: int | float
 
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma, POSITIVE)
         check_number("factor", self.factor, POSITIVE)
-        check_integer("steps", self.steps, 1)
+        _check_length("steps", self.steps, 1)
 
     def __call__(self, t: int) -> float:
         """Return gamma at outer step t >= 0."""
-        half_cosine = (1 - math.cos(math.pi * min(t, self.steps) / self.steps)) / 2
+        half_cosine = (1 - math.cos(math.pi * _done("steps", self.steps, t))) / 2
         return self.gamma / (1 + (self.factor - 1) * half_cosine) ** 2
 
 
@@ -105,11 +105,12 @@ class Warmup:
     """Go linearly from ``start`` to ``value`` over the first outer steps, and stay there.
 
     For any number of a relaxation, such as ``width=Warmup(0.1, 1000)``: noise that is small while the weights still
-    move fast. With ``start`` above ``value`` it is a decay.
+    move fast. With ``start`` above ``value`` it is a decay: ``outer_lr=Warmup(0.2, 0.9, start=0.7)`` falls over nine
+    tenths of the training.
 
     Args:
         value: from t = ``steps`` on, >= 0.
-        steps: outer steps until then, int >= 1.
+        steps: until then: outer steps, int >= 1, or a share of the training, as :class:`Starting` has it.
         start: value at t = 0, >= 0.
 
     Raises:
@@ -122,17 +123,17 @@ class Warmup:
     """
 
     value: float
-    steps: int
+    steps: int | float
     start: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("value", self.value, NON_NEGATIVE)
-        check_integer("steps", self.steps, 1)
+        _check_length("steps", self.steps, 1)
         check_number("start", self.start, NON_NEGATIVE)
 
     def __call__(self, t: int) -> float:
         """Return the value at outer step t >= 0."""
-        done = min(t, self.steps) / self.steps
+        done = _done("steps", self.steps, t)
         return self.start * (1 - done) + self.value * done
 
 
@@ -147,8 +148,8 @@ class Starting:
 
     Args:
         value: from outer step ``at`` on: a number, or a schedule that counts its steps from there.
-        at: int >= 0, an outer step; or a float in (0, 1), a share of the training, which the callbacks know under
-            automatic optimization with a ``max_steps`` or ``max_epochs``. Elsewhere a share is refused.
+        at: int >= 0, an outer step; or a float in (0, 1), a share of the training, which callbacks and strategies know
+            under automatic optimization with a ``max_steps`` or ``max_epochs``. Elsewhere a share is refused.
         before: until then, >= 0.
 
     Raises:
@@ -174,21 +175,17 @@ class Starting:
     def __post_init__(self) -> None:
         if not callable(self.value):
             check_number("value", self.value, NON_NEGATIVE)
-        if isinstance(self.at, float):
-            check_number("at", self.at, ("an outer step, an int >= 0, or a share in (0, 1)", lambda v: 0 < v < 1))
-        else:
-            check_integer("at", self.at, 0)
+        _check_length("at", self.at, 0)
         check_number("before", self.before, NON_NEGATIVE)
 
     def __call__(self, t: int) -> float:
         """Return the value at outer step t >= 0."""
         if t == 0 and isinstance(self.at, float):  # which is before any share
             return self.before
-        if isinstance(self.at, float):
-            raise ValueError(f"at={self.at} is a share of a training whose length is not known: make it an outer step")
-        if t < self.at:
+        at = _known("at", self.at)
+        if t < at:
             return self.before
-        return self.value(t - self.at) if callable(self.value) else self.value
+        return self.value(t - at) if callable(self.value) else self.value
 
 
 def in_outer_steps(value: Any, total: float) -> Any:
@@ -203,5 +200,24 @@ def in_outer_steps(value: Any, total: float) -> Any:
     parts = {name: in_outer_steps(getattr(value, name), total) for name in value.__dataclass_fields__}
     if isinstance(value, Starting) and isinstance(value.at, float):
         parts["at"] = round(value.at * total)
+    if isinstance(value, Warmup | Widening) and isinstance(value.steps, float):
+        parts["steps"] = max(round(value.steps * total), 1)
     changed = {name: part for name, part in parts.items() if part is not getattr(value, name)}
     return replace(value, **changed) if changed else value
+
+
+def _check_length(name: str, value: Any, least: int) -> None:
+    if isinstance(value, float):
+        check_number(name, value, (f"outer steps, an int >= {least}, or a share in (0, 1)", lambda v: 0 < v < 1))
+    else:
+        check_integer(name, value, least)
+
+
+def _known(name: str, value: int | float) -> int:
+    if isinstance(value, float):
+        raise ValueError(f"{name}={value} is a share of a training whose length is not known: make it outer steps")
+    return value
+
+
+def _done(name: str, steps: int | float, t: int) -> float:
+    return min(t, _known(name, steps)) / steps if t else 0.0  # none of any share

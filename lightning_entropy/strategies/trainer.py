@@ -1,6 +1,7 @@
 """Replicas under the Trainer: every device, or group of devices, trains one, elastically tied to their mean."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from lightning_entropy.strategies.sharding import check_sharding, sync_shards
 from lightning_entropy.strategies.start import initialize, seed_apart
 from lightning_entropy.strategies.stopping import JointStop, OwnStop
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
-from lightning_entropy.trainer.progress import training_is_complete, warn_if_pinned, warn_if_short
+from lightning_entropy.trainer.progress import of_this_training, training_is_complete, warn_if_pinned, warn_if_short
 
 
 class ElasticEntropyStrategy(ResumableDDPStrategy):
@@ -232,10 +233,11 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         check_optimizers(self._module, self.optimizers)
         warn_if_pinned(self.options.relaxation, self.optimizers)
         warn_if_short(type(self).__name__, self.options.relaxation, self._trainer)
+        relaxation = of_this_training(self.options.relaxation, self._trainer)
         self._loops = replica_loops(
             self._module,
             self.optimizers,
-            self.options,
+            replace(self.options, relaxation=relaxation),
             self.grid,
             seed=self._base_seed,
             timeout=timeout(self),

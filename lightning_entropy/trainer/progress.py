@@ -22,18 +22,19 @@ def of_this_training(relaxation: Relaxation, trainer: Trainer) -> Relaxation:
     Raises:
         MisconfigurationException: it has some, and how many steps each optimizer takes is not known.
     """
-    if not relaxation.has_shares:
+    name = relaxation.share
+    if name is None:
         return relaxation
+    got = f"got a share of the training in {getattr(relaxation, name)!r}"
     if not trainer.lightning_module.automatic_optimization:
         raise MisconfigurationException(
-            "at must be an outer step in manual optimization, where the number of each optimizer's steps is not known, "
-            f"got a share of the training in {relaxation}"
+            f"{name} must count outer steps in manual optimization, where the number of each optimizer's steps is not "
+            f"known, {got}"
         )
     steps = _optimizer_steps(trainer)
     if math.isinf(steps):
         raise MisconfigurationException(
-            "at must be an outer step without max_steps or max_epochs, as the training has no end, got a share of it "
-            f"in {relaxation}"
+            f"{name} must count outer steps without max_steps or max_epochs, as the training has no end, {got}"
         )
     return relaxation.over(steps)
 

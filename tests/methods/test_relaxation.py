@@ -167,14 +167,26 @@ def test_a_pull_is_a_stiffness_and_no_gamma() -> None:
 
 def test_shares_of_the_training_are_turned_into_outer_steps() -> None:
     late = le.Relaxation(inner_steps=5, width=le.Starting(0.1, at=0.9), gamma=le.Pull(le.Starting(0.5, at=0.5)))
-    assert late.has_shares
+    assert late.share == "gamma"
     at_steps = late.over(1000)  # 200 outer steps
     assert at_steps.width == le.Starting(0.1, at=180)
     assert at_steps.gamma == le.Pull(le.Starting(0.5, at=100))
-    assert not at_steps.has_shares
+    assert at_steps.share is None
     assert at_steps.over(7) is at_steps
     with pytest.raises(ValueError, match=r"at=0.9 is a share of a training whose length is not known"):
         late.at(1)
+
+
+def test_a_straight_line_over_a_share_of_the_training() -> None:
+    falling = le.Relaxation(inner_steps=5, outer_lr=le.Warmup(0.2, 0.9, start=0.7))
+    assert falling.share == "outer_lr"
+    assert falling.over(1000).outer_lr == le.Warmup(0.2, 180, start=0.7)
+    assert falling.over(3).outer_lr == le.Warmup(0.2, 1, start=0.7), "at least one outer step"
+    assert falling.at(0).outer_lr == 0.7
+    with pytest.raises(ValueError, match=r"steps=0.9 is a share of a training whose length is not known"):
+        falling.at(1)
+    widening = le.Relaxation(perturb=True, gamma=le.Starting(le.Widening(4.0, 2.0, 0.5), at=0.25, before=4.0))
+    assert widening.over(100).gamma == le.Starting(le.Widening(4.0, 2.0, 50), at=25, before=4.0)
 
 
 def test_the_width_of_either_perturbation() -> None:

@@ -59,7 +59,8 @@ def test_a_late_start_counts_its_schedule_from_there() -> None:
     "schedule",
     [
         le.Scoping(0.5, 0.1, limit=2.0), le.Scoping("auto", 0.1), le.Widening(4, 2, 10), le.Warmup(0.1, 5, start=1),
-        le.Starting(le.Warmup(0.1, 5), at=0.5), le.Pull(0.5), le.Pull(le.Warmup(0.5, 3)),
+        le.Starting(le.Warmup(0.1, 5), at=0.5), le.Warmup(0.2, 0.9, start=0.7), le.Pull(0.5),
+        le.Pull(le.Warmup(0.5, 3)),
     ],
 )  # fmt: skip
 def test_schedules_pickle_print_and_compare(schedule: Any) -> None:
@@ -75,9 +76,9 @@ def test_schedules_pickle_print_and_compare(schedule: Any) -> None:
         *((lambda v=v: le.Scoping(1.0, 0.1, v), "limit") for v in (0, -1, NAN, INF, "big", True)),
         *((lambda v=v: le.Widening(v, 2.0, 10), "gamma") for v in (0, -1, NAN, INF, None, "auto", True)),
         *((lambda v=v: le.Widening(1.0, v, 10), "factor") for v in (0, -1, NAN, INF, None, True)),
-        *((lambda v=v: le.Widening(1.0, 2.0, v), "steps") for v in (0, -1, NAN, 1.5, None, True)),
+        *((lambda v=v: le.Widening(1.0, 2.0, v), "steps") for v in (0, -1, 0.0, 1.0, NAN, 1.5, None, True)),
         *((lambda v=v: le.Warmup(v, 2), "value") for v in (-1, NAN, INF, None, "auto", True)),
-        *((lambda v=v: le.Warmup(1.0, v), "steps") for v in (0, -1, NAN, 1.5, None, True)),
+        *((lambda v=v: le.Warmup(1.0, v), "steps") for v in (0, -1, 0.0, 1.0, NAN, 1.5, None, True)),
         *((lambda v=v: le.Warmup(1.0, 2, start=v), "start") for v in (-1, NAN, INF, None, True)),
         *((lambda v=v: le.Starting(v, at=2), "value") for v in (-1, NAN, INF, None, "auto", True)),
         *((lambda v=v: le.Starting(1.0, at=v), "at") for v in (-1, 0.0, 1.0, 1.5, NAN, None, True)),

@@ -79,6 +79,16 @@ def test_every_method_searches_and_keeps_its_own_best(task, tmp_path, monkeypatc
     assert {run.name for run in runs} & {run.name for run in finals}, "seed 0 of the search is the comparison's"
 
 
+def test_an_outer_rate_that_falls_is_tried_with_each_momentum(task, tmp_path):
+    found = study(task, tmp_path, outer_finals=(1.0, 0.3))
+    assert len(found.tried("adamw")) == 2
+    tried = [METHODS["diloco"].relaxation(30, settings) for settings in found.tried("diloco")]
+    falling = le.Warmup(0.21, 0.9, start=0.7)
+    constant, fallen = le.diloco(30, outer_momentum=0.8), le.diloco(30, outer_lr=falling, outer_momentum=0.8)
+    assert len(tried) == 12 and tried.count(constant) == tried.count(fallen) == 2
+    assert METHODS["streaming_diloco"].relaxation(30, found.tried("streaming_diloco")[1]).outer_lr == falling
+
+
 def test_a_search_that_diverges_is_chosen_last(task, tmp_path):
     records = [
         {"val_loss": loss, "run": {"arm": {"method": "adamw"}, "settings": {"lr": lr}}}
@@ -178,6 +188,16 @@ def test_methods_of_one_replica_train(method, task, tmp_path):
     arm = Arm(method, inner_steps=4 if METHODS[method].relaxation else 0)
     settings = {name: values[0] for name, values in METHODS[method].grid.items()}
     assert record(task, tmp_path, arm, **settings)["val_loss"] < math.log(256) - 0.5
+
+
+@pytest.mark.processes
+def test_replicas_know_how_long_a_rate_falls(task, tmp_path, monkeypatch):
+    """Twelve steps are three loops of four, of which nine tenths are three outer steps."""
+    arm, momentum = Arm("diloco", 2, 4), {"outer_momentum": 0.5}
+    share, constant = (record(task, tmp_path, arm, **momentum, outer_final=final) for final in (0.5, 1.0))
+    counted = le.diloco(4, outer_lr=le.Warmup(0.35, 3, start=0.7), outer_momentum=0.5)
+    monkeypatch.setitem(METHODS, "diloco", dataclasses.replace(METHODS["diloco"], relaxation=lambda *_: counted))
+    assert share["val_loss"] == record(task, tmp_path, arm, **momentum)["val_loss"] != constant["val_loss"]
 
 
 @pytest.mark.processes

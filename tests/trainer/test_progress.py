@@ -59,15 +59,18 @@ def test_before_its_start_a_method_is_the_plain_optimizer() -> None:
 
 
 def test_without_an_end_or_with_manual_optimization_a_share_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="at must be an outer step without max_steps or max_epochs"):
+    no_end = (
+        r"width must count outer steps without max_steps or max_epochs, .*, got a share of the training in Starting\("
+    )
+    with pytest.raises(MisconfigurationException, match=no_end):
         widths(LATE, Automatic(), max_epochs=-1)
-    with pytest.raises(MisconfigurationException, match="at must be an outer step in manual optimization"):
+    with pytest.raises(MisconfigurationException, match="width must count outer steps in manual optimization"):
         widths(LATE, Manual(), max_steps=6)
 
 
 def test_elsewhere_too() -> None:
     w = torch.nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(ValueError, match=r"at must be an outer step here, .*, got a share in Relaxation\("):
+    with pytest.raises(ValueError, match=r"width must count outer steps here, .*, got a share of it in Starting\("):
         le.relax(torch.optim.SGD([w], lr=0.1), LATE)
 
 

@@ -27,6 +27,7 @@ QUICK = {
     "inner_steps": [10],
     "formats": ["float32", "int8"],
     "lrs": [0.01],
+    "outer_finals": [1.0],
     "seeds": 1,
     "out": Path("runs/compare/lm-quick"),
 }
@@ -47,7 +48,7 @@ def main(args: Sequence[str]) -> Study:
             ),
             **{
                 name: getattr(options, name)
-                for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "seeds")
+                for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "outer_finals", "seeds")
             },
             vary=options.methods if options.vary is None else options.vary,
             out=options.out,
@@ -80,6 +81,8 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--inner_steps", type=argument(int, 1, 10**6), nargs="+", default=[10, 30, 100], help="H")
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of what replicas send")
     add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", default=[1e-3, 3e-3, 1e-2], help="that methods try")
+    add("--outer_finals", type=argument(float, 0, 1), nargs="+", default=[1.0, 0.3],
+        help="what outer learning rates fall to, in their first value; 1: constant")  # fmt: skip
     add("--beta2", type=argument(float, 0, 0.999999), default=0.95, help="of AdamW")
     add("--seeds", type=argument(int, 1, 1000), default=3, help="trainings of each at its best rate")
     add("--steps", type=argument(int, 1, 10**9), default=900, help="of a training, warm-up included")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from lightning_entropy import Relaxation
 Settings = Mapping[str, float]
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # of what replicas send
-MOMENTA = (0.5, 0.8, 0.9)  # of an outer Nesterov step
+OUTER_LR, MOMENTA = 0.7, (0.5, 0.8, 0.9)  # of an outer Nesterov step
 EMA_MEMORY = 0.05  # of the training, about, is in the average
 
 
@@ -70,6 +70,17 @@ class Method:
             return 1.0
         return min(relaxation.fragments * relaxation.delay / inner_steps, 1.0)
 
+    def tried(self, lrs: Sequence[float], outer_finals: Sequence[float]) -> dict[str, Sequence[float]]:
+        """Return each setting's name and the values that are tried.
+
+        Args:
+            lrs: learning rates.
+            outer_finals: what the outer learning rate falls to over the training, in its first value; 1 alone is no
+                setting.
+        """
+        falling = {"outer_final": outer_finals} if "outer_momentum" in self.grid and list(outer_finals) != [1] else {}
+        return {"lr": lrs, **self.grid, **falling}
+
 
 def ddp_like(arm: Arm) -> Arm:
     """Return DDP with as many replicas and the same inner optimizer."""
@@ -81,12 +92,17 @@ def _first(grid: Mapping[str, tuple[float, ...]]) -> Settings:
 
 
 def _nesterov(inner_steps: int, settings: Settings) -> Relaxation:
-    return le.diloco(inner_steps, outer_lr=0.7, outer_momentum=settings["outer_momentum"])
+    return le.diloco(inner_steps, **_outer(settings))
 
 
 def _streaming(inner_steps: int, settings: Settings) -> Relaxation:
-    delay = min(4, inner_steps - 1)
-    return le.streaming_diloco(inner_steps, delay=delay, outer_lr=0.7, outer_momentum=settings["outer_momentum"])
+    return le.streaming_diloco(inner_steps, delay=min(4, inner_steps - 1), **_outer(settings))
+
+
+def _outer(settings: Settings) -> Any:
+    final = settings.get("outer_final", 1.0)
+    rate = OUTER_LR if final == 1 else le.Warmup(final * OUTER_LR, 0.9, start=OUTER_LR)
+    return {"outer_lr": rate, "outer_momentum": settings["outer_momentum"]}
 
 
 _OUTER: Any = {"relaxation": _nesterov, "grid": {"outer_momentum": MOMENTA}}

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.compare.lm.methods import METHODS, MOMENTA, Arm, ddp_like
+from recipes.compare.lm.methods import METHODS, MOMENTA, OUTER_LR, Arm, ddp_like
 from recipes.compare.lm.speed import LINKS, link_seconds
 from recipes.compare.lm.study import THROTTLED, Chosen, Record, Study
 from recipes.data.cache import write
@@ -165,7 +165,8 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
         "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of "
-        f"{', '.join(map(str, MOMENTA))}; the outer rate is 0.7, beta2 {study.task.beta2:g}.",
+        f"{', '.join(map(str, MOMENTA))}; the outer rate is {OUTER_LR}, at the end of the training that times one of "
+        f"{', '.join(f'{final:g}' for final in study.outer_finals)}; beta2 is {study.task.beta2:g}.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
         "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
         "count as of one size; latency is left out.",
@@ -199,7 +200,7 @@ def _ratio(value: float, base: float, form: str, less: float) -> str:
 
 
 def _settings(settings: Mapping[str, float]) -> str:
-    names = {"lr": "lr", "outer_momentum": "momentum"}
+    names = {"lr": "lr", "outer_momentum": "momentum", "outer_final": "outer rate at the end x"}
     return ", ".join(f"{names[name]} {value:g}" for name, value in settings.items())
 
 

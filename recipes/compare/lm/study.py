@@ -38,6 +38,7 @@ class Study:
         lrs: learning rates that every method tries, with seed 0.
         seeds: trainings of each arm: seeds 0, 1, ...
         out: folder for results.
+        outer_finals: what an outer learning rate falls to, to try with each momentum.
         workers: trainings at a time, each a process; 0 trains in this process.
 
     Raises:
@@ -53,10 +54,11 @@ class Study:
     lrs: Sequence[float]
     seeds: int
     out: Path
+    outer_finals: Sequence[float] = (1.0,)
     workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("methods", "replicas", "inner_steps", "formats", "lrs"):
+        for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "outer_finals"):
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be different ones, at least one, got {values}")
@@ -101,7 +103,7 @@ class Study:
 
     def tried(self, name: str) -> list[Settings]:
         """List a method's settings to try."""
-        grid = {"lr": tuple(self.lrs), **METHODS[name].grid}
+        grid = METHODS[name].tried(self.lrs, self.outer_finals)
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     def chosen(self, records: Sequence[Record]) -> Chosen:
