@@ -14,6 +14,8 @@ from recipes.compare.lm.study import Study
 from recipes.limits import argument
 from recipes.messages import Parser, refusing
 
+CHOICES = ("methods", "replicas", "inner_steps", "formats", "lrs", "outer_momenta", "outer_finals", "seeds")
+
 # Minutes on two cores: a tiny net, few steps, one seed, a method of each kind.
 QUICK = {
     "steps": 60,
@@ -46,10 +48,7 @@ def main(args: Sequence[str]) -> Study:
                 steps=options.steps,
                 beta2=options.beta2,
             ),
-            **{
-                name: getattr(options, name)
-                for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "outer_finals", "seeds")
-            },
+            **{name: getattr(options, name) for name in CHOICES},
             vary=options.methods if options.vary is None else options.vary,
             out=options.out,
             workers=options.workers,
@@ -81,6 +80,8 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--inner_steps", type=argument(int, 1, 10**6), nargs="+", default=[10, 30, 100], help="H")
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of what replicas send")
     add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", default=[1e-3, 3e-3, 1e-2], help="that methods try")
+    add("--outer_momenta", type=argument(float, 0, 0.999), nargs="+", default=[0.5, 0.8, 0.9],
+        help="that methods with an outer Nesterov step try")  # fmt: skip
     add("--outer_finals", type=argument(float, 0, 1), nargs="+", default=[1.0, 0.3],
         help="what outer learning rates fall to, in their first value; 1: constant")  # fmt: skip
     add("--beta2", type=argument(float, 0, 0.999999), default=0.95, help="of AdamW")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning_entropy as le
@@ -12,7 +12,8 @@ from lightning_entropy import Relaxation
 Settings = Mapping[str, float]
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # of what replicas send
-OUTER_LR, MOMENTA = 0.7, (0.5, 0.8, 0.9)  # of an outer Nesterov step
+OUTER_LR = 0.7  # of an outer Nesterov step
+ANY: Settings = {"outer_momentum": 0.9}  # for what does not depend on them
 EMA_MEMORY = 0.05  # of the training, about, is in the average
 
 
@@ -47,7 +48,7 @@ class Method:
         optimizer: the inner one.
         relaxation: makes the loop from the inner steps and the settings; None: there is none.
         replicated: it trains replicas.
-        grid: settings beside the learning rate, and the values that are tried.
+        nesterov: its outer step is Nesterov's, whose momentum is chosen too.
         ema: keep an exponential moving average, Lightning's callback.
         inner_steps: H of a method on one replica; None: the study's.
     """
@@ -55,7 +56,7 @@ class Method:
     optimizer: Literal["adamw", "muon"] = "adamw"
     relaxation: Callable[[int, Settings], Relaxation] | None = None
     replicated: bool = False
-    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    nesterov: bool = False
     ema: bool = False
     inner_steps: int | None = None
 
@@ -65,30 +66,30 @@ class Method:
         None of it where the outer step waits; with fragments, each has the steps of its delay; the anchors have all,
         and so, which is more than they can have, do DDP's gradients.
         """
-        relaxation = self.relaxation and self.relaxation(inner_steps, _first(self.grid))
+        relaxation = self.relaxation and self.relaxation(inner_steps, ANY)
         if relaxation is None or relaxation.elastic_target == "anchor":
             return 1.0
         return min(relaxation.fragments * relaxation.delay / inner_steps, 1.0)
 
-    def tried(self, lrs: Sequence[float], outer_finals: Sequence[float]) -> dict[str, Sequence[float]]:
+    def tried(
+        self, lrs: Sequence[float], outer_momenta: Sequence[float], outer_finals: Sequence[float]
+    ) -> dict[str, Sequence[float]]:
         """Return each setting's name and the values that are tried.
 
         Args:
             lrs: learning rates.
-            outer_finals: what the outer learning rate falls to over the training, in its first value; 1 alone is no
-                setting.
+            outer_momenta: of an outer Nesterov step.
+            outer_finals: what its learning rate falls to over the training, in its first value; 1 alone is no setting.
         """
-        falling = {"outer_final": outer_finals} if "outer_momentum" in self.grid and list(outer_finals) != [1] else {}
-        return {"lr": lrs, **self.grid, **falling}
+        if not self.nesterov:
+            return {"lr": lrs}
+        falling = {} if list(outer_finals) == [1] else {"outer_final": outer_finals}
+        return {"lr": lrs, "outer_momentum": outer_momenta, **falling}
 
 
 def ddp_like(arm: Arm) -> Arm:
     """Return DDP with as many replicas and the same inner optimizer."""
     return Arm("muon_ddp" if METHODS[arm.method].optimizer == "muon" else "ddp", arm.replicas)
-
-
-def _first(grid: Mapping[str, tuple[float, ...]]) -> Settings:
-    return {name: values[0] for name, values in grid.items()}
 
 
 def _nesterov(inner_steps: int, settings: Settings) -> Relaxation:
@@ -105,7 +106,7 @@ def _outer(settings: Settings) -> Any:
     return {"outer_lr": rate, "outer_momentum": settings["outer_momentum"]}
 
 
-_OUTER: Any = {"relaxation": _nesterov, "grid": {"outer_momentum": MOMENTA}}
+_OUTER: Any = {"relaxation": _nesterov, "nesterov": True}
 
 METHODS: dict[str, Method] = {
     "adamw": Method(),
@@ -118,7 +119,7 @@ METHODS: dict[str, Method] = {
     "muon_ddp": Method("muon", replicated=True),
     "local_sgd": Method(relaxation=lambda inner_steps, _: le.local_sgd(inner_steps), replicated=True),
     "diloco": Method(replicated=True, **_OUTER),
-    "streaming_diloco": Method(replicated=True, relaxation=_streaming, grid={"outer_momentum": MOMENTA}),
+    "streaming_diloco": Method(replicated=True, relaxation=_streaming, nesterov=True),
     "muon_diloco": Method("muon", replicated=True, **_OUTER),
     "elastic_sgd": Method(relaxation=lambda inner_steps, _: le.elastic_sgd(inner_steps, rho=1.0), replicated=True),
     "parle": Method(relaxation=lambda inner_steps, _: le.parle(inner_steps), replicated=True),

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.compare.lm.methods import METHODS, MOMENTA, OUTER_LR, Arm, ddp_like
+from recipes.compare.lm.methods import METHODS, OUTER_LR, Arm, ddp_like
 from recipes.compare.lm.speed import LINKS, link_seconds
 from recipes.compare.lm.study import THROTTLED, Chosen, Record, Study
 from recipes.data.cache import write
@@ -159,14 +159,17 @@ def _alone(chosen: Chosen, arms: Sequence[Arm], final: Sequence[Record]) -> str:
 def _notes(study: Study, final: Sequence[Record]) -> list[str]:
     replicas, inner_steps, format = study.center
     edges = f"{min(study.lrs):g} and {max(study.lrs):g}"
+    momenta, finals = (
+        ", ".join(f"{value:g}" for value in values) for values in (study.outer_momenta, study.outer_finals)
+    )
     return [
         f"Mean +- standard deviation over {study.seeds} seeds (one seed: no deviation). A step's tokens are shared by "
         "the replicas. DDP's is that with the same inner optimizer. Losses are in nats per token, bytes are of all "
         "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of "
-        f"{', '.join(map(str, MOMENTA))}; the outer rate is {OUTER_LR}, at the end of the training that times one of "
-        f"{', '.join(f'{final:g}' for final in study.outer_finals)}; beta2 is {study.task.beta2:g}.",
+        f"{momenta}; the outer rate is {OUTER_LR}, at the end of the training that times one of {finals}; beta2 is "
+        f"{study.task.beta2:g}.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
         "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
         "count as of one size; latency is left out.",

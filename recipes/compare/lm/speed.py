@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import lightning_entropy as le
-from recipes.compare.lm.methods import METHODS, Arm
+from recipes.compare.lm.methods import ANY, METHODS, Arm
 from recipes.compare.lm.run import Task
 from recipes.data.cache import write
 from recipes.lm.gpt import GPT
@@ -91,7 +91,7 @@ def _chain(arm: Arm) -> le.Relaxation | None:
     make = METHODS[arm.method].relaxation
     if make is None:
         return None
-    relaxation = make(arm.inner_steps, {name: values[0] for name, values in METHODS[arm.method].grid.items()})
+    relaxation = make(arm.inner_steps, ANY)
     return relaxation if relaxation.gamma != 0 or relaxation.noise != 0 or relaxation.average != 1 else None
 
 

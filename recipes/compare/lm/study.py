@@ -38,7 +38,8 @@ class Study:
         lrs: learning rates that every method tries, with seed 0.
         seeds: trainings of each arm: seeds 0, 1, ...
         out: folder for results.
-        outer_finals: what an outer learning rate falls to, to try with each momentum.
+        outer_momenta: of methods with an outer Nesterov step, to try.
+        outer_finals: what its learning rate falls to, to try with each momentum.
         workers: trainings at a time, each a process; 0 trains in this process.
 
     Raises:
@@ -54,11 +55,12 @@ class Study:
     lrs: Sequence[float]
     seeds: int
     out: Path
+    outer_momenta: Sequence[float] = (0.5, 0.8, 0.9)
     outer_finals: Sequence[float] = (1.0,)
     workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "outer_finals"):
+        for name in ("methods", "replicas", "inner_steps", "formats", "lrs", "outer_momenta", "outer_finals"):
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be different ones, at least one, got {values}")
@@ -103,7 +105,7 @@ class Study:
 
     def tried(self, name: str) -> list[Settings]:
         """List a method's settings to try."""
-        grid = METHODS[name].tried(self.lrs, self.outer_finals)
+        grid = METHODS[name].tried(self.lrs, self.outer_momenta, self.outer_finals)
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     def chosen(self, records: Sequence[Record]) -> Chosen:
