@@ -161,7 +161,7 @@ def heat(
 
 @preset
 def smoothed_lookahead(
-    inner_steps: int = 20, outer_lr: Number = 0.3, width: Number = 0.2, *, scale: Scale = "relative"
+    inner_steps: int = 20, outer_lr: Number = 0.6, width: Number = 0.2, *, scale: Scale = "relative"
 ) -> Relaxation:
     r"""Take slow outer steps through the smoothed loss: :func:`lookahead` whose gradients are :func:`heat`'s.
 
@@ -169,8 +169,9 @@ def smoothed_lookahead(
     x <- x + outer_lr (y - x). The noise makes the gradient that of G * f, and the slow x averages over the noise that
     comes with it. One gradient a step.
 
-    Defaults: chosen on a LeNet and an MLP on 4,000 images of Fashion-MNIST, with right labels and with two fifths of
-    them wrong. More noise helps where labels are wrong, and costs where they are right.
+    Defaults: chosen on a LeNet, an MLP and a narrow ResNet-18, on 4,000 images of Fashion-MNIST or CIFAR-10, with right
+    labels and with two fifths of them wrong. A slower x (0.3) costs the ResNet two points of error in a short training;
+    more noise helps where labels are wrong, and costs where they are right.
 
     Args:
         inner_steps: L, int >= 1.

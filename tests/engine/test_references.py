@@ -469,7 +469,7 @@ def test_a_chain_on_the_smoothed_loss(case: str, closure: bool) -> None:
 
 
 def test_a_lookahead_through_the_smoothed_loss() -> None:
-    ours, _ = train(le.smoothed_lookahead(width=WIDTH), adamw, batches(STEPS))
+    ours, _ = train(le.smoothed_lookahead(outer_lr=0.3, width=WIDTH), adamw, batches(STEPS))
     assert_same(ours, smoothed_chain("lookahead"))
 
 
