@@ -148,14 +148,22 @@ def test_a_run_is_what_its_text_says_and_its_name_is_its_own(task):
         {"arm": Arm("diloco", 4, 10, "int8")},
         {"settings": {"lr": 0.01, "outer_momentum": 0.5}},
         {"task": dataclasses.replace(task, beta2=0.99)},
+        {"task": dataclasses.replace(task, final=0.0)},
     ]
-    assert len({run.name} | {dataclasses.replace(run, **change).name for change in changes}) == 6
+    assert len({run.name} | {dataclasses.replace(run, **change).name for change in changes}) == 7
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_beta2_is_the_inner_optimizers(name, task):
     assert dataclasses.replace(task, beta2=0.99).optimizer(name, 0.01).keywords["betas"] == (0.9, 0.99)
     assert parse(["--beta2", "0.99"]).beta2 == 0.99
+
+
+def test_the_rate_falls_to_its_end(task):
+    final = run_module.make_module(
+        Run(dataclasses.replace(task, final=0.25), Arm("adamw"), {"lr": 0.01}, 0, 12)
+    ).schedule
+    assert final(1.0) == 0.25 and parse(["--final", "0"]).final == 0
 
 
 def record(task, folder, arm, **settings):

@@ -46,6 +46,7 @@ def main(args: Sequence[str]) -> Study:
                 batch_size=options.batch_size,
                 val_windows=options.val_windows,
                 steps=options.steps,
+                final=options.final,
                 beta2=options.beta2,
             ),
             **{name: getattr(options, name) for name in CHOICES},
@@ -84,6 +85,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         help="that methods with an outer Nesterov step try")  # fmt: skip
     add("--outer_finals", type=argument(float, 0, 1), nargs="+", default=[1.0, 0.3],
         help="what outer learning rates fall to, in their first value; 1: constant")  # fmt: skip
+    add("--final", type=argument(float, 0, 1), default=0.1, help="learning rate at the end, over the largest")
     add("--beta2", type=argument(float, 0, 0.999999), default=0.95, help="of AdamW")
     add("--seeds", type=argument(int, 1, 1000), default=3, help="trainings of each at its best rate")
     add("--steps", type=argument(int, 1, 10**9), default=900, help="of a training, warm-up included")

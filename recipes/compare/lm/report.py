@@ -169,7 +169,7 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of "
         f"{momenta}; the outer rate is {OUTER_LR}, at the end of the training that times one of {finals}; beta2 is "
-        f"{study.task.beta2:g}.",
+        f"{study.task.beta2:g}, and learning rates end at {study.task.final:g} of their largest.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
         "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
         "count as of one size; latency is left out.",

@@ -43,7 +43,8 @@ class Task:
         batch_size: windows of a step, all replicas together.
         val_windows: windows of the validation.
         steps: of a training at equal tokens.
-        warmup: share of training before the cosine, which ends at a tenth of the rate.
+        warmup: share of training before the cosine.
+        final: the rate at its end, over the largest.
         weight_decay: of AdamW and Muon.
         beta2: of AdamW, that of Muon's other parameters, too.
     """
@@ -54,6 +55,7 @@ class Task:
     val_windows: int = 512
     steps: int = 900
     warmup: float = 0.05
+    final: float = 0.1
     weight_decay: float = 0.1
     beta2: float = 0.95
 
@@ -173,7 +175,9 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
 def make_module(run: Run) -> LanguageModel:
     """Make the language model with the run's optimizer and schedule."""
     optimizer = run.task.optimizer(METHODS[run.arm.method].optimizer, run.settings["lr"])
-    return LanguageModel(GPT(**run.task.net), optimizer, schedule=Cosine(run.task.warmup, final=0.1), sample=0)
+    return LanguageModel(
+        GPT(**run.task.net), optimizer, schedule=Cosine(run.task.warmup, final=run.task.final), sample=0
+    )
 
 
 def make_trainer(run: Run) -> L.Trainer:
