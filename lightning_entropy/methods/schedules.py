@@ -105,7 +105,7 @@ class Warmup:
     """Go linearly from ``start`` to ``value`` over the first outer steps, and stay there.
 
     For any number of a relaxation, such as ``width=Warmup(0.1, 1000)``: noise that is small while the weights still
-    move fast. With ``start`` above ``value`` it is a decay: ``outer_lr=Warmup(0.2, 0.9, start=0.7)`` falls over nine
+    move fast. With ``start`` above ``value`` it is a decay: ``outer_lr=Warmup(0.1, 0.9, start=0.7)`` falls over nine
     tenths of the training.
 
     Args:
