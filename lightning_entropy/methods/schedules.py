@@ -96,7 +96,7 @@ class Widening:
 
     def __call__(self, t: int) -> float:
         """Return gamma at outer step t >= 0."""
-        half_cosine = (1 - math.cos(math.pi * _done("steps", self.steps, t))) / 2
+        half_cosine = (1 - math.cos(math.pi * _done(self.steps, t))) / 2
         return self.gamma / (1 + (self.factor - 1) * half_cosine) ** 2
 
 
@@ -133,7 +133,7 @@ class Warmup:
 
     def __call__(self, t: int) -> float:
         """Return the value at outer step t >= 0."""
-        done = _done("steps", self.steps, t)
+        done = _done(self.steps, t)
         return self.start * (1 - done) + self.value * done
 
 
@@ -219,5 +219,5 @@ def _known(name: str, value: int | float) -> int:
     return value
 
 
-def _done(name: str, steps: int | float, t: int) -> float:
-    return min(t, _known(name, steps)) / steps if t else 0.0  # none of any share
+def _done(steps: int | float, t: int) -> float:
+    return min(t, _known("steps", steps)) / steps if t else 0.0  # none of any share

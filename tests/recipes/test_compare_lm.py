@@ -276,6 +276,8 @@ def test_the_command_line_says_that_it_is_there(capsys):
         assert said in " ".join(capsys.readouterr().out.split())
     assert parse(["--quick"]).steps < parse([]).steps
     assert parse(["--quick", "--steps", "7"]).steps == 7
+    with pytest.raises(SystemExit):
+        parse(["--outer_finals", "0"])  # an outer rate of 0 would be refused near the end of the training
 
 
 def test_a_run_has_another_name_when_a_methods_default_has_changed(task, monkeypatch):

@@ -81,9 +81,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--inner_steps", type=argument(int, 1, 10**6), nargs="+", default=[10, 30, 100], help="H")
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of what replicas send")
     add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", default=[1e-3, 3e-3, 1e-2], help="that methods try")
-    add("--outer_momenta", type=argument(float, 0, 0.999), nargs="+", default=[0.5, 0.8, 0.9],
+    add("--outer_momenta", type=argument(float, 0, 0.999), nargs="+", default=list(Study.outer_momenta),
         help="that methods with an outer Nesterov step try")  # fmt: skip
-    add("--outer_finals", type=argument(float, 0, 1), nargs="+", default=[1.0, 0.3],
+    add("--outer_finals", type=argument(float, 1e-6, 1), nargs="+", default=[1.0, 0.3],
         help="what outer learning rates fall to, in their first value; 1: constant")  # fmt: skip
     add("--final", type=argument(float, 0, 1), default=0.1, help="learning rate at the end, over the largest")
     add("--beta2", type=argument(float, 0, 0.999999), default=0.95, help="of AdamW")
