@@ -113,6 +113,8 @@ METHODS: dict[str, Method] = {
     "muon": Method("muon"),
     "ema": Method(ema=True),
     "lookahead": Method(relaxation=lambda inner_steps, _: le.lookahead(inner_steps), inner_steps=5),
+    "heat": Method(relaxation=lambda _, __: le.heat(), inner_steps=1),
+    "smoothed_lookahead": Method(relaxation=lambda inner_steps, _: le.smoothed_lookahead(inner_steps), inner_steps=20),
     "snoo": Method(**_OUTER),
     "muon_snoo": Method("muon", **_OUTER),
     "ddp": Method(replicated=True),

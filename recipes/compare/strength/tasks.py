@@ -69,6 +69,7 @@ TRIALS: dict[str, Trial] = {
     "resnet": _trial("ResNet-18 of width 16, 4,000 images of CIFAR-10, no augmentation", epochs=25, **RESNET),
     "resnet-wrong40": _trial("the same, two fifths of the labels wrong", epochs=25, wrong_labels=0.4, **RESNET),
     "allcnn": _trial("All-CNN-BN of width 48, 4,000 images of CIFAR-10, no augmentation", epochs=25, **ALLCNN),
+    "allcnn-wrong40": _trial("the same, two fifths of the labels wrong", epochs=25, wrong_labels=0.4, **ALLCNN),
 }
 
 BASELINE = "sgd"  # a method without a line of its own: the task's optimizer alone
