@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_entropy.methods.schedules import Scoping, Starting, Warmup, Widening
+from lightning_entropy.methods.schedules import Scoping, Starting, Warmup, Widening, check_ends
 from lightning_entropy.methods.validation import Rule, check_integer, check_number
 
 _SHARE: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
@@ -44,6 +44,7 @@ class Pull:
     def __post_init__(self) -> None:
         if not callable(self.share):
             check_number("share", self.share, _SHARE)
+        check_ends("share", self.share, _SHARE)
 
     def stiffness(self, t: int, *, inner_steps: int) -> float:
         """Return k at outer step t.

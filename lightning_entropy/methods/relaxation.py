@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.pull import Pull
-from lightning_entropy.methods.schedules import AUTO, Scoping, Starting, Warmup, Widening, in_outer_steps
+from lightning_entropy.methods.schedules import AUTO, Scoping, Starting, Warmup, Widening, check_ends, in_outer_steps
 from lightning_entropy.methods.targets import OUTER_TARGETS, OuterTarget
 from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, check_bool, check_integer, check_number
 
@@ -171,6 +171,8 @@ class Relaxation:
         mixing = check_number("mixing", self.mixing, ("in [0, 1]", lambda v: 0 <= v <= 1))
         object.__setattr__(self, "mixing", mixing)
         self.at(0)
+        for name in _VARYING:
+            check_ends(name, getattr(self, name), self._rule(name))
         self._check_combinations()
 
     if not TYPE_CHECKING:  # or type checkers would allow any attribute
@@ -309,25 +311,29 @@ class Relaxation:
             ValueError: a number outside its range: its name, the rule, the value, and t where it varies.
             TypeError: something that is not a number.
         """
-        numbers = {name: self._at(name, rule, t, gamma_start) for name, rule in _VARYING.items()}
+        numbers = {name: self._at(name, t, gamma_start) for name in _VARYING}
         if isinstance(self.gamma, Pull):
             numbers["stiffness"] = self.gamma.stiffness(t, inner_steps=self.inner_steps)
         if self.perturb and self.width == 0:
             numbers["width"] = numbers["gamma"] ** -0.5
         return Settings(**numbers)
 
-    def _at(self, name: str, rule: Rule, t: int, gamma_start: float | None) -> float:
+    def _rule(self, name: str) -> Rule:
+        if name == "gamma" and self.perturb and self.width == 0:
+            return ("a finite number > 0 with perturb=True (its variance is 1/gamma)", POSITIVE[1])
+        return _VARYING[name]
+
+    def _at(self, name: str, t: int, gamma_start: float | None) -> float:
         value: Any = getattr(self, name)
         if name == "gamma" and isinstance(value, Pull):
             value = 0.0
-        if name == "gamma" and self.perturb and self.width == 0:
-            rule = ("a finite number > 0 with perturb=True (its variance is 1/gamma)", POSITIVE[1])
-        elif name == "gamma" and isinstance(value, str) and not self.auto_gamma:
+        if name == "gamma" and isinstance(value, str) and not self.auto_gamma:
             raise TypeError(f"gamma must be a number >= 0, a schedule such as Scoping, or 'auto', got {value!r}")
-        elif name == "gamma" and self.auto_gamma:
+        if name == "gamma" and self.auto_gamma:
             scoping = value if isinstance(value, Scoping) else Scoping(AUTO, 1e-3)
             # The first loop (t = 0) measures; the spring starts with the second.
             value = 0.0 if gamma_start is None else scoping.grow(gamma_start, max(t - 1, 0))
+        rule = self._rule(name)
         if callable(value):
             value = value(t)
             name = f"{name}(t={t})"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal
 
-from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, check_integer, check_number
+from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, check_integer, check_number
 
 AUTO: Literal["auto"] = "auto"
 
@@ -186,6 +186,40 @@ class Starting:
         if t < at:
             return self.before
         return self.value(t - at) if callable(self.value) else self.value
+
+
+def check_ends(name: str, value: Any, rule: Rule) -> None:
+    """Check between which values a schedule of ours goes: what it will come to, before the training.
+
+    Args:
+        name: of the argument.
+        value: a number, a schedule, or any other callable, of which nothing is known.
+        rule: for all that it takes.
+
+    Raises:
+        ValueError: an end of a schedule breaks the rule.
+
+    Example:
+        >>> check_ends("outer_lr", Warmup(0.1, 0.9, start=0.7), POSITIVE)
+    """
+    words, holds = rule
+    for end in _ends(value):
+        if not holds(end):
+            raise ValueError(f"{name} must be {words} at every outer step, got {end} in {value!r}")
+
+
+def _ends(value: Any) -> tuple[float, ...]:
+    match value:
+        case Warmup():
+            return value.start, value.value
+        case Widening():
+            return value.gamma, value.gamma / value.factor / value.factor
+        case Scoping() if value.start != AUTO:
+            return (value(0),) if value.limit is None or value.rate == 0 else (value(0), value.limit)
+        case Starting():
+            later = _ends(value.value) if callable(value.value) else (float(value.value),)
+            return (value.before, *later) if value.at else later
+    return ()
 
 
 def in_outer_steps(value: Any, total: float) -> Any:

@@ -189,6 +189,34 @@ def test_a_straight_line_over_a_share_of_the_training() -> None:
     assert widening.over(100).gamma == le.Starting(le.Widening(4.0, 2.0, 50), at=25, before=4.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule", "end"),
+    [
+        ("outer_lr", le.Warmup(0.0, 0.9, start=0.7), "0.0"),
+        ("outer_lr", le.Starting(le.Warmup(0.0, 5, start=0.5), at=0.5, before=1.0), "0.0"),
+        ("outer_lr", le.Starting(0.0, at=0.5, before=1.0), "0.0"),
+        ("average", le.Warmup(1.5, 100, start=0.5), "1.5"),
+        ("average", le.Scoping(0.5, 0.1, limit=2.0), "2.0"),
+        ("average", le.Widening(1.0, 0.5, 10), "4.0"),
+        ("share", le.Warmup(1.0, 100, start=0.5), "1.0"),
+    ],
+)
+def test_what_a_schedule_comes_to_is_checked_before_the_training(name: str, schedule: Any, end: str) -> None:
+    """And not after weeks of it, where a learning rate arrives at 0."""
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be .* at every outer step, got {end} in {type(schedule).__name__}"
+    ):
+        le.Relaxation(gamma=le.Pull(schedule)) if name == "share" else le.Relaxation(**{name: schedule})
+
+
+def test_what_a_schedule_does_not_take_is_not_checked() -> None:
+    """What is before step 0, a start above a limit, a callable of somebody else's."""
+    assert le.Relaxation(outer_lr=le.Starting(0.5, at=0)).at(0).outer_lr == 0.5
+    assert le.Relaxation(average=le.Scoping(2.0, 0.1, limit=1.0)).at(0).average == 1
+    assert le.Relaxation(outer_lr=lambda t: 1 - t).at(0).outer_lr == 1
+    assert le.Relaxation(gamma="auto", rho=le.Warmup(0.0, 5, start=1.0)).at(5).rho == 0
+
+
 def test_the_width_of_either_perturbation() -> None:
     """Of a chain it is the argument, and its own number of t; of the heat equation it is gamma^(-1/2)."""
     assert le.Relaxation(width=lambda t: 1 + t).at(3).width == 4
