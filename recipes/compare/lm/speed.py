@@ -92,7 +92,8 @@ def _chain(arm: Arm) -> le.Relaxation | None:
     if make is None:
         return None
     relaxation = make(arm.inner_steps, ANY)
-    return relaxation if relaxation.gamma != 0 or relaxation.noise != 0 or relaxation.average != 1 else None
+    costs = relaxation.gamma != 0 or relaxation.noise != 0 or relaxation.width != 0 or relaxation.average != 1
+    return relaxation if costs else None
 
 
 def _key(arm: Arm) -> str:
