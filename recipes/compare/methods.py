@@ -188,6 +188,11 @@ def smoothed_lookahead(**options: Any) -> Parts:
     return Parts([le.InnerOuterCallback(le.smoothed_lookahead(**options))])
 
 
+def two_timescale(**options: Any) -> Parts:
+    """An anchor that follows the weights slowly; options of ``lightning_entropy.two_timescale``."""
+    return Parts([le.InnerOuterCallback(le.two_timescale(**options))])
+
+
 def entropy_sgd(**options: Any) -> Parts:
     """Entropy-SGD; options of ``lightning_entropy.EntropySGD``."""
     return Parts([le.EntropySGD(**options)])
@@ -240,6 +245,7 @@ METHODS: dict[str, Callable[..., Parts]] = {
         smoothed_lookahead,
         heat,
         heat_filter,
+        two_timescale,
         entropy_sgd,
         hamilton_jacobi,
         elastic_sgd,

@@ -189,7 +189,9 @@ def test_bytes_of_local_sgd(format, size, task, tmp_path):
     assert 0 < sent * 4 * 8 * 16 / 2 - size * padded <= 64
 
 
-@pytest.mark.parametrize("method", ["ema", "lookahead", "heat", "smoothed_lookahead", "snoo", "muon_snoo"])
+@pytest.mark.parametrize(
+    "method", ["ema", "lookahead", "heat", "smoothed_lookahead", "gpa", "two_timescale", "snoo", "muon_snoo"]
+)
 def test_methods_of_one_replica_train(method, task, tmp_path):
     if method == "muon_snoo" and not hasattr(run_module.torch.optim, "Muon"):
         pytest.skip("torch has no Muon")

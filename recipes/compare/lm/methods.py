@@ -100,6 +100,10 @@ def _streaming(inner_steps: int, settings: Settings) -> Relaxation:
     return le.streaming_diloco(inner_steps, delay=min(4, inner_steps - 1), **_outer(settings))
 
 
+def _sprung(inner_steps: int, settings: Settings) -> Relaxation:
+    return le.palsgd(inner_steps, **_outer(settings))
+
+
 def _outer(settings: Settings) -> Any:
     final = settings.get("outer_final", 1.0)
     rate = OUTER_LR if final == 1 else le.Warmup(final * OUTER_LR, 0.9, start=OUTER_LR)
@@ -115,6 +119,8 @@ METHODS: dict[str, Method] = {
     "lookahead": Method(relaxation=lambda inner_steps, _: le.lookahead(inner_steps), inner_steps=5),
     "heat": Method(relaxation=lambda _, __: le.heat(), inner_steps=1),
     "smoothed_lookahead": Method(relaxation=lambda inner_steps, _: le.smoothed_lookahead(inner_steps), inner_steps=20),
+    "gpa": Method(relaxation=lambda _, __: le.gpa(), inner_steps=1),
+    "two_timescale": Method(relaxation=lambda _, __: le.two_timescale(), inner_steps=1),
     "snoo": Method(**_OUTER),
     "muon_snoo": Method("muon", **_OUTER),
     "ddp": Method(replicated=True),
@@ -122,6 +128,7 @@ METHODS: dict[str, Method] = {
     "local_sgd": Method(relaxation=lambda inner_steps, _: le.local_sgd(inner_steps), replicated=True),
     "diloco": Method(replicated=True, **_OUTER),
     "streaming_diloco": Method(replicated=True, relaxation=_streaming, nesterov=True),
+    "palsgd": Method(replicated=True, relaxation=_sprung, nesterov=True),
     "muon_diloco": Method("muon", replicated=True, **_OUTER),
     "elastic_sgd": Method(relaxation=lambda inner_steps, _: le.elastic_sgd(inner_steps, rho=1.0), replicated=True),
     "parle": Method(relaxation=lambda inner_steps, _: le.parle(inner_steps), replicated=True),
