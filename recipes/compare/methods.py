@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,7 +65,7 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Read ``name:option=value,...``.
+        """Read ``name:option=value,...``, where a value may be a schedule such as ``Warmup(0.1, 500)``.
 
         Raises:
             ValueError: if the name, or an option or its value, is not known, or the text is longer than ``LENGTH``.
@@ -72,14 +73,19 @@ class Method:
         Example:
             >>> Method.parse("sam:rho=0.1").options, Method.parse("sam:rho=0.1").evaluations
             ({'rho': 0.1}, 2.0)
+            >>> Method.parse("hamilton_jacobi:inner_steps=5,gamma=Pull(0.5)").options
+            {'inner_steps': 5, 'gamma': Pull(share=0.5)}
         """
         if len(text) > LENGTH:
             raise ValueError(f"method must have at most {LENGTH} characters, got {len(text)}: {shorten(text)}")
         name, _, rest = text.partition(":")
         if name not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shorten(name)}")
-        pairs = [pair.partition("=") for pair in rest.split(",") if pair]
-        options = {key.strip(): _value(value.strip()) for key, _, value in pairs}
+        pairs = [pair.partition("=") for pair in re.split(r",(?![^(]*\))", rest) if pair]
+        try:
+            options = {key.strip(): _value(value.strip()) for key, _, value in pairs}
+        except (TypeError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{text}: {error}") from error
         accepted = inspect.signature(METHODS[name]).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
             for key in options:
@@ -253,10 +259,19 @@ METHODS: dict[str, Callable[..., Parts]] = {
     )
 }
 
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    kind.__name__: kind for kind in (le.Pull, le.Scoping, le.Starting, le.Warmup, le.Widening)
+}
+
 REPLICATED = ("elastic_sgd", "elastic_entropy")
 
 
 def _value(text: str) -> Any:
+    if call := re.fullmatch(r"([A-Z][a-z]+)\((.+)\)", text):
+        schedule = SCHEDULES.get(call[1])
+        if schedule is None:
+            raise ValueError(f"value must be a number, a word or one of {', '.join(SCHEDULES)}, got {shorten(text)}")
+        return schedule(*ast.literal_eval(f"({call[2]},)"))
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

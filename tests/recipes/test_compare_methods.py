@@ -57,6 +57,9 @@ def test_budget_arguments_are_checked(values, message):
         ("elastic_sgd:replicas=2.5", "replicas must be an int, got 2.5"),
         ("entropy_sgd:gama=1", "entropy_sgd:gama=1: .*no argument 'gama': did you mean gamma"),
         ("entropy_sgd:gamma=-1", "entropy_sgd:gamma=-1: gamma must be"),
+        ("entropy_sgd:gamma=Pull(2)", r"entropy_sgd:gamma=Pull\(2\): share must be in \[0, 1\), got 2"),
+        ("entropy_sgd:gamma=Pull(a)", r"entropy_sgd:gamma=Pull\(a\): "),
+        ("heat:width=Growing(1)", r"heat:width=Growing\(1\): value must be a number, a word or one of Pull, .*Growing"),
     ],
 )
 def test_unknown_methods_and_options_are_refused(text, message):
@@ -69,6 +72,8 @@ def test_options_reach_the_method():
     assert (callback.relaxation.inner_steps, callback.relaxation.gamma) == (7, 0.5)
     strategy = Method.parse("elastic_entropy:replicas=2,inner_steps=9").parts(0.1, 100).strategy(False)
     assert strategy.relaxation.inner_steps == 9
+    late = Method.parse("smoothed_lookahead:outer_lr=Starting(0.6, 0.5, 1.0),width=Warmup(0.2, 10)").relaxation
+    assert late == le.smoothed_lookahead(outer_lr=le.Starting(0.6, at=0.5, before=1.0), width=le.Warmup(0.2, 10))
 
 
 def test_a_run_has_another_name_when_a_default_has_changed(monkeypatch):

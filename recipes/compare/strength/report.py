@@ -21,7 +21,7 @@ from recipes.data.cache import write
 Record = dict[str, Any]
 LEVEL = 0.95  # of the intervals
 
-# heading, key in a record's final measurements, decimals
+# heading, name of a measurement, decimals
 COLUMNS = (
     ("test error (%)", "test_error", 2),
     ("test loss", "test_loss", 3),
@@ -29,8 +29,9 @@ COLUMNS = (
     ("error, corrupted images (%)", "corrupted_error", 2),
     ("error, 60 % of the weights pruned (%)", "pruned_error", 2),
     ("train error (%)", "train_error", 2),
+    ("ms a gradient", "gradient_ms", 1),
 )
-COMPARED = COLUMNS[:3]
+DRAWN = COLUMNS[:3]
 
 
 class Difference(NamedTuple):
@@ -90,12 +91,12 @@ def table(results: Mapping[str, Results]) -> str:
         parts.append(f"### {name}: {TRIALS[name].words}\n\n{_rows(found)}")
     study, _, final = next(iter(results.values()))
     parts.append(
-        f"Mean +- standard deviation over {study.seeds} seeds. Behind it, for error, loss and calibration, the mean "
+        f"Mean +- standard deviation over {study.seeds} seeds. Behind it the mean "
         f"difference to {BASELINE} of the same seed with its {100 * LEVEL:.0f} % interval, or '=' where that holds 0: "
         "no difference is shown. Every method tried the same learning rates with the same weight decays, with seed 0, "
         "and kept what had the least error on held-out images whose labels are right; * marks a choice at the edge. "
         "Equal gradient evaluations for all: SAM makes half the steps. BatchNorm's statistics are re-estimated in one "
-        "way for all."
+        "way for all. Milliseconds are of a gradient evaluation, all replicas together, beside whatever else ran."
     )
     tasks = {name: asdict(found.study.task) for name, found in results.items()}
     parts.append("```json\n" + json.dumps({"tasks": tasks, "versions": final[0]["versions"]}, indent=1) + "\n```")
@@ -125,7 +126,7 @@ def _cell(final: Sequence[Record], label: str, column: tuple[str, str, int]) -> 
     text = f"{np.mean(own):.{decimals}f}"
     if len(own) > 1:
         text += f" +- {np.std(own, ddof=1):.{decimals}f}"
-    if label == BASELINE or column not in COMPARED or len(own) < 2 or any(math.isnan(v) for v in base):
+    if label == BASELINE or len(own) < 2 or any(math.isnan(v) for v in base):
         return text
     difference = paired(own, base)
     if not difference.found:
@@ -135,17 +136,19 @@ def _cell(final: Sequence[Record], label: str, column: tuple[str, str, int]) -> 
 
 def values(final: Sequence[Record], label: str, key: str) -> list[float]:
     """Return a measurement of a method's trainings, in the order of the seeds."""
-    records = [r for r in final if r["run"]["method"] == label]
-    return [r["final"][key] for r in sorted(records, key=lambda r: r["run"]["seed"])]
+    records = sorted((r for r in final if r["run"]["method"] == label), key=lambda r: r["run"]["seed"])
+    if key == "gradient_ms":
+        return [1000 * r["seconds"] / r["gradient_evaluations"] for r in records]
+    return [r["final"][key] for r in records]
 
 
 def picture(results: Mapping[str, Results]) -> Figure:
     """Draw every method's difference to the baseline, a dot with its interval: a row a task; left is better."""
     labels = [label for label, _ in next(iter(results.values())).study.arms() if label != BASELINE]
     figure = Figure(figsize=(11, 1.2 + (0.3 * len(labels) + 0.7) * len(results)), layout="constrained")
-    grid = figure.subplots(len(results), len(COMPARED), squeeze=False, sharey=True)
+    grid = figure.subplots(len(results), len(DRAWN), squeeze=False, sharey=True)
     for row, (name, (_, _, final)) in zip(grid, results.items(), strict=True):
-        for axis, (heading, key, _) in zip(row, COMPARED, strict=True):
+        for axis, (heading, key, _) in zip(row, DRAWN, strict=True):
             base = values(final, BASELINE, key)
             for place, label in enumerate(labels):
                 own = values(final, label, key)
