@@ -19,6 +19,18 @@ def own_order(grid: Grid) -> dict[str, Any]:
     return {"num_replicas": grid.data_parallel, "rank": grid.position, "seed": seed}
 
 
+def same_in_replica(grid: Grid, *, own: bool) -> dict[str, Any]:
+    """Return a ``DistributedSampler``'s arguments with which all ranks of a replica see the same batches.
+
+    Args:
+        grid: where this rank stands.
+        own: every replica sees the whole set, in an order of its own; False: an R-th of it.
+    """
+    if own:
+        return own_order(grid) | {"num_replicas": 1, "rank": 0}
+    return {"num_replicas": grid.replicas, "rank": grid.replica}
+
+
 def even_end(loader: object, limit: int | float | None) -> object:
     """Return a training loader that ends at the same batch on every rank. A collective.
 

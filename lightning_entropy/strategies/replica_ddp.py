@@ -10,10 +10,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_entropy.strategies.lightning_internals import backend, number_process, timeout
-from lightning_entropy.strategies.loaders import even_end, own_order
+from lightning_entropy.strategies.loaders import even_end, own_order, same_in_replica
 from lightning_entropy.strategies.membership import members
 from lightning_entropy.strategies.options import Grid, OptionAttributes, ReplicaOptions, check_arguments
 from lightning_entropy.strategies.rendezvous import join_alone
+from lightning_entropy.strategies.sharding import has_plan
 from lightning_entropy.strategies.watched_ddp import WatchedDDPStrategy
 
 
@@ -88,9 +89,10 @@ class ReplicaDDPStrategy(OptionAttributes, WatchedDDPStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Training: the whole set in an order of its own for every replica, or a shard. Evaluation: a shard."""
-        if not self._trainer.training or self.options.data == "shard":
-            return super().distributed_sampler_kwargs
-        return own_order(self.grid)
+        own = self._trainer.training and self.options.data != "shard"
+        if has_plan(self._module):
+            return same_in_replica(self.grid, own=own)
+        return own_order(self.grid) if own else super().distributed_sampler_kwargs
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let training loaders of different lengths end with the shortest."""

@@ -1,4 +1,4 @@
-"""Replicas whose weights are sharded over their ranks by FSDP2: what is checked, started from, saved and loaded."""
+"""Replicas whose weights are shards, by FSDP2 or a tensor-parallel plan: checks, start, what is saved and loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,10 @@ from torch.optim import Optimizer
 from lightning_entropy.engine.shards import Gathered, is_sharded, local, mapped, part_of, whole
 from lightning_entropy.strategies.options import Grid, ReplicaOptions
 
-HOW = "in configure_model, call fully_shard(..., mesh=self.device_mesh['data_parallel']) for layers and for the whole"
+HOW = (
+    "in configure_model, call fully_shard(..., mesh=self.device_mesh['data_parallel']) for layers and for the whole, "
+    "or parallelize_module(..., self.device_mesh['data_parallel'], plan)"
+)
 
 
 def check_sharding(
@@ -31,8 +34,8 @@ def check_sharding(
         precision: of the Trainer.
 
     Raises:
-        MisconfigurationException: they are sharded over other ranks, or some only, or not by ``fully_shard``; or an
-            option does not go with it.
+        MisconfigurationException: they are sharded over other ranks, or by ``fully_shard`` some only, or by it on top
+            of a plan; or an option does not go with it.
     """
     if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
         raise MisconfigurationException(
@@ -48,13 +51,13 @@ def check_sharding(
             raise MisconfigurationException(
                 f"parameters must be sharded over the ranks of their replica, {ranks}, got {found} for {name}: {HOW}"
             )
-    if not any(isinstance(m, FSDPModule) for m in module.modules()):
-        raise MisconfigurationException(
-            "parameters of a replica must be sharded by fully_shard, got a tensor-parallel plan, whose ranks need the "
-            f"same batches: {HOW}"
-        )
+        if isinstance(p, DTensor) and p.device_mesh.ndim > 1 and not p.placements[0].is_replicate():
+            raise MisconfigurationException(
+                "parameters of a replica must be sharded by fully_shard or by a tensor-parallel plan, got both for "
+                f"{name}, of which only some ranks need the same batches: {HOW}"
+            )
     plain = [name for name, p in params.items() if p.requires_grad and not isinstance(p, DTensor)]
-    if plain:
+    if plain and not has_plan(module):
         raise MisconfigurationException(
             f"all parameters that train must be sharded where some are, as others' gradients are not averaged, got "
             f"{', '.join(plain[:3])} that {'are' if len(plain) > 1 else 'is'} not: {HOW}"
@@ -76,6 +79,11 @@ def check_sharding(
             "which brings a module's weights back to the process that has started it"
         )
     return True
+
+
+def has_plan(module: Module) -> bool:
+    """Whether a module is shared out by a tensor-parallel plan alone, so that all ranks of a replica need one batch."""
+    return is_sharded(module.parameters()) and not any(isinstance(m, FSDPModule) for m in module.modules())
 
 
 def has_shards(module: Module) -> bool:

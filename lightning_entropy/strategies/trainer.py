@@ -82,7 +82,8 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
 
     A replica of several ranks is DDP over them, or sharded by FSDP2: where the module's ``configure_model`` calls
     ``fully_shard(layer, mesh=self.device_mesh["data_parallel"])`` for layers and for the whole (``device_mesh`` is None
-    outside of a fit, where nothing is to be sharded). Then each rank exchanges its own shards. The main checkpoint has
+    outside of a fit, where nothing is to be sharded), or a tensor-parallel plan on that mesh, whose ranks all see their
+    replica's batches. Then each rank exchanges its own shards. The main checkpoint has
     whole weights, gathered on the first rank, and every rank's shards are in a file of its own; as many replicas go on
     from them exactly with other numbers of ranks, or with whole weights. After an exception nothing is saved, as it
     would take all ranks.

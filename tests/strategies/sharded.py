@@ -9,9 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lightning_entropy as le
 from lightning_entropy.engine.shards import mapped
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[[], ElasticEntropyStrategy]] = {
     "streaming": lambda: replicas(le.streaming_diloco(3, 2, 2), communication_dtype="bfloat16"),
 }
 RESHARDED = ["noise", "diloco", "outer adam", "int8", "bfloat16", "streaming"]
+PLANNED = ["noise", "diloco"]  # by a tensor-parallel plan, too
 WHOLE = ["noise", "outer adam", "bfloat16"]  # of these, those that have whole weights before or after
 
 
@@ -109,10 +111,11 @@ def fit(
     own_init: int = 0,
     ckpt_path: Path | None = None,
     batch: int = 4,
+    net_class: type[Net] = Net,
     **kwargs: Any,
 ) -> dict[str, Any]:
     L.seed_everything(7, verbose=False)
-    net = Net(sharded=sharded, batch=batch)
+    net = net_class(sharded=sharded, batch=batch)
     if own_init:
         for p in net.parameters():
             torch.nn.init.normal_(p.data, generator=torch.Generator().manual_seed(own_init))
@@ -164,11 +167,27 @@ class Everywhere(Net):
 
 
 class Planned(Net):
-    """Shared out by a tensor-parallel plan."""
+    """Shared out by a tensor-parallel plan: the first layer's columns, the last one's rows, all of its bias."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        last = self.net[2]
+        self.net[0], self.net[2] = torch.nn.Linear(self.net[0].in_features, 8), torch.nn.Linear(8, last.out_features)
+        self.double()
 
     def configure_model(self) -> None:
-        plan = {"0": ColwiseParallel(output_layouts=Replicate())}
-        parallelize_module(self.net, self.device_mesh["data_parallel"], plan)
+        if self.sharded and self.device_mesh is not None and not isinstance(self.net[0].weight, DTensor):
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["data_parallel"], plan)
+
+
+class Both(Net):
+    """Shared out by a plan, and by FSDP2 on top of it."""
+
+    def configure_model(self) -> None:
+        mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replica", "dp", "tp"))["dp", "tp"]
+        parallelize_module(self.net, mesh["tp"], {"0": ColwiseParallel(output_layouts=Replicate())})
+        fully_shard(self.net, mesh=mesh["dp"])
 
 
 class First(Net):
@@ -198,7 +217,7 @@ def refusals(folder: Path) -> dict[str, str]:
     return {
         "layer": error_of(folder, Alone()),
         "world": error_of(folder, Everywhere()),
-        "plan": error_of(folder, Planned()),
+        "both": error_of(folder, Both()),
         "independent_init": error_of(folder, Net(), independent_init=True),
         "precision": error_of(folder, Half()),
         "first": error_of(folder, First()),
@@ -263,6 +282,8 @@ def play_fewer(rank: int, folder: Path) -> None:
         if name in WHOLE:
             told[f"{name} whole"] = told_of(folder / "fewer", name, sharded=False, ckpt_path=file, **one)
             fit(folder / f"{name} one whole", name, sharded=False, save=True, **one)
+    for name in PLANNED:
+        told[f"{name} unplanned"] = fit(folder / f"{name} unplanned", name, sharded=False, ranks=2, net_class=Planned)
     if rank == 0:
         for file in (folder / "noise" / "middle.ckpt.replicas").iterdir():
             content = torch.load(file)
@@ -303,6 +324,11 @@ def play(rank: int, folder: Path) -> None:
         told[f"{name} resumed"] = fit(
             folder / f"{name} resumed", name, sharded=True, ckpt_path=folder / name / "middle.ckpt"
         )
+    for name in PLANNED:
+        planned: dict[str, Any] = {"sharded": True, "net_class": Planned}
+        told[f"{name} planned"] = fit(folder / f"{name} planned", name, save=True, **planned)
+        file = folder / f"{name} planned" / "middle.ckpt"
+        told[f"{name} planned, resumed"] = fit(folder / "planned", name, ckpt_path=file, **planned)
     warnings.filterwarnings("ignore", message="replica 1 has nan or inf")
     told["lost"] = fit(folder / "lost", "diloco", sharded=True, lose=3)
     told["own init"] = fit(folder / "own init", "diloco", sharded=True, own_init=rank + 1)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_entropy as le
+from lightning_entropy.strategies.loaders import same_in_replica
+from lightning_entropy.strategies.options import Grid
 from tests.strategies.runs import FORK_WARNINGS, SAMPLES, Net, Samples, data, fit, strategy
 
 pytestmark = [pytest.mark.processes, *(pytest.mark.filterwarnings(w) for w in FORK_WARNINGS)]
@@ -79,3 +81,10 @@ def test_loaders_of_unknown_length_end_with_the_first(tmp_path: Path, batches: l
     ranks = fit(tmp_path, strategy(PARLE), 2, make=lambda: Uneven(batches, sized=False), max_epochs=2)
     shortest = min(n for n in batches if n is not None)
     assert [len(rank["iterates"]) for rank in ranks] == [2 * shortest, 2 * shortest]
+
+
+def test_ranks_of_a_replica_that_share_a_plan_see_the_same() -> None:
+    sampled = [same_in_replica(Grid(rank, 4, 2), own=own) for rank in range(4) for own in (True, False)]
+    assert sampled[0] == sampled[2] != sampled[4] == sampled[6]  # the whole set, in an order of each replica's own
+    assert [s["num_replicas"] for s in sampled] == [1, 2] * 4
+    assert [s["rank"] for s in sampled[1::2]] == [0, 0, 1, 1]

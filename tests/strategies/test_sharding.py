@@ -53,6 +53,23 @@ def test_sharded_replicas_train_as_whole_ones(told: list[dict[str, Any]], name: 
             close(rank[name][key], rank[f"{name} whole"][key])
 
 
+@pytest.mark.parametrize("name", sharded.PLANNED)
+def test_tensor_parallel_replicas_train_as_replicas_of_one_rank(
+    told: list[dict[str, Any]], fewer: list[dict[str, Any]], name: str
+) -> None:
+    """Both ranks of a replica see the same batches, and each exchanges its part of the weights."""
+    for rank, seen in enumerate(told):
+        planned, alone = seen[f"{name} planned"], fewer[rank // 2][f"{name} unplanned"]
+        for key in ("losses", "final"):
+            torch.testing.assert_close(planned[key], alone[key], rtol=0, atol=1e-6)
+        resumed = seen[f"{name} planned, resumed"]
+        assert len(resumed["losses"]) == len(planned["losses"]) - sharded.SAVE_AT
+        close(resumed["losses"], planned["losses"][sharded.SAVE_AT :])
+        close(resumed["final"], planned["final"])
+    sent = [seen[f"{name} planned"]["sent"] for seen in told]
+    assert all(0 < n < fewer[0][f"{name} unplanned"]["sent"] for n in sent)
+
+
 def test_int8_is_near(told: list[dict[str, Any]]) -> None:
     for rank in told:
         torch.testing.assert_close(rank["int8"]["final"], rank["int8 whole"]["final"], rtol=0, atol=2e-3)
@@ -178,7 +195,7 @@ def test_a_shard_that_is_lost_is_its_replicas_loss(told: list[dict[str, Any]]) -
         ("layer", "all parameters that train must be sharded .* got net.2.weight, net.2.bias that are not"),
         ("world", r"over the ranks of their replica, \[\d, \d\], got \[0, 1, 2, 3\] for net.0.weight"),
         ("first", "by fully_shard .FSDP2., got FullyShardedDataParallel"),
-        ("plan", "by fully_shard, got a tensor-parallel plan"),
+        ("both", "by fully_shard or by a tensor-parallel plan, got both for net.0.weight"),
         ("precision", "precision must be 'bf16-mixed' or full"),
         ("independent_init", "independent_init must be False"),
         ("start_method", "start_method must be 'popen' .* got 'fork'"),
