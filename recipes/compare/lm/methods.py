@@ -51,6 +51,7 @@ class Method:
         nesterov: its outer step is Nesterov's, whose momentum is chosen too.
         ema: keep an exponential moving average, Lightning's callback.
         inner_steps: H of a method on one replica; None: the study's.
+        beta1: of AdamW.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -59,6 +60,7 @@ class Method:
     nesterov: bool = False
     ema: bool = False
     inner_steps: int | None = None
+    beta1: float = 0.9
 
     def hidden(self, inner_steps: int) -> float:
         """Return behind how many steps' computation the exchange of a step hides, on average.
@@ -119,7 +121,7 @@ METHODS: dict[str, Method] = {
     "lookahead": Method(relaxation=lambda inner_steps, _: le.lookahead(inner_steps), inner_steps=5),
     "heat": Method(relaxation=lambda _, __: le.heat(), inner_steps=1),
     "smoothed_lookahead": Method(relaxation=lambda inner_steps, _: le.smoothed_lookahead(inner_steps), inner_steps=20),
-    "gpa": Method(relaxation=lambda _, __: le.gpa(), inner_steps=1),
+    "gpa": Method(relaxation=lambda _, __: le.gpa(), inner_steps=1, beta1=0.0),  # its mean is the momentum
     "two_timescale": Method(relaxation=lambda _, __: le.two_timescale(), inner_steps=1),
     "snoo": Method(**_OUTER),
     "muon_snoo": Method("muon", **_OUTER),

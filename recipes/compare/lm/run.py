@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 import lightning_entropy as le
 from recipes.classifier import Cosine
-from recipes.compare.lm.methods import EMA_MEMORY, METHODS, Arm
+from recipes.compare.lm.methods import EMA_MEMORY, METHODS, Arm, Method
 from recipes.compare.run import DIVERGED, settle, written_out
 from recipes.data.cache import write
 from recipes.lm.data import TextData
@@ -74,10 +74,12 @@ class Task:
             seed=seed,
         )
 
-    def optimizer(self, name: str, lr: float) -> partial[Optimizer]:
-        """Return what makes AdamW or Muon from groups of parameters."""
-        common = {"lr": lr, "betas": (0.9, self.beta2), "weight_decay": self.weight_decay}
-        return partial(torch.optim.AdamW, fused=True, **common) if name == "adamw" else partial(Muon, **common)
+    def optimizer(self, method: Method, lr: float) -> partial[Optimizer]:
+        """Return what makes a method's AdamW or Muon from groups of parameters."""
+        common = {"lr": lr, "betas": (method.beta1, self.beta2), "weight_decay": self.weight_decay}
+        return (
+            partial(torch.optim.AdamW, fused=True, **common) if method.optimizer == "adamw" else partial(Muon, **common)
+        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Run:
         """A file name of this run alone; it changes with the method's defaults, too."""
         method = METHODS[self.arm.method]
         loop = method.relaxation and method.relaxation(max(self.arm.inner_steps, 1), self.settings)
-        digest = hashlib.sha256((self.to_json() + written_out(loop)).encode()).hexdigest()[:10]
+        beta1 = "" if method.beta1 == Method.beta1 else f"beta1={method.beta1}"
+        digest = hashlib.sha256((self.to_json() + written_out(loop) + beta1).encode()).hexdigest()[:10]
         label = re.sub(r"[^A-Za-z0-9_.=]+", "-", f"{self.arm}")
         return f"{label}-lr{self.settings['lr']:g}-seed{self.seed}-{digest}"
 
@@ -174,7 +177,7 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
 
 def make_module(run: Run) -> LanguageModel:
     """Make the language model with the run's optimizer and schedule."""
-    optimizer = run.task.optimizer(METHODS[run.arm.method].optimizer, run.settings["lr"])
+    optimizer = run.task.optimizer(METHODS[run.arm.method], run.settings["lr"])
     return LanguageModel(
         GPT(**run.task.net), optimizer, schedule=Cosine(run.task.warmup, final=run.task.final), sample=0
     )

@@ -65,7 +65,7 @@ def stepper(task: Task, arm: Arm) -> Callable[[], float]:
     A step is a replica's batch forward and backward, and its optimizer with its loop, in one thread.
     """
     net = GPT(**task.net)
-    optimizer = task.optimizer(METHODS[arm.method].optimizer, 1e-4)(net.parameter_groups())
+    optimizer = task.optimizer(METHODS[arm.method], 1e-4)(net.parameter_groups())
     if relaxation := _chain(arm):
         le.relax(optimizer, relaxation)
     tokens = torch.randint(net.vocab_size, (task.batch_size // arm.replicas, task.net["block_size"] + 1))
