@@ -389,7 +389,8 @@ def gpa(averaging: float = 0.9) -> Relaxation:
     m = 0.9^(1/H) averages over as many steps as DiLoCo with H of them: 0.9, 0.974, 0.9869, 0.9934, 0.9967, 0.9984 and
     0.9992 for H = 1, 4, 8, 16, 32, 64 and 128. The authors evaluate X, and say that Y does as well; here it is Y.
 
-    Defaults: m = 0.9; untuned.
+    Defaults: m = 0.9; untuned. The mean is a momentum: set AdamW's beta1 to 0 beside it. With beta1 = 0.9 a small
+    language model ended at a loss of 2.87, with 0 at 2.15, and AdamW alone at 2.25 (``recipes/README.md``).
 
     Args:
         averaging: m, in [0, 1); 0 is the user's optimizer.

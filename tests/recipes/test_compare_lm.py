@@ -87,6 +87,8 @@ def test_an_outer_rate_that_falls_is_tried_with_each_momentum(task, tmp_path):
     constant, fallen = le.diloco(30, outer_momentum=0.8), le.diloco(30, outer_lr=falling, outer_momentum=0.8)
     assert len(tried) == 12 and tried.count(constant) == tried.count(fallen) == 2
     assert METHODS["streaming_diloco"].relaxation(30, found.tried("streaming_diloco")[1]).outer_lr == falling
+    shorter = study(task, tmp_path, outer_finals=(0.3,), outer_fall=0.5).tried("palsgd")[0]
+    assert METHODS["palsgd"].relaxation(30, shorter).outer_lr == le.Warmup(0.21, 0.5, start=0.7)
 
 
 def test_a_search_that_diverges_is_chosen_last(task, tmp_path):
@@ -155,7 +157,7 @@ def test_a_run_is_what_its_text_says_and_its_name_is_its_own(task):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_beta2_is_the_inner_optimizers(name, task):
-    assert dataclasses.replace(task, beta2=0.99).optimizer(name, 0.01).keywords["betas"] == (0.9, 0.99)
+    assert dataclasses.replace(task, beta2=0.99).optimizer(METHODS[name], 0.01).keywords["betas"] == (0.9, 0.99)
     assert parse(["--beta2", "0.99"]).beta2 == 0.99
 
 

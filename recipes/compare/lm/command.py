@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.compare.lm.methods import FORMATS, METHODS
+from recipes.compare.lm.methods import FALL, FORMATS, METHODS
 from recipes.compare.lm.report import report
 from recipes.compare.lm.run import Task
 from recipes.compare.lm.speed import step_seconds
@@ -14,7 +14,17 @@ from recipes.compare.lm.study import Study
 from recipes.limits import argument
 from recipes.messages import Parser, refusing
 
-CHOICES = ("methods", "replicas", "inner_steps", "formats", "lrs", "outer_momenta", "outer_finals", "seeds")
+CHOICES = (
+    "methods",
+    "replicas",
+    "inner_steps",
+    "formats",
+    "lrs",
+    "outer_momenta",
+    "outer_finals",
+    "outer_fall",
+    "seeds",
+)
 
 # Minutes on two cores: a tiny net, few steps, one seed, a method of each kind.
 QUICK = {
@@ -85,6 +95,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         help="that methods with an outer Nesterov step try")  # fmt: skip
     add("--outer_finals", type=argument(float, 1e-6, 1), nargs="+", default=[1.0, 0.3],
         help="what outer learning rates fall to, in their first value; 1: constant")  # fmt: skip
+    add(
+        "--outer_fall", type=argument(float, 1e-6, 0.999), default=FALL, help="share of the training over which they do"
+    )
     add("--final", type=argument(float, 0, 1), default=0.1, help="learning rate at the end, over the largest")
     add("--beta2", type=argument(float, 0, 0.999999), default=0.95, help="of AdamW")
     add("--seeds", type=argument(int, 1, 1000), default=3, help="trainings of each at its best rate")

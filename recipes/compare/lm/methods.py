@@ -13,6 +13,7 @@ Settings = Mapping[str, float]
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # of what replicas send
 OUTER_LR = 0.7  # of an outer Nesterov step
+FALL = 0.9  # of the training: over which that falls, where it does
 ANY: Settings = {"outer_momentum": 0.9}  # for what does not depend on them
 EMA_MEMORY = 0.05  # of the training, about, is in the average
 
@@ -74,7 +75,7 @@ class Method:
         return min(relaxation.fragments * relaxation.delay / inner_steps, 1.0)
 
     def tried(
-        self, lrs: Sequence[float], outer_momenta: Sequence[float], outer_finals: Sequence[float]
+        self, lrs: Sequence[float], outer_momenta: Sequence[float], outer_finals: Sequence[float], outer_fall: float
     ) -> dict[str, Sequence[float]]:
         """Return each setting's name and the values that are tried.
 
@@ -82,10 +83,13 @@ class Method:
             lrs: learning rates.
             outer_momenta: of an outer Nesterov step.
             outer_finals: what its learning rate falls to over the training, in its first value; 1 alone is no setting.
+            outer_fall: share of the training over which it does.
         """
         if not self.nesterov:
             return {"lr": lrs}
         falling = {} if list(outer_finals) == [1] else {"outer_final": outer_finals}
+        if falling and outer_fall != FALL:
+            falling["outer_fall"] = [outer_fall]
         return {"lr": lrs, "outer_momentum": outer_momenta, **falling}
 
 
@@ -108,7 +112,7 @@ def _sprung(inner_steps: int, settings: Settings) -> Relaxation:
 
 def _outer(settings: Settings) -> Any:
     final = settings.get("outer_final", 1.0)
-    rate = OUTER_LR if final == 1 else le.Warmup(final * OUTER_LR, 0.9, start=OUTER_LR)
+    rate = OUTER_LR if final == 1 else le.Warmup(final * OUTER_LR, settings.get("outer_fall", FALL), start=OUTER_LR)
     return {"outer_lr": rate, "outer_momentum": settings["outer_momentum"]}
 
 

@@ -69,6 +69,9 @@ def tables(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+HEIGHT_POINTS, NAME_POINTS = 250, 13  # about: from the lowest to the highest dot of the picture, and of a name in it
+
+
 def picture(study: Study, final: Sequence[Record]) -> Figure:
     """Draw loss against bytes: a dot for each arm of the central number of replicas, named beside it.
 
@@ -80,21 +83,28 @@ def picture(study: Study, final: Sequence[Record]) -> Figure:
     axes = figure.subplots()
     points = [(_mean(final, arm, "val_loss"), _mean(final, arm, "bytes_per_token"), arm) for arm in arms]
     points = sorted((p for p in points if math.isfinite(p[0]) and p[1]), key=lambda p: p[:2])
+    # Methods that send about as much stand one above the other: where two names would lie on each other, one moves up.
+    per_point = max(loss for loss, *_ in points) - min(loss for loss, *_ in points)
+    per_point /= HEIGHT_POINTS
+    last = -math.inf  # the height of a name
     for loss, sent, arm in points:
         central = arm == study.central(arm.method)
         color = f"C{names.index(arm.method)}"
         axes.scatter(sent, loss, s=90 if central else 35, color=color, zorder=3)
-        what = f"H = {arm.inner_steps}" if arm.format == study.center[2] else arm.format
-        # Methods that send as much stand one above the other: their names in turn to the right and to the left.
-        column = [other for _, x, other in points if x == sent]
-        right = column.index(arm) % 2 == 0
-        place = {"xytext": (8 if right else -8, 0), "ha": "left" if right else "right", "va": "center"}
+        name = arm.method
         if arm == ddp_like(arm):
             axes.axhline(loss, color=color, linewidth=1, linestyle="--", alpha=0.6)
-            place = {"xytext": (0, 8), "ha": "center", "va": "bottom"}
+            place: dict[str, Any] = {"xytext": (0, 8), "ha": "center", "va": "bottom"}
+        elif central:
+            last = max(loss, last + NAME_POINTS * per_point)
+            up = (last - loss) / per_point if per_point else 0
+            place = {"xytext": (18, up), "ha": "left", "va": "center"}
+            place["arrowprops"] = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
+        else:
+            name = f"H = {arm.inner_steps}" if arm.format == study.center[2] else arm.format
+            place = {"xytext": (0, -6), "ha": "center", "va": "top"}
         size = 10 if central else 8
-        name = arm.method if central else what
-        axes.annotate(name, (sent, loss), textcoords="offset points", fontsize=size, color=color, **place)
+        axes.annotate(name, (sent, loss), textcoords="offset points", fontsize=size, color=color, zorder=4, **place)
     axes.set(xscale="log", xlabel="bytes sent per token of training", ylabel="validation loss (nats per byte)")
     axes.set_title(f"{study.center[0]} replicas, equal tokens", fontsize=11)
     axes.grid(alpha=0.25, linewidth=0.5)
@@ -168,7 +178,7 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
         "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of "
-        f"{momenta}; the outer rate is {OUTER_LR}, at the end of the training that times one of {finals}; beta2 is "
+        f"{momenta}; the outer rate is {OUTER_LR}, at the end of the training that times one of {finals}, to which it falls over {study.outer_fall:g} of the training; beta2 is "
         f"{study.task.beta2:g}, and learning rates end at {study.task.final:g} of their largest.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
         "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
@@ -203,7 +213,7 @@ def _ratio(value: float, base: float, form: str, less: float) -> str:
 
 
 def _settings(settings: Mapping[str, float]) -> str:
-    names = {"lr": "lr", "outer_momentum": "momentum", "outer_final": "outer rate at the end x"}
+    names = {"lr": "lr", "outer_momentum": "momentum", "outer_final": "outer rate at the end x", "outer_fall": "over"}
     return ", ".join(f"{names[name]} {value:g}" for name, value in settings.items())
 
 

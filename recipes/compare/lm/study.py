@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.compare import trainings
-from recipes.compare.lm.methods import METHODS, Arm, Settings
+from recipes.compare.lm.methods import FALL, METHODS, Arm, Settings
 from recipes.compare.lm.run import Run, Task, execute
 from recipes.compare.lm.speed import LINKS, link_seconds
 
@@ -40,6 +40,7 @@ class Study:
         out: folder for results.
         outer_momenta: of methods with an outer Nesterov step, to try.
         outer_finals: what its learning rate falls to, to try with each momentum.
+        outer_fall: share of the training over which it does.
         workers: trainings at a time, each a process; 0 trains in this process.
 
     Raises:
@@ -57,6 +58,7 @@ class Study:
     out: Path
     outer_momenta: Sequence[float] = (0.5, 0.8, 0.9)
     outer_finals: Sequence[float] = (1.0,)
+    outer_fall: float = FALL
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class Study:
 
     def tried(self, name: str) -> list[Settings]:
         """List a method's settings to try."""
-        grid = METHODS[name].tried(self.lrs, self.outer_momenta, self.outer_finals)
+        grid = METHODS[name].tried(self.lrs, self.outer_momenta, self.outer_finals, self.outer_fall)
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     def chosen(self, records: Sequence[Record]) -> Chosen:
