@@ -178,7 +178,8 @@ def _notes(study: Study, final: Sequence[Record]) -> list[str]:
         "replicas together and as a ring would send them.",
         f"Every method chose its settings with seed 0, {replicas} replicas, H = {inner_steps} and {format}, of "
         f"{len(study.lrs)} learning rates between {edges} and, with an outer momentum, of "
-        f"{momenta}; the outer rate is {OUTER_LR}, at the end of the training that times one of {finals}, to which it falls over {study.outer_fall:g} of the training; beta2 is "
+        f"{momenta}; the outer rate is {OUTER_LR}, at the end of the training that times one of {finals}, to which it "
+        f"falls over {study.outer_fall:g} of the training; beta2 is "
         f"{study.task.beta2:g}, and learning rates end at {study.task.final:g} of their largest.",
         "Tokens per second are arithmetic, from the time of a step on one core and the bytes: one core and one link a "
         "replica. DDP's bytes are hidden behind its whole step, which is more than it can; streamed fragments "
