@@ -39,7 +39,7 @@ def table(page: Path) -> str:
             rows.append([link, *answers])
     head = ["method", *ROWS]
     lines = ["| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *rows)]
-    return "".join(lines) + f"\nNot measured yet: {', '.join(rest)}.\n"
+    return "".join(lines) + (f"\nNot measured yet: {', '.join(rest)}.\n" if rest else "")
 
 
 def filled(page: Path) -> str:
