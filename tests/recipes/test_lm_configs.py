@@ -90,6 +90,15 @@ def test_without_a_config_it_is_the_net_of_a_million_weights(files):
     assert main(["fit", *arguments, *again]).trainer.global_step == 6
 
 
+def test_the_command_as_it_stands_trains_the_default_net_on_the_default_text(files):
+    """But for its number of steps: no shrunk net, no files, the compiler and the precision of the config."""
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    cli = main(["fit", *few])
+    assert cli.trainer.global_step == 2
+    assert sum(p.numel() for p in cli.model.parameters()) > 900_000
+    assert 0 < cli.trainer.callback_metrics["val_loss"] < 6
+
+
 @pytest.mark.parametrize(
     ("more", "steps"),
     [
