@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from recipes.compare.report import edged, results_csv
@@ -161,7 +162,9 @@ def picture(results: Mapping[str, Results]) -> Figure:
             axis.axvline(0, color="0.3", linewidth=0.8)
             axis.set_title(f"{name}: {heading} less {BASELINE}'s", fontsize=9)
             axis.spines[["top", "right"]].set_visible(False)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.tick_params(labelsize=7)
             axis.grid(axis="x", alpha=0.25, linewidth=0.5)
         row[0].set_yticks(range(len(labels)), labels, fontsize=7)
-        row[0].invert_yaxis()
+    grid[0, 0].invert_yaxis()  # all share it
     return figure
