@@ -391,7 +391,8 @@ def gpa(averaging: float = 0.9) -> Relaxation:
     0.9992 for H = 1, 4, 8, 16, 32, 64 and 128. The authors evaluate X, and say that Y does as well; here it is Y.
 
     Defaults: m = 0.9; untuned. The mean is a momentum: set AdamW's beta1 to 0 beside it. With beta1 = 0.9 a small
-    language model ended at a loss of 2.87, with 0 at 2.15, and AdamW alone at 2.25 (``recipes/README.md``).
+    language model ended at a loss of 2.87, with 0 at 2.15, and AdamW alone at 2.25; in a training twenty times as long
+    they were level (``recipes/README.md``).
 
     Args:
         averaging: m, in [0, 1); 0 is the user's optimizer.
