@@ -62,6 +62,13 @@ def check_sharding(
             f"all parameters that train must be sharded where some are, as others' gradients are not averaged, got "
             f"{', '.join(plain[:3])} that {'are' if len(plain) > 1 else 'is'} not: {HOW}"
         )
+    trained = {name: getattr(p, "placements", ()) for name, p in params.items() if p.requires_grad}
+    whole = [name for name, placements in trained.items() if not any(p.is_shard() for p in placements)]
+    if has_plan(module) and whole and options.communication_dtype in ("int8", "int4"):
+        raise MisconfigurationException(
+            "communication_dtype must be 'float32' or 'bfloat16' with a tensor-parallel plan that leaves weights whole, "
+            f"as {whole[0]}, got {options.communication_dtype!r}: each rank would round them in a block of its own"
+        )
     if options.elastic:
         raise MisconfigurationException("membership must be 'static' with sharded parameters, got 'torchft'")
     if options.independent_init:

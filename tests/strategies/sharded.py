@@ -218,6 +218,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "layer": error_of(folder, Alone()),
         "world": error_of(folder, Everywhere()),
         "both": error_of(folder, Both()),
+        "blocks": error_of(folder, Planned(), communication_dtype="int8"),
         "independent_init": error_of(folder, Net(), independent_init=True),
         "precision": error_of(folder, Half()),
         "first": error_of(folder, First()),

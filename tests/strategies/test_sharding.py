@@ -196,6 +196,7 @@ def test_a_shard_that_is_lost_is_its_replicas_loss(told: list[dict[str, Any]]) -
         ("world", r"over the ranks of their replica, \[\d, \d\], got \[0, 1, 2, 3\] for net.0.weight"),
         ("first", "by fully_shard .FSDP2., got FullyShardedDataParallel"),
         ("both", "by fully_shard or by a tensor-parallel plan, got both for net.0.weight"),
+        ("blocks", "communication_dtype must be 'float32' or 'bfloat16' .* as net.2.bias, got 'int8'"),
         ("precision", "precision must be 'bf16-mixed' or full"),
         ("independent_init", "independent_init must be False"),
         ("start_method", "start_method must be 'popen' .* got 'fork'"),
