@@ -66,7 +66,7 @@ def check_sharding(
     whole = [name for name, placements in trained.items() if not any(p.is_shard() for p in placements)]
     if has_plan(module) and whole and options.communication_dtype in ("int8", "int4"):
         raise MisconfigurationException(
-            "communication_dtype must be 'float32' or 'bfloat16' with a tensor-parallel plan that leaves weights whole, "
+            "communication_dtype must be 'float32' or 'bfloat16' with a plan that leaves weights whole, "
             f"as {whole[0]}, got {options.communication_dtype!r}: each rank would round them in a block of its own"
         )
     if options.elastic:
