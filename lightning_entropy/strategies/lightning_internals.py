@@ -5,7 +5,8 @@ them changes. No private method of a parent class is overridden.
 """
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 AnyDDPStrategy = DDPStrategy | FabricDDPStrategy
@@ -48,6 +50,24 @@ def wrap_in_group(strategy: AnyDDPStrategy, group: dist.ProcessGroup) -> None:
     ``DDPStrategy`` keeps DDP's arguments in ``_ddp_kwargs``; groups exist only after its constructor has run.
     """
     strategy._ddp_kwargs = {**strategy._ddp_kwargs, "process_group": group}
+
+
+@contextmanager
+def shards_not_sent(module: Module) -> Iterator[None]:
+    """Keep Lightning from sending rank 0's shards to all ranks, which are other ranks' shards, where it does not train.
+
+    ``DDPStrategy.setup`` sends what the module's ``_ddp_params_and_buffers_to_ignore``, which is torch's, leaves.
+    """
+    before = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    shards = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
+    module._ddp_params_and_buffers_to_ignore = [*before, *shards]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before:
+            module._ddp_params_and_buffers_to_ignore = before  # type: ignore[assignment]
+        else:
+            del module._ddp_params_and_buffers_to_ignore
 
 
 def without_gradient_sync(strategy: FabricDDPStrategy) -> None:

@@ -1,6 +1,7 @@
 """Replicas under the Trainer: every device, or group of devices, trains one, elastically tied to their mean."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lightning_entropy.strategies.consensus_callback import acts, put_around
 from lightning_entropy.strategies.lightning_internals import (
     confine_sync_batchnorm,
     set_device_mesh,
+    shards_not_sent,
     start_method,
     timeout,
     wrap_in_group,
@@ -28,7 +30,7 @@ from lightning_entropy.strategies.replica import replica_loops
 from lightning_entropy.strategies.replica_ddp import Moment
 from lightning_entropy.strategies.replica_state import ReplicaState
 from lightning_entropy.strategies.resumable_ddp import ResumableDDPStrategy
-from lightning_entropy.strategies.sharding import check_sharding, sync_shards
+from lightning_entropy.strategies.sharding import check_sharding, has_shards, sync_shards
 from lightning_entropy.strategies.start import initialize, seed_apart
 from lightning_entropy.strategies.stopping import JointStop, OwnStop
 from lightning_entropy.trainer.ownership import check_optimizers, claim, release
@@ -198,7 +200,9 @@ class ElasticEntropyStrategy(ResumableDDPStrategy):
         """Wrap inside the replica, seed every replica's random numbers apart, and meet those that are other jobs."""
         if self._fitting:
             confine_sync_batchnorm(self, self._inside if self.grid.data_parallel > 1 else None)
-        super().setup(trainer)
+        sharded = not self._fitting and has_shards(self._module)  # by a fit before
+        with shards_not_sent(self._module) if sharded else nullcontext():
+            super().setup(trainer)
         if self._fitting:
             seed_apart(self.grid, self._base_seed)
             position = self._members.join(self, self.grid)

@@ -112,6 +112,7 @@ def fit(
     ckpt_path: Path | None = None,
     batch: int = 4,
     net_class: type[Net] = Net,
+    again: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
     L.seed_everything(7, verbose=False)
@@ -137,10 +138,16 @@ def fit(
     trainer.fit(net, ckpt_path=ckpt_path)
     if save:
         trainer.save_checkpoint(folder / "end.ckpt")
+    validated = list(net.validated)
+    if again:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
+            trainer.validate(net, verbose=False)
     return {
+        "again": net.validated[len(validated) :],
         "start": seen.start,
         "losses": seen.losses,
-        "validated": net.validated,
+        "validated": validated,
         "final": whole(net.state_dict()),
         "sent": seen.sent,
         "spread": seen.spread,
@@ -323,13 +330,13 @@ def play(rank: int, folder: Path) -> None:
         told[f"{name} whole"] = fit(folder / f"{name} whole", name, sharded=False, save=True)
     for name in ("noise", "diloco", "outer adam", "int8"):
         told[f"{name} resumed"] = fit(
-            folder / f"{name} resumed", name, sharded=True, ckpt_path=folder / name / "middle.ckpt"
+            folder / f"{name} resumed", name, sharded=True, ckpt_path=folder / name / "middle.ckpt", again=True
         )
     for name in PLANNED:
         planned: dict[str, Any] = {"sharded": True, "net_class": Planned}
         told[f"{name} planned"] = fit(folder / f"{name} planned", name, save=True, **planned)
         file = folder / f"{name} planned" / "middle.ckpt"
-        told[f"{name} planned, resumed"] = fit(folder / "planned", name, ckpt_path=file, **planned)
+        told[f"{name} planned, resumed"] = fit(folder / "planned", name, ckpt_path=file, again=True, **planned)
     warnings.filterwarnings("ignore", message="replica 1 has nan or inf")
     told["lost"] = fit(folder / "lost", "diloco", sharded=True, lose=3)
     told["own init"] = fit(folder / "own init", "diloco", sharded=True, own_init=rank + 1)

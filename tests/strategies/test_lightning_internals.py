@@ -1,6 +1,7 @@
 """The private names of Lightning and torch that the strategies rely on."""
 
 import ast
+import inspect
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -295,3 +296,13 @@ def test_handlers_that_are_not_lightnings_are_found(tmp_path: Path) -> None:
 
 def test_how_processes_are_started() -> None:
     assert internals.start_method(DDPStrategy(start_method="fork")) == "fork"
+
+
+def test_shards_are_not_sent_where_nothing_is_trained() -> None:
+    source = inspect.getsource(trainer_ddp._sync_module_states)
+    assert '"_ddp_params_and_buffers_to_ignore"' in source, "which shards_not_sent sets"
+    assert "_sync_module_states(self.model)" in inspect.getsource(trainer_ddp.DDPStrategy.setup)
+    module = torch.nn.Linear(1, 1)
+    with internals.shards_not_sent(module):
+        assert module._ddp_params_and_buffers_to_ignore == []
+    assert not hasattr(module, "_ddp_params_and_buffers_to_ignore")

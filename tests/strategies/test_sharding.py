@@ -102,6 +102,14 @@ def test_a_resume_in_the_middle_of_a_loop_is_exact(told: list[dict[str, Any]], n
         close(seen["final"], whole["final"])
 
 
+@pytest.mark.parametrize("name", ["noise resumed", "outer adam resumed", "diloco planned, resumed"])
+def test_validation_after_the_fit_is_that_of_its_end(told: list[dict[str, Any]], name: str) -> None:
+    for rank in told:
+        seen = rank[name]
+        assert seen["again"]
+        close(seen["again"], seen["validated"][-len(seen["again"]) :])
+
+
 def assert_goes_on(seen: dict[str, Any], losses: Any, saved: dict[str, Any], *, tolerance: float = 1e-12) -> None:
     """The state at the start is that of the save, and so is what follows."""
     torch.testing.assert_close(seen["state"], saved["state"], rtol=0, atol=1e-12)
