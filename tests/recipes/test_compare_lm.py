@@ -14,7 +14,7 @@ from recipes.compare.lm import run as run_module
 from recipes.compare.lm import study as study_module
 from recipes.compare.lm.command import parse
 from recipes.compare.lm.methods import METHODS, Arm
-from recipes.compare.lm.report import report, tables
+from recipes.compare.lm.report import picture, report, tables
 from recipes.compare.lm.run import Run, Task, execute
 from recipes.compare.lm.speed import link_seconds, step_seconds
 from recipes.compare.lm.study import Study
@@ -128,12 +128,19 @@ def test_link_seconds():
     assert link_seconds(0.1, 1e6, 1e7, hidden=0) == pytest.approx(0.9)
 
 
+def test_methods_of_one_replica_alone_have_a_picture_too(task, tmp_path):
+    """Of nothing, as nothing is sent; the tables are what one wants of them."""
+    assert picture(study(task, tmp_path, methods=["adamw", "gpa"], vary=[]), []).axes
+
+
 def test_times_of_steps_are_kept_and_shared_by_arms_of_the_same_inner_step(task, tmp_path):
-    arms = [Arm("adamw"), Arm("diloco", 2, 3), Arm("parle", 2, 3)]
+    arms = [Arm("adamw"), Arm("heat", inner_steps=1), Arm("diloco", 2, 3), Arm("parle", 2, 3)]
     first = step_seconds(task, arms, tmp_path / "seconds.json", rounds=1)
     assert set(first) == set(arms) and min(first.values()) > 0
     known = json.loads((tmp_path / "seconds.json").read_text())
-    assert sorted(known) == ["adamw, 1 replicas", "adamw, 2 replicas", "adamw, 2 replicas, parle"]
+    assert sorted(known) == [
+        "adamw, 1 replicas", "adamw, 1 replicas, heat", "adamw, 2 replicas", "adamw, 2 replicas, parle"
+    ]  # fmt: skip
     later = step_seconds(task, [*arms, Arm("ddp", 2), Arm("ddp", 4)], tmp_path / "seconds.json", rounds=1)
     assert later.items() >= first.items()
     assert later[Arm("ddp", 2)] == first[Arm("diloco", 2, 3)]
@@ -159,6 +166,10 @@ def test_a_run_is_what_its_text_says_and_its_name_is_its_own(task):
 def test_beta2_is_the_inner_optimizers(name, task):
     assert dataclasses.replace(task, beta2=0.99).optimizer(METHODS[name], 0.01).keywords["betas"] == (0.9, 0.99)
     assert parse(["--beta2", "0.99"]).beta2 == 0.99
+
+
+def test_gpa_has_the_momentum_and_adamw_none_beside_it(task):
+    assert task.optimizer(METHODS["gpa"], 0.01).keywords["betas"] == (0.0, 0.95)
 
 
 def test_the_rate_falls_to_its_end(task):

@@ -10,7 +10,7 @@ import torch
 from recipes.compare import study as study_module
 from recipes.compare.__main__ import main as compare
 from recipes.compare.methods import Method
-from recipes.compare.strength.report import Difference, Results, paired, table, values
+from recipes.compare.strength.report import Difference, Results, paired, picture, table, values
 from recipes.compare.strength.tasks import BASELINE, METHODS, TRIALS
 from recipes.compare.study import Setting, Study
 from recipes.data import ImageData
@@ -52,6 +52,8 @@ def test_a_study_of_two_tasks(tmp_path, monkeypatch, capsys):
     assert "| ema | 0.1 | 0.008 | 21.00 +- 0.89 (=)" in text
     assert "| sgd | 0.1 | 0.008 | 21.00 +- 1.00 |" in text
     assert text.count("### ") == 2
+    assert text.count(" | 1000.0 +- 0.0 (=) |") == 4, "a second for one gradient, of two methods on two tasks"
+    assert picture(results).axes[0].yaxis_inverted(), "the first method on top, however many the tasks"
     assert (tmp_path / "strength.png").stat().st_size > 5000
     assert len((tmp_path / "lenet" / "results.csv").read_text().splitlines()) == 1 + 3 * (9 + 3)
     capsys.readouterr()

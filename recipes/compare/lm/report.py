@@ -84,8 +84,8 @@ def picture(study: Study, final: Sequence[Record]) -> Figure:
     points = [(_mean(final, arm, "val_loss"), _mean(final, arm, "bytes_per_token"), arm) for arm in arms]
     points = sorted((p for p in points if math.isfinite(p[0]) and p[1]), key=lambda p: p[:2])
     # Methods that send about as much stand one above the other: where two names would lie on each other, one moves up.
-    per_point = max(loss for loss, *_ in points) - min(loss for loss, *_ in points)
-    per_point /= HEIGHT_POINTS
+    losses = [loss for loss, *_ in points]
+    per_point = (max(losses) - min(losses)) / HEIGHT_POINTS if losses else 0
     last = -math.inf  # the height of a name
     for loss, sent, arm in points:
         central = arm == study.central(arm.method)
