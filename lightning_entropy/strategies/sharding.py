@@ -56,18 +56,18 @@ def check_sharding(
                 "parameters of a replica must be sharded by fully_shard or by a tensor-parallel plan, got both for "
                 f"{name}, of which only some ranks need the same batches: {HOW}"
             )
-    plain = [name for name, p in params.items() if p.requires_grad and not isinstance(p, DTensor)]
-    if plain and not has_plan(module):
+    planned, trained = has_plan(module), {name: p for name, p in params.items() if p.requires_grad}
+    plain = [name for name, p in trained.items() if not isinstance(p, DTensor)]
+    if plain and not planned:
         raise MisconfigurationException(
             f"all parameters that train must be sharded where some are, as others' gradients are not averaged, got "
             f"{', '.join(plain[:3])} that {'are' if len(plain) > 1 else 'is'} not: {HOW}"
         )
-    trained = {name: getattr(p, "placements", ()) for name, p in params.items() if p.requires_grad}
-    whole = [name for name, placements in trained.items() if not any(p.is_shard() for p in placements)]
-    if has_plan(module) and whole and options.communication_dtype in ("int8", "int4"):
+    undivided = [name for name, p in trained.items() if not any(s.is_shard() for s in getattr(p, "placements", ()))]
+    if planned and undivided and options.communication_dtype in ("int8", "int4"):
         raise MisconfigurationException(
             "communication_dtype must be 'float32' or 'bfloat16' with a plan that leaves weights whole, "
-            f"as {whole[0]}, got {options.communication_dtype!r}: each rank would round them in a block of its own"
+            f"as {undivided[0]}, got {options.communication_dtype!r}: each rank would round them in a block of its own"
         )
     if options.elastic:
         raise MisconfigurationException("membership must be 'static' with sharded parameters, got 'torchft'")
