@@ -97,6 +97,7 @@ NAMES = {
         "test_a_failed_training_is_named_after_the_others_are_done",
         "test_computed_once_under_ddp",
         "test_computed_once_under_the_elastic_strategy",
+        "test_ddp_is_sgd_with_as_many_batches_in_one",
         "test_equal_steps_cost_as_many_times_more_as_there_are_replicas",
         "test_every_config_of_the_language_model_takes_a_step",
         "test_every_config_takes_a_step",

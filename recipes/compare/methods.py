@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_entropy as le
@@ -38,6 +39,7 @@ class Parts:
         label_smoothing: of the training loss.
         stops: the weights that are kept are those of least held-out error, among the points of the curve.
         by_epochs: the method wants a number of epochs rather than of steps, and may add one without gradients.
+        final: scale of the learning rate at the end of its cosine.
     """
 
     callbacks: list[Callback] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Parts:
     label_smoothing: float = 0.0
     stops: bool = False
     by_epochs: bool = False
+    final: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,14 @@ def smoothed_labels(share: float = 0.1) -> Parts:
     return Parts(label_smoothing=share)
 
 
-def ema(lr: float, steps: int, memory: float = 0.05) -> Parts:
-    """Exponential moving average of the weights, Lightning's callback, over the last ``memory`` * steps or so."""
+def ema(lr: float, steps: int, memory: float = 0.05, final: float = 0.0) -> Parts:
+    """Exponential moving average of the weights, Lightning's callback, over the last ``memory`` * steps or so.
+
+    ``final`` is what remains of the learning rate at the end: with 1 the average stands in the place of its decay.
+    """
     check("memory", memory, 0, 100)
-    return Parts([EMAWeightAveraging(decay=1 - 1 / max(memory * steps, 1))])
+    check("final", final, 0, 1)
+    return Parts([EMAWeightAveraging(decay=1 - 1 / max(memory * steps, 1))], final=final)
 
 
 def swa(lr: float, start: float = SWA_START, lr_scale: float = 0.5, annealing_epochs: int = 0) -> Parts:
@@ -219,6 +226,11 @@ def heat_filter(gamma: float = 2.5e5, **options: Any) -> Parts:
     return Parts([le.HeatSmoothing(gamma=gamma, scale="filter", **options)])
 
 
+def ddp(replicas: int = 3) -> Parts:
+    """Lightning's DDP: the mean of ``replicas`` gradients a step, each of a batch of its own."""
+    return Parts(strategy=partial(_ddp, replicas))
+
+
 def elastic_sgd(replicas: int = 3, **options: Any) -> Parts:
     """Elastic averaging SGD; options of ``lightning_entropy.elastic_sgd``."""
     return Parts(strategy=partial(_strategy, le.elastic_sgd(**options), replicas))
@@ -229,12 +241,20 @@ def elastic_entropy(replicas: int = 3, **options: Any) -> Parts:
     return Parts(strategy=partial(_strategy, le.parle(**options), replicas))
 
 
+def _ddp(replicas: int, cuda: bool) -> Any:
+    return DDPStrategy(process_group_backend="gloo", **_processes(replicas, cuda))
+
+
 def _strategy(relaxation: le.Relaxation, replicas: int, cuda: bool) -> Any:
-    """Make the strategy, with a device for every replica: several may share a GPU."""
+    return le.ElasticEntropyStrategy(relaxation, **_processes(replicas, cuda))
+
+
+def _processes(replicas: int, cuda: bool) -> dict[str, Any]:
+    """Say how a strategy starts its processes, with a device for each: several may share a GPU."""
     if not cuda:
-        return le.ElasticEntropyStrategy(relaxation, start_method="fork")
+        return {"start_method": "fork"}
     devices = [torch.device("cuda", i % torch.cuda.device_count()) for i in range(replicas)]
-    return le.ElasticEntropyStrategy(relaxation, start_method="spawn", parallel_devices=devices)
+    return {"start_method": "spawn", "parallel_devices": devices}
 
 
 METHODS: dict[str, Callable[..., Parts]] = {
@@ -254,6 +274,7 @@ METHODS: dict[str, Callable[..., Parts]] = {
         two_timescale,
         entropy_sgd,
         hamilton_jacobi,
+        ddp,
         elastic_sgd,
         elastic_entropy,
     )
@@ -263,7 +284,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     kind.__name__: kind for kind in (le.Pull, le.Scoping, le.Starting, le.Warmup, le.Widening)
 }
 
-REPLICATED = ("elastic_sgd", "elastic_entropy")
+REPLICATED = ("ddp", "elastic_sgd", "elastic_entropy")
 
 
 def _value(text: str) -> Any:

@@ -170,7 +170,7 @@ def execute(run: Run, folder: Path, name: str | None = None) -> Path:
     module = Classifier(
         make_net(task, data),
         partial(OPTIMIZERS[task.optimizer], lr=run.lr, weight_decay=decay),
-        schedule=Cosine(warmup=task.warmup),
+        schedule=Cosine(warmup=task.warmup, final=parts.final),
         num_classes=len(data.classes),
         label_smoothing=parts.label_smoothing,
         sharpness=parts.sharpness,

@@ -1,5 +1,8 @@
 """Every method spends the same budget, and takes the options it has."""
 
+import dataclasses
+
+import lightning as L
 import pytest
 
 import lightning_entropy as le
@@ -29,6 +32,30 @@ def test_equal_steps_cost_as_many_times_more_as_there_are_replicas(tmp_path):
     record = record_of("elastic_sgd:replicas=2", tmp_path, budget="steps")
     assert record["steps"] == 18
     assert record["gradient_evaluations"] == 36
+
+
+def test_ddp_is_sgd_with_as_many_batches_in_one(tmp_path):
+    """Its ranks share each epoch's plan, batch by batch, so the images of a step are the larger batch's."""
+    task = dataclasses.replace(TASK, net="mlp")
+    large = dataclasses.replace(task, data=task.data | {"batch_size": 64})
+    ddp, sgd = (record_of(m, tmp_path / m[:3], task=t) for m, t in (("ddp:replicas=2", task), ("sgd", large)))
+    assert (ddp["steps"], ddp["gradient_evaluations"], sgd["steps"]) == (9, 18, 9)
+    for key in ("train_loss", "val_loss", "test_loss", "loss_rise"):
+        assert ddp["final"][key] == pytest.approx(sgd["final"][key], rel=1e-4), key
+
+
+@pytest.mark.parametrize(("method", "end"), [("ema", 0.0), ("ema:final=0.25", 0.25), ("ema:final=1", 1.0)])
+def test_an_average_may_stand_in_the_place_of_the_rates_decay(method, end, tmp_path, monkeypatch):
+    rates = []
+    fit = L.Trainer.fit
+
+    def fitted(trainer, module, **kwargs):
+        fit(trainer, module, **kwargs)
+        rates.extend(trainer.lr_scheduler_configs[0].scheduler.get_last_lr())
+
+    monkeypatch.setattr(L.Trainer, "fit", fitted)
+    record_of(method, tmp_path, lr=0.04)
+    assert rates == [pytest.approx(0.04 * end)]
 
 
 def test_a_budget_too_small_for_a_step_is_refused():

@@ -81,6 +81,7 @@ METHODS = (
     "stopped",
     "smoothed_labels",
     "ema",
+    "ema:final=1",
     "swa",
     "sam:rho=0.1",
     "sam:rho=0.2,start=0.88",
@@ -89,6 +90,7 @@ METHODS = (
     "smoothed_lookahead",
     "entropy_sgd",
     "hamilton_jacobi",
+    "ddp",
     "elastic_sgd",
     "elastic_entropy",
 )
