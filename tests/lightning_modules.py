@@ -168,7 +168,7 @@ def make_optimizer(name: str, params: Any, lr: float = 0.1) -> torch.optim.Optim
 CALLBACKS: dict[str, Callable[[], le.InnerOuterCallback]] = {
     "entropy": lambda: le.EntropySGD(5, le.Scoping(0.5, 0.1), 0.01, seed=3),
     "jacobi": lambda: le.HamiltonJacobi(5, le.Scoping(0.5, 0.1), outer_momentum=0.5),
-    "auto": lambda: le.EntropySGD(5, "auto", 0.01, outer_momentum=0.5, seed=3),
+    "pull": lambda: le.EntropySGD(5, le.Pull(0.5), 0.01, outer_momentum=0.5, seed=3),
     "coupled": lambda: le.EntropySGD(5, 0.5, coupled=True, reset_momentum=True, seed=3),
     "adam": lambda: le.EntropySGD(5, 0.5, outer=outer_adam, seed=3),
     "heat": lambda: le.HeatSmoothing(3, 100.0, seed=3),

@@ -44,8 +44,8 @@ def optimizer() -> torch.optim.Optimizer:
 
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (
-        lambda: le.EntropySGD(gamma="Auto"),
-        "gamma must be a number >= 0, a schedule such as Scoping, or 'auto', got 'Auto'",
+        lambda: le.EntropySGD(gamma="auto"),
+        r"gamma must be a number >= 0, Pull\(share\) or a schedule such as Scoping, got 'auto'",
     ),  # type: ignore[arg-type]
     # Lightning's own words, which the questions in docs/faq.md repeat.
     (lambda: fit(callbacks=[le.EntropySGD()] * 2), "^Found more than one stateful callback of type `EntropySGD`"),
@@ -326,7 +326,7 @@ def test_replicas_on_one_device_are_said_to_be_one(name: str, caplog: pytest.Log
     assert words in caplog.text
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 9.9, "auto", le.Pull(0.99), le.Scoping(0.01, 1e-3, limit=100.0)])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 9.9, le.Pull(0.99), le.Scoping(0.01, 1e-3, limit=100.0)])
 def test_a_gamma_that_leaves_room_or_says_its_share_is_not_warned_of(gamma: Any) -> None:
     fit(callbacks=[le.EntropySGD(gamma=gamma)])  # warnings are errors
     fit(callbacks=[le.EntropySGD(1000, gamma=gamma)])

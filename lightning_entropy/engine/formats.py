@@ -4,6 +4,7 @@ Somebody else's file, or a damaged one, is one error that names key, rule and va
 """
 
 import reprlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,8 +35,6 @@ _LOOP: Rules = {
     "inner_step": ("an int >= 0", _is_count),
     "outer_step": ("an int >= 0", _is_count),
     "seed": ("an int >= 0", _is_count),
-    "gamma_start": ("a number > 0 or None", lambda v: v is None or (_is_number(v) and v > 0)),
-    "measured": ("an int >= 0", _is_count),
     "slots": ("a dict of dicts", lambda v: isinstance(v, Mapping) and all(isinstance(w, Mapping) for w in v.values())),
     "outer": ("None, or a dict with options and state, of dicts", _is_outer),
 }
@@ -122,6 +121,25 @@ def check_loop(what: str, state: Mapping[str, Any], newest: int, shapes: Mapping
                 raise ValueError(
                     f"{key} of {where} must have the parameter's shape, {tuple(shape)}, got {tuple(value.shape)}"
                 )
+
+
+def without_measured_gamma(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a loop's state without what ``gamma="auto"`` of format 1 had measured, and warn of what that was.
+
+    Args:
+        state: of any format, checked.
+    """
+    if state.get("measured"):  # in the first loop, whose gradients it summed
+        warnings.warn('the state is of gamma="auto", which is gone: write what gamma is to be', stacklevel=3)
+        slots = {name: {k: v for k, v in slot.items() if k != "gradient"} for name, slot in state["slots"].items()}
+        return {**state, "slots": slots}
+    if state.get("gamma_start") is not None:
+        warnings.warn(
+            f'the state is of gamma="auto", which is gone and had measured {state["gamma_start"]} for outer step 1: '
+            "that spring is gamma=Scoping(measured / 1.001, 0.001)",
+            stacklevel=3,
+        )
+    return state
 
 
 def _check(what: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:

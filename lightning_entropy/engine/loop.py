@@ -18,9 +18,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_entropy.engine import arithmetic as F
-from lightning_entropy.engine.auto_gamma import GammaMeasurement
 from lightning_entropy.engine.constraints import Constraints
-from lightning_entropy.engine.formats import check_loop
+from lightning_entropy.engine.formats import check_loop, without_measured_gamma
 from lightning_entropy.engine.inner_rules import inner_rules
 from lightning_entropy.engine.native.step import NativeStep
 from lightning_entropy.engine.noise import NoiseStreams
@@ -35,7 +34,7 @@ from lightning_entropy.engine.weights import Holds, Weights
 from lightning_entropy.methods.relaxation import Relaxation
 from lightning_entropy.methods.validation import check_bool, check_integer
 
-FORMAT = 1  # of InnerOuter.state_dict()
+FORMAT = 2  # of InnerOuter.state_dict(); 1 had what gamma="auto" measured
 
 
 class InnerOuter:
@@ -48,7 +47,6 @@ class InnerOuter:
         weights: x, y and z of every parameter.
         inner_step: k, inner steps since the last outer step, in [0, L).
         outer_step: t, outer steps done.
-        gamma_start: what ``gamma="auto"`` measured; None before.
         perturbs: whether gradients are taken at other weights than y.
         due: whether a step was taken since the parameters were last perturbed, and they are to be perturbed again.
         measure: whether outer steps take :attr:`distances` (two passes over the weights, no device is waited for).
@@ -113,7 +111,6 @@ class InnerOuter:
         self.weights = Weights(optimizer, names, tied=not relaxation.has_anchor, offloads=offloads)
         self.inner_step = 0
         self.outer_step = 0
-        self.gamma_start: float | None = None
         self.due = False
         self.measure = False
         self.distances: tuple[Tensor, Tensor] | None = None
@@ -128,7 +125,6 @@ class InnerOuter:
         self._count_attempts = count_attempts
         self._prepare_after_step = prepare_after_step
         self._stepping: Step | None = None
-        self._measurement = GammaMeasurement()
         if offloads:
             warn_if_useless(self.params)
         self._hooks = OptimizerHooks(
@@ -278,7 +274,7 @@ class InnerOuter:
     def _read_settings(self) -> None:
         """Read the numbers of step t when its loop begins, before any weight has changed."""
         if not self.inner_step:
-            self.settings = self.relaxation.at(self.outer_step, self.gamma_start)
+            self.settings = self.relaxation.at(self.outer_step)
 
     def _on_gradients(self, first: bool) -> None:
         with self.weights.alone():
@@ -292,8 +288,6 @@ class InnerOuter:
         if not weights:
             return
         self.weights.begin()
-        if first and self._measures_gamma:
-            self._measurement.add(weights, step.grad_scale)
         for rule in self._inner:
             rule.before_update(step)
 
@@ -390,8 +384,6 @@ class InnerOuter:
                     F.rms_distance([w.inner for w in weights], anchors, params),
                     F.rms_distance([w.mean for w in weights], anchors, params),
                 )
-        if self._measures_gamma:
-            self.gamma_start = self._measurement.take(weights)
         if self.relaxation.reset_momentum and not closing:
             zero_first_moments(self.optimizer, weights)
         done = self.outer_step, self.inner_step
@@ -451,10 +443,6 @@ class InnerOuter:
         """Use the mean of a fragment's pseudo-gradients, of other replicas, as if their exchange had begun here."""
         self._outer.take_under_way(fragment, mean)
 
-    @property
-    def _measures_gamma(self) -> bool:
-        return self.relaxation.auto_gamma and self.gamma_start is None
-
     # State
 
     @torch.no_grad()
@@ -470,8 +458,6 @@ class InnerOuter:
             "inner_step": self.inner_step,
             "outer_step": self.outer_step,
             "seed": self._noise.seed,
-            "gamma_start": self.gamma_start,
-            "measured": self._measurement.count,
             "slots": self.weights.state_dict(anchor=anchor),
             "outer": self._outer.state_dict(),
         }
@@ -502,16 +488,16 @@ class InnerOuter:
                 missing or of the wrong type, or the state of another outer optimizer; nothing has changed.
         """
         self.check_state(state)
+        state = without_measured_gamma(state)
         settings = self.settings
         if state["inner_step"]:  # or else they are read when the loop begins, if it does: a schedule may have ended
-            settings = self.relaxation.at(state["outer_step"], state["gamma_start"])
+            settings = self.relaxation.at(state["outer_step"])
         self._gathered.drop()
         self.unperturb(check=False)
         self.weights.load_state_dict(state["slots"], before=Holds.OTHER if self.perturbs else None)
         self._outer.load_state_dict(state["outer"])
         self.inner_step, self.outer_step = state["inner_step"], state["outer_step"]
         self._seed(state["seed"])
-        self.gamma_start, self._measurement.count = state["gamma_start"], state["measured"]
         self._outer.forget_mean()
         self.settings = settings
         if self.perturbs:

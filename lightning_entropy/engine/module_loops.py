@@ -127,7 +127,7 @@ class ModuleLoops:
                 if id(optimizer) not in known:
                     added[id(optimizer)] = loop = self._attach(i, optimizer)
                     if i < len(before):
-                        loop.outer_step, loop.gamma_start = before[i].outer_step, before[i].gamma_start
+                        loop.outer_step = before[i].outer_step
         except BaseException:
             for loop in added.values():
                 loop.detach()

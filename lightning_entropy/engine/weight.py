@@ -20,7 +20,7 @@ class Weight:
     param: Tensor
     anchor: Tensor  # in the host's memory, where it is offloaded
     average: Tensor | None = None
-    gradient: Tensor | None = None  # summed over a loop, for a mean gradient or for gamma="auto"
+    gradient: Tensor | None = None  # summed over a loop, for their mean
     kept: Tensor | None = None  # y, while the parameter holds another value; the anchor itself where y is x
     stand_in: Tensor | None = None  # the value that it holds instead of x
     moved: bool = False  # since the last outer step

@@ -55,7 +55,7 @@ def entropy_sgd(
 
     Args:
         inner_steps: L, int >= 1; the paper advises 5 to 20.
-        gamma: scope of the paper, loss / weight^2, >= 0 or ``"auto"``.
+        gamma: scope of the paper, loss / weight^2, >= 0.
         noise: epsilon of the paper, >= 0.
         average: alpha of the paper, in (0, 1].
         coupled: the spring inside the inner optimizer, as the paper writes it.
@@ -100,7 +100,7 @@ def hamilton_jacobi(
 
     Args:
         inner_steps: L, int >= 1.
-        gamma: 1/t, loss / weight^2, >= 0 or ``"auto"``.
+        gamma: 1/t, loss / weight^2, >= 0.
         coupled: the spring inside the inner optimizer.
         reset_momentum: zero the inner momentum at outer steps.
         outer_lr: 1 steps to the proximal point, less relaxes toward it, > 0.
@@ -196,7 +196,7 @@ def two_timescale(gamma: Gamma = 1.0, noise: Number = 0.0, outer_lr: Number = 0.
     Defaults: a stiff spring and a time scale ten times slower; untuned.
 
     Args:
-        gamma: stiffness, loss / weight^2, >= 0 or ``"auto"``.
+        gamma: stiffness, loss / weight^2, >= 0.
         noise: thermal noise of y, >= 0.
         outer_lr: x <- x + outer_lr (y - x) per step, > 0, << 1.
 
@@ -431,7 +431,7 @@ def parle(
 
     Args:
         inner_steps: L, int >= 1.
-        gamma: stiffness of the spring, >= 0 or ``"auto"``.
+        gamma: stiffness of the spring, >= 0.
         rho: elasticity, >= 0; stable below 2.
         average: weight of the newest y, in (0, 1].
         elastic_target: ``"anchor"`` (the paper) or ``"average"`` (the research code), with which the mean of the

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_entropy.methods.arguments import named
 from lightning_entropy.methods.pull import Pull
-from lightning_entropy.methods.schedules import AUTO, Scoping, Starting, Warmup, Widening, check_ends, in_outer_steps
+from lightning_entropy.methods.schedules import Scoping, Starting, Warmup, Widening, check_ends, in_outer_steps
 from lightning_entropy.methods.targets import OUTER_TARGETS, OuterTarget
 from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, check_bool, check_integer, check_number
 
 # Our schedules are named before Callable, or LightningCLI takes a default of theirs for a dict that it cannot read.
 Number = float | Scoping | Widening | Warmup | Starting | Callable[[int], float]
-Gamma = float | Literal["auto"] | Pull | Scoping | Widening | Warmup | Starting | Callable[[int], float]
+Gamma = float | Pull | Scoping | Widening | Warmup | Starting | Callable[[int], float]
 Scale = Literal["absolute", "filter", "relative"]
 
 _NO_CALLBACK = (
@@ -67,7 +67,6 @@ class Relaxation:
         inner_steps: L, int >= 1.
         gamma: stiffness of the spring y -> x, loss / weight^2, >= 0; larger is narrower. It is 1/gamma in
             *Deep Relaxation* and in the *Parle* paper, where gamma is a time (the variance of the smoothing kernel).
-            ``"auto"`` is ``Scoping("auto", 1e-3)``: measured in a first loop without a spring, then grown.
             :class:`Pull` says the spring by what it does: the share of a loop's path that it takes back.
         noise: thermal noise, loss^(1/2), >= 0; the temperature is noise^2 / 2.
         average: weight of the newest y in the running mean z, in (0, 1]; 1: z is the last iterate.
@@ -239,7 +238,7 @@ class Relaxation:
         for name in ("average", "reset", "reset_momentum"):  # of a loop that begins and ends for all weights together
             if getattr(self, name) != getattr(off, name):
                 raise ValueError(f"{name} must be {getattr(off, name)!r} {with_it}, got {getattr(self, name)!r}")
-        if self.auto_gamma or (isinstance(self.gamma, Pull) and self.mixing):
+        if isinstance(self.gamma, Pull) and self.mixing:
             raise ValueError(f"gamma must be a number {with_it}, got {self.gamma!r}: it is of loops that begin at x")
 
     def describe(self) -> dict[str, Any]:
@@ -291,18 +290,11 @@ class Relaxation:
         """Whether outer steps are taken part by part, later than their exchange, or keep a share of y."""
         return self.fragments > 1 or self.delay > 0 or self.mixing > 0
 
-    @property
-    def auto_gamma(self) -> bool:
-        """Whether gamma's start is to be measured."""
-        start = self.gamma.start if isinstance(self.gamma, Scoping) else self.gamma
-        return isinstance(start, str) and start == AUTO
-
-    def at(self, t: int, gamma_start: float | None = None) -> Settings:
+    def at(self, t: int) -> Settings:
         """Read and check every number at outer step t.
 
         Args:
             t: outer step, >= 0.
-            gamma_start: what ``gamma="auto"`` measured; None: not yet, and gamma is 0.
 
         Returns:
             The numbers of this step.
@@ -311,7 +303,7 @@ class Relaxation:
             ValueError: a number outside its range: its name, the rule, the value, and t where it varies.
             TypeError: something that is not a number.
         """
-        numbers = {name: self._at(name, t, gamma_start) for name in _VARYING}
+        numbers = {name: self._at(name, t) for name in _VARYING}
         if isinstance(self.gamma, Pull):
             numbers["stiffness"] = self.gamma.stiffness(t, inner_steps=self.inner_steps)
         if self.perturb and self.width == 0:
@@ -323,16 +315,12 @@ class Relaxation:
             return ("a finite number > 0 with perturb=True (its variance is 1/gamma)", POSITIVE[1])
         return _VARYING[name]
 
-    def _at(self, name: str, t: int, gamma_start: float | None) -> float:
+    def _at(self, name: str, t: int) -> float:
         value: Any = getattr(self, name)
         if name == "gamma" and isinstance(value, Pull):
             value = 0.0
-        if name == "gamma" and isinstance(value, str) and not self.auto_gamma:
-            raise TypeError(f"gamma must be a number >= 0, a schedule such as Scoping, or 'auto', got {value!r}")
-        if name == "gamma" and self.auto_gamma:
-            scoping = value if isinstance(value, Scoping) else Scoping(AUTO, 1e-3)
-            # The first loop (t = 0) measures; the spring starts with the second.
-            value = 0.0 if gamma_start is None else scoping.grow(gamma_start, max(t - 1, 0))
+        if name == "gamma" and isinstance(value, str):
+            raise TypeError(f"gamma must be a number >= 0, Pull(share) or a schedule such as Scoping, got {value!r}")
         rule = self._rule(name)
         if callable(value):
             value = value(t)

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from lightning_entropy.methods.validation import NON_NEGATIVE, POSITIVE, Rule, check_integer, check_number
-
-AUTO: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -17,8 +15,7 @@ class Scoping:
     Entropy-SGD, section 4.3: a small gamma first (a wide view), then a larger one (a narrow one).
 
     Args:
-        start: value at t = 0, > 0; ``"auto"`` (gamma alone) measures it in a first loop without a spring:
-            where gamma |x - z| equals the norm of the mean gradient of that loop.
+        start: value at t = 0, > 0.
         rate: relative growth per outer step, > -1; negative shrinks.
         limit: the largest value (the smallest where ``rate < 0``); None: no limit.
 
@@ -34,27 +31,20 @@ class Scoping:
         Chaudhari et al., Entropy-SGD, ICLR 2017, section 4.3.
     """
 
-    start: float | Literal["auto"]
+    start: float
     rate: float
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start != AUTO:
-            check_number("start", self.start, POSITIVE)
+        check_number("start", self.start, POSITIVE)
         check_number("rate", self.rate, ("a finite number > -1", lambda v: -1 < v < math.inf))
         if self.limit is not None:
             check_number("limit", self.limit, POSITIVE)
 
     def __call__(self, t: int) -> float:
-        """Return the value at outer step t >= 0."""
-        if self.start == AUTO:
-            raise ValueError("start='auto' is measured: only gamma can be, within a relaxation")
-        return self.grow(float(self.start), t)
-
-    def grow(self, start: float, t: int) -> float:
-        """Return start (1 + rate)^t within the limit; infinity where that overflows."""
+        """Return the value at outer step t >= 0; infinity where that overflows."""
         try:
-            value = start * (1 + self.rate) ** t
+            value = self.start * (1 + self.rate) ** t
         except OverflowError:
             value = math.inf
         if self.limit is None:
@@ -214,7 +204,7 @@ def _ends(value: Any) -> tuple[float, ...]:
             return value.start, value.value
         case Widening():
             return value.gamma, value.gamma / value.factor / value.factor
-        case Scoping() if value.start != AUTO:
+        case Scoping():
             return (value(0),) if value.limit is None or value.rate == 0 else (value(0), value.limit)
         case Starting():
             later = _ends(value.value) if callable(value.value) else (float(value.value),)

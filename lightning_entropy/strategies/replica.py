@@ -345,13 +345,13 @@ class ReplicaLoops:
 
     @staticmethod
     def counters(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the part of a state that does not depend on the number of replicas: t and the measured gamma."""
-        return [{key: loop[key] for key in ("outer_step", "gamma_start")} for loop in state["loops"]]
+        """Return the part of a state that does not depend on the number of replicas: t."""
+        return [{"outer_step": loop["outer_step"]} for loop in state["loops"]]
 
     @staticmethod
     def position(state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of a state that a replica needs that joins others at their x."""
-        keys = ("inner_step", "outer_step", "gamma_start", "outer")
+        keys = ("inner_step", "outer_step", "outer")
         return {
             "counters": [{key: loop[key] for key in keys} for loop in state["loops"]],
             "couplings": state["couplings"],

@@ -17,7 +17,7 @@ class EntropySGD(InnerOuterCallback):
 
     Args:
         inner_steps: L, training steps per jump, int >= 1. First try: 20.
-        gamma: how hard the weights of a loop are held to where it began, >= 0; ``"auto"`` measures its start; 1/gamma
+        gamma: how hard the weights of a loop are held to where it began, >= 0; 1/gamma
             in *Deep Relaxation* and *Parle*. What it does depends on the learning rate: with the paper's values 3 % of
             a loop's path. ``Pull(0.5)`` is the spring that takes back half of it at any rate, in any net.
         noise: random kicks per step, >= 0, as sqrt(lr) noise. The paper's 1e-4 is hardly felt.
@@ -72,7 +72,7 @@ class HamiltonJacobi(InnerOuterCallback):
 
     Args:
         inner_steps: L, training steps per proximal step, int >= 1. First try: 20.
-        gamma: how hard the weights of a loop are held to where it began, 1/t, >= 0; ``"auto"`` measures its start.
+        gamma: how hard the weights of a loop are held to where it began, 1/t, >= 0.
             ``Pull(0.5)`` takes back half of a loop's path at any learning rate.
         coupled: the spring inside the optimizer's momentum.
         reset_momentum: zero the optimizer's momentum at outer steps.

@@ -64,7 +64,7 @@ TABLE: dict[str, dict[str, le.Relaxation]] = {
     },
     "hamilton_jacobi": {
         "hamilton_jacobi": le.hamilton_jacobi(3, 0.5),
-        "hamilton_jacobi_auto": le.hamilton_jacobi(3, "auto"),
+        "hamilton_jacobi_pull": le.hamilton_jacobi(3, le.Pull(0.5)),
     },
     "heat": {
         "heat": le.heat(1, 1e4),

@@ -77,7 +77,7 @@ SCENARIOS = {
     "coupled": Scenario(le.entropy_sgd(3, gamma=2.0, noise=0.1, coupled=True, reset_momentum=True)),
     "explicit": Scenario(le.Relaxation(inner_steps=3, gamma=2.0, explicit=True, average=0.5)),
     "noise": Scenario(le.entropy_sgd(3, gamma=2.0, noise=0.1)),
-    "measured gamma": Scenario(le.entropy_sgd(3, gamma="auto", noise=0.01)),
+    "pull": Scenario(le.entropy_sgd(3, gamma=le.Pull(0.5), noise=0.01)),
     "lookahead": Scenario(le.lookahead(2), adam=True),
     "nesterov": Scenario(le.diloco(3)),
     "streaming": Scenario(le.streaming_diloco(4, 2, 1)),
@@ -131,7 +131,6 @@ def train(scenario: Scenario, *, sharded: bool, steps: int = STEPS) -> dict[str,
             told["shown"].append(loss_of(net, 100, scenario.dtype).item())
         if step == steps - 3:
             saved = state_of(net, optimizer, loop)
-    told["gamma"] = loop.gamma_start
     loop.detach()
     told["final"] = {name: full(p) for name, p in net.state_dict().items()}
     told["after"] = loss_of(net, 100, scenario.dtype).item()

@@ -24,7 +24,7 @@ def test_each_group_has_its_own_lr_in_the_spring_and_the_noise() -> None:
 
 
 @pytest.mark.parametrize("make", [part(torch.optim.SGD, lr=0.1), part(torch.optim.SparseAdam, lr=0.1)])
-@pytest.mark.parametrize("relaxation", [METHODS["entropy_sgd"], METHODS["hamilton_jacobi_auto"]])
+@pytest.mark.parametrize("relaxation", [METHODS["entropy_sgd"], METHODS["hamilton_jacobi_pull"]])
 def test_sparse_gradients(make: Make, relaxation: le.Relaxation) -> None:
     table = torch.nn.Embedding(5, 2, sparse=True)
     optimizer = make(table.parameters())

@@ -71,8 +71,8 @@ def _keys(state: Any) -> Any:
     return {key: _keys(value) for key, value in state.items()} if isinstance(state, dict) else None
 
 
-# A spring inside the gradient, a mean of gradients, a measured gamma and fragments have their own tests.
-WRITTEN_OUT = [name for name, r in METHODS.items() if not (r.coupled or r.perturb or r.auto_gamma or r.streams)]
+# A spring inside the gradient, a mean of gradients and fragments have their own tests.
+WRITTEN_OUT = [name for name, r in METHODS.items() if not (r.coupled or r.perturb or r.streams)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -64,13 +64,42 @@ def test_a_loop_goes_on_from_a_state_without_a_format(method: str) -> None:
         assert_equal([*other.parameters(), *other_loop.anchor], [*net.parameters(), *loop.anchor])
 
 
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        ({"gamma_start": 0.5, "measured": 0}, r'gamma="auto", which is gone and had measured 0.5 for outer step 1'),
+        ({"gamma_start": None, "measured": 2}, 'gamma="auto", which is gone: write what gamma is to be'),
+    ],
+)
+def test_a_gamma_that_was_measured_is_said_and_leaves_nothing(left: dict[str, Any], words: str) -> None:
+    """Version 0.1 could, and summed the first loop's gradients for it."""
+    net, optimizer, loop = start(OPTIMIZERS["sgd"], METHODS["hamilton_jacobi"])
+    for i in range(4):
+        step(net, optimizer, i)
+    state = through_a_file(loop.state_dict())
+    old = copy.deepcopy(state) | left | {"format": 1}
+    if left["measured"]:
+        for name, slot in old["slots"].items():
+            slot["gradient"] = torch.ones(loop.weights.by_name()[name].shape)
+    other, other_optimizer, other_loop = start(OPTIMIZERS["sgd"], METHODS["hamilton_jacobi"], seed=9)
+    with pytest.warns(UserWarning, match=words):
+        other_loop.load_state_dict(old)
+    found = through_a_file(other_loop.state_dict())
+    assert found.keys() == state.keys()
+    assert {name: slot.keys() for name, slot in found["slots"].items()} == {
+        name: slot.keys() for name, slot in state["slots"].items()
+    }
+    for i in range(4, 8):
+        step(net, optimizer, i)
+        step(other, other_optimizer, i)
+        assert_equal(other.parameters(), net.parameters())
+
+
 WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
     (("inner_step",), "3", "inner_step in .* must be an int >= 0, got '3'"),
     (("inner_step",), True, "inner_step in .* must be an int >= 0, got True"),
     (("outer_step",), -1, "outer_step in .* must be an int >= 0, got -1"),
     (("seed",), None, "seed in .* must be an int >= 0, got None"),
-    (("gamma_start",), 0.0, "gamma_start in .* must be a number > 0 or None, got 0.0"),
-    (("measured",), 1.5, "measured in .* must be an int >= 0, got 1.5"),
     (("slots",), [], r"slots in .* must be a dict of dicts, got \[\]"),
     (("slots", "0"), None, "slots in .* must be a dict of dicts"),
     (("slots", "0", "inner"), [1.0], r"inner in slots\['0'\] in .* must be a tensor, got \[1.0\]"),

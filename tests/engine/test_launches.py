@@ -154,28 +154,15 @@ def test_on_the_cpu_only_draws_and_norms_go_one_by_one(method: str) -> None:
         assert counted.total() <= MOST, counted
 
 
-MEASURED = [name for name, r in METHODS.items() if r.auto_gamma]
-
-
 @pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("name", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in MEASURED])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_step_waits_for_the_device(method: str, name: str) -> None:
     """Neither between outer steps nor at one: a meta tensor raises an error where its value is asked for."""
     own = steps(OPTIMIZERS[name], None, device="meta", tensors=6)  # AdamW's counters are on the host
     found = steps(OPTIMIZERS[name], METHODS[method], device="meta", tensors=6)
     for counted, plain in zip(found, own, strict=True):
         assert all(counted[wait] <= plain[wait] for wait in WAITS)
-
-
-@pytest.mark.usefixtures("on_a_gpu")
-@pytest.mark.parametrize("method", MEASURED)
-def test_a_measured_gamma_is_read_once(method: str) -> None:
-    """At the first outer step; it is a number from then on."""
-    with pytest.raises(RuntimeError, match=NO_VALUE):
-        steps(OPTIMIZERS["sgd"], METHODS[method], device="meta", tensors=6)
-    found = steps(OPTIMIZERS["sgd"], METHODS[method], tensors=6)
-    assert [counted["_local_scalar_dense"] for counted in found] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.usefixtures("on_a_gpu")

@@ -138,7 +138,7 @@ STATES: dict[str, Variant] = {
     "coupled": (le.entropy_sgd(3, 0.5, 1e-2, coupled=True), "sgd_nesterov_foreach", {}),
     "outer_momentum": (le.entropy_sgd(3, 0.5, 1e-2, outer_lr=0.5, outer_momentum=0.9), "sgd_momentum", {}),
     "outer_adam": (le.entropy_sgd(3, 0.5, 1e-2), "sgd", {"outer": part(torch.optim.Adam, lr=0.05)}),
-    "auto": (le.hamilton_jacobi(4, "auto"), "sgd_momentum", {}),
+    "pull": (le.hamilton_jacobi(4, le.Pull(0.5)), "sgd_momentum", {}),
     "two_timescale": (le.two_timescale(0.5, 1e-2), "sgd_momentum", {}),
     "average_without_reset": (le.Relaxation(inner_steps=3, gamma=0.5, average=0.5, reset=False), "sgd", {}),
     "heat": (le.heat(3, 1e2), "sgd_momentum", {}),

@@ -163,7 +163,6 @@ def test_a_replica_that_has_diverged_starts_again_at_the_mean(name: str) -> None
     [
         (le.entropy_sgd(3, gamma=0.5), "gamma must be 0 with offload_anchor=True, .* as a spring is, got 0.5"),
         (le.palsgd(3, le.Pull(0.5)), r"gamma must be 0 with offload_anchor=True, .* got Pull"),
-        (le.hamilton_jacobi(3, "auto"), "gamma must be 0 with offload_anchor=True, .* got 'auto'"),
         (le.parle(3, gamma=0.0), "average must be 1 with offload_anchor=True, .* as a running mean is, got 0.25"),
         (le.heat(1, 1e4), "offload_anchor must be False with perturb=True, got True"),
     ],

@@ -34,7 +34,6 @@ RELAXATIONS: dict[str, Callable[[], le.Relaxation]] = {
     "entropy_sgd": lambda: le.entropy_sgd(5, le.Scoping(0.5, 0.1), 0.01),
     "entropy_sgd_coupled": lambda: le.entropy_sgd(5, 0.5, 0.01, coupled=True),
     "entropy_sgd_reset_momentum": lambda: le.entropy_sgd(3, 0.5, 0.0, reset_momentum=True, outer_lr=0.7),
-    "entropy_sgd_auto": lambda: le.entropy_sgd(3, "auto", 0.0),
     "explicit": lambda: le.Relaxation(inner_steps=3, gamma=0.5, average=0.5, explicit=True),
     "hamilton_jacobi": lambda: le.hamilton_jacobi(5, 2.0, outer_momentum=0.5),
     "lookahead": lambda: le.lookahead(5, 0.5),
@@ -254,7 +253,7 @@ REPLICAS: dict[str, tuple[Callable[[], le.Relaxation], str]] = {
     "diloco bfloat16": (lambda: le.diloco(3), "bfloat16"),
 }
 PLAIN_CHECKPOINTS = [
-    "entropy_sgd", "lookahead", "hamilton_jacobi", "heat_3", "diloco", "two_timescale", "entropy_sgd_auto"
+    "entropy_sgd", "lookahead", "hamilton_jacobi", "heat_3", "diloco", "two_timescale"
 ]  # fmt: skip
 
 
@@ -305,6 +304,10 @@ def from_checkpoints(folder: Path) -> dict[str, list[str]]:
     for name in PLAIN_CHECKPOINTS:
         content = torch.load(folder / f"{name}.pt", weights_only=True)
         found[f"checkpoint {name}"] = resumed(content, RELAXATIONS[name](), "sgd")
+    # Of version 0.1 alone, which measured gamma: what it had measured is said as what it came to.
+    content = torch.load(HERE / "checkpoints/entropy_sgd_auto.pt", weights_only=True)
+    spring = le.Scoping(content["loop"]["gamma_start"] / 1.001, 1e-3)
+    found["checkpoint entropy_sgd_auto"] = resumed(content, le.entropy_sgd(3, spring, 0.0), "sgd")
     for name in CALLBACKS:
         seen = Seen(3 if name != "heat" else 5)  # 7 + 3 steps are two loops of five, 7 + 5 six of two
         fit(Module(), [CALLBACKS[name](), seen], ckpt_path=folder / f"{name}.ckpt")

@@ -113,9 +113,3 @@ def test_heat_takes_gamma_or_width() -> None:
 def test_averaging_is_a_share(averaging: float) -> None:
     with pytest.raises(ValueError, match=r"averaging must be in \[0, 1\), got "):
         le.gpa(averaging)
-
-
-def test_heat_cannot_measure_gamma() -> None:
-    for gamma in ("auto", le.Scoping("auto", 0.1)):
-        with pytest.raises((TypeError, ValueError), match=r"gamma|start"):
-            le.heat(gamma=gamma)

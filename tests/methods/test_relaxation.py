@@ -43,15 +43,6 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
     assert (settings.gamma, settings.noise, settings.average) == (0.5, 0.25, 0.5)
 
 
-def test_auto_gamma_is_zero_until_measured_and_then_grows() -> None:
-    relaxation = le.Relaxation(gamma=le.Scoping("auto", 0.5, limit=4.0))
-    assert relaxation.auto_gamma
-    assert relaxation.at(0).gamma == 0
-    assert [relaxation.at(t, gamma_start=1.0).gamma for t in (1, 2, 3, 99)] == [1.0, 1.5, 2.25, 4.0]
-    assert le.Relaxation(gamma="auto").at(3, gamma_start=2.0) == le.Relaxation(gamma=2.0 * 1.001**2).at(0)
-    assert not le.Relaxation(gamma=0.5).auto_gamma
-
-
 NOT_NUMBERS = [None, "1", True, 1j, [1.0], torch.ones(2), np.ones(2), np.True_]
 
 
@@ -127,7 +118,6 @@ def test_a_choice_is_one_of_its_words(name: str) -> None:
                 ({"delay": 1, "average": 0.5}, "average must be 1.0 with delay = 1, got 0.5"),
                 ({"mixing": 0.5, "reset": False}, "reset must be True with mixing = 0.5, got False"),
                 ({"fragments": 2, "reset_momentum": True}, "reset_momentum must be False with fragments = 2, got True"),
-                ({"fragments": 2, "gamma": "auto"}, "gamma must be a number with fragments = 2, got 'auto'"),
                 ({"mixing": 0.5, "gamma": le.Pull(0.5)}, "gamma must be a number with mixing = 0.5, got Pull"),
             )
         ),
@@ -152,11 +142,6 @@ def test_a_choice_is_one_of_its_words(name: str) -> None:
 def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         le.Relaxation(**options)
-
-
-def test_only_gamma_can_be_measured() -> None:
-    with pytest.raises(ValueError, match="only gamma"):
-        le.Relaxation(rho=le.Scoping("auto", 0.1))
 
 
 def test_a_pull_is_a_stiffness_and_no_gamma() -> None:
@@ -214,7 +199,7 @@ def test_what_a_schedule_does_not_take_is_not_checked() -> None:
     assert le.Relaxation(outer_lr=le.Starting(0.5, at=0)).at(0).outer_lr == 0.5
     assert le.Relaxation(average=le.Scoping(2.0, 0.1, limit=1.0)).at(0).average == 1
     assert le.Relaxation(outer_lr=lambda t: 1 - t).at(0).outer_lr == 1
-    assert le.Relaxation(gamma="auto", rho=le.Warmup(0.0, 5, start=1.0)).at(5).rho == 0
+    assert le.Relaxation(rho=le.Warmup(0.0, 5, start=1.0)).at(5).rho == 0
 
 
 def test_the_width_of_either_perturbation() -> None:

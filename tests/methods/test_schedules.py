@@ -58,7 +58,7 @@ def test_a_late_start_counts_its_schedule_from_there() -> None:
 @pytest.mark.parametrize(
     "schedule",
     [
-        le.Scoping(0.5, 0.1, limit=2.0), le.Scoping("auto", 0.1), le.Widening(4, 2, 10), le.Warmup(0.1, 5, start=1),
+        le.Scoping(0.5, 0.1, limit=2.0), le.Widening(4, 2, 10), le.Warmup(0.1, 5, start=1),
         le.Starting(le.Warmup(0.1, 5), at=0.5), le.Warmup(0.2, 0.9, start=0.7), le.Pull(0.5),
         le.Pull(le.Warmup(0.5, 3)),
     ],
@@ -71,7 +71,7 @@ def test_schedules_pickle_print_and_compare(schedule: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        *((lambda v=v: le.Scoping(v, 0.1), "start") for v in (0, -1, NAN, INF, None, "big", True)),
+        *((lambda v=v: le.Scoping(v, 0.1), "start") for v in (0, -1, NAN, INF, None, "auto", True)),
         *((lambda v=v: le.Scoping(1.0, v), "rate") for v in (-1, -2, NAN, INF, None, "big", True)),
         *((lambda v=v: le.Scoping(1.0, 0.1, v), "limit") for v in (0, -1, NAN, INF, "big", True)),
         *((lambda v=v: le.Widening(v, 2.0, 10), "gamma") for v in (0, -1, NAN, INF, None, "auto", True)),

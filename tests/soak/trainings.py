@@ -22,7 +22,7 @@ PLAIN = "plain"  # Lightning without a callback of ours, for what it does not do
 METHODS: dict[str, Callable[[int, int | None], le.InnerOuterCallback]] = {
     "entropy_sgd": lambda n, seed: le.EntropySGD(n, le.Scoping(0.5, 0.1), 0.01, seed=seed),
     "hamilton_jacobi": lambda n, seed: le.HamiltonJacobi(n, le.Scoping(0.5, 0.1), outer_momentum=0.5),
-    "auto": lambda n, seed: le.EntropySGD(n, "auto", 0.01, outer_momentum=0.5, seed=seed),
+    "pull": lambda n, seed: le.EntropySGD(n, le.Pull(0.5), 0.01, outer_momentum=0.5, seed=seed),
     "coupled": lambda n, seed: le.EntropySGD(n, 0.5, coupled=True, reset_momentum=True, seed=seed),
     "entropy_adam": lambda n, seed: le.EntropySGD(n, 0.5, outer=outer_adam, seed=seed),
     "heat": lambda n, seed: le.HeatSmoothing(n, 100.0, seed=seed),

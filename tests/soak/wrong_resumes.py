@@ -129,7 +129,7 @@ def _described(training: Training) -> Any:
 
 
 # May be missing: other versions or methods write none.
-OPTIONAL = ("format", "method", "optimizers", "average", "gradient", "anchor", "outer", "gamma_start")
+OPTIONAL = ("format", "method", "optimizers", "average", "gradient", "anchor", "outer")
 WRONG: tuple[Any, ...] = (None, "3", -1, 1.5, [], {}, [1, 2], {"a": 1}, True)
 
 
@@ -170,10 +170,8 @@ def damaged(draw: random.Random, state: Any) -> tuple[Any, str]:
 
 def _allowed(key: Any, wrong: Any, value: Any) -> bool:
     """Whether what is put in the place of a value is one that the key may have."""
-    if key in ("gamma_start", "outer") and wrong is None:
+    if key == "outer" and wrong is None:
         return True
-    if key == "gamma_start":
-        return isinstance(wrong, float)
     return type(wrong) is type(value) and wrong != -1
 
 

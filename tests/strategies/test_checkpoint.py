@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "momentum outside": (le.parle(3, 0.1, 0.3, outer_lr=0.5, outer_momentum=0.9), {}, partial(Streaming, bn=True)),
     "average": (le.parle(3, 0.1, 0.3, elastic_target="average"), {}, Streaming),
     "diloco": (le.diloco(3), {}, Streaming),
-    "noise": (le.entropy_sgd(3, "auto", 1e-2), {}, Streaming),
+    "noise": (le.entropy_sgd(3, le.Pull(0.5), 1e-2), {}, Streaming),
     "not reset": (le.Relaxation(inner_steps=3, gamma=0.3, reset=False, rho=0.3, outer_lr=0.5), {}, Streaming),
     "bfloat16": (PARLE, {"communication_dtype": "bfloat16"}, Streaming),
     "int8 blocking": (PARLE, {"communication_dtype": "int8", "overlap": False}, Streaming),

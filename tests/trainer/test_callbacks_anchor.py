@@ -74,7 +74,7 @@ class Observer(L.Callback):
         return check
 
 
-@pytest.mark.parametrize("name", ["entropy", "jacobi", "auto", "adam"])
+@pytest.mark.parametrize("name", ["entropy", "jacobi", "pull", "adam"])
 @pytest.mark.parametrize("kind", [Automatic, Manual])
 def test_at_every_hook_of_a_fit_whoever_looks_sees_x(kind: Any, name: str) -> None:
     before, after = Observer(), Observer()

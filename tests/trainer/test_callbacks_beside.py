@@ -394,11 +394,10 @@ SCOPING = {"class_path": "lightning_entropy.Scoping", "init_args": {"start": 0.5
 CONFIGS: dict[str, tuple[dict[str, Any], Any]] = {
     "plain": (entropy(inner_steps=5, gamma=0.5, noise=0.01, seed=3), lambda: le.EntropySGD(5, 0.5, 0.01, seed=3)),
     "default": (entropy(), lambda: le.EntropySGD()),
-    "auto": (entropy(inner_steps=5, gamma="auto"), lambda: le.EntropySGD(5, "auto")),
     "scoping": (entropy(inner_steps=5, gamma=SCOPING), lambda: le.EntropySGD(5, le.Scoping(0.5, 0.1))),
     "scoping in short": (
-        entropy(inner_steps=5, gamma={"start": "auto", "rate": 0.1}),
-        lambda: le.EntropySGD(5, le.Scoping("auto", 0.1)),
+        entropy(inner_steps=5, gamma={"start": 0.5, "rate": 0.1}),
+        lambda: le.EntropySGD(5, le.Scoping(0.5, 0.1)),
     ),
     "adam": (
         entropy(inner_steps=5, outer={"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}}),
@@ -501,10 +500,10 @@ def test_every_callback_can_be_written_in_a_yaml_file(tmp_path: Path, name: str)
 
 
 def test_from_the_command_line_itself(tmp_path: Path) -> None:
-    ran = cli(tmp_path, [], "--trainer.callbacks+=lightning_entropy.EntropySGD", "--trainer.callbacks.gamma=auto",
+    ran = cli(tmp_path, [], "--trainer.callbacks+=lightning_entropy.EntropySGD", "--trainer.callbacks.gamma=0.5",
               "--trainer.callbacks.inner_steps=5")  # fmt: skip
     (callback,) = [c for c in ran.trainer.callbacks if isinstance(c, le.EntropySGD)]  # type: ignore[attr-defined]
-    assert callback.relaxation == le.entropy_sgd(5, "auto")
+    assert callback.relaxation == le.entropy_sgd(5, 0.5)
 
 
 @pytest.mark.filterwarnings("ignore:RefreshBatchNorm has nothing to do")

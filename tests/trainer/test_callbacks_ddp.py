@@ -75,7 +75,7 @@ def reported(folder: Path, when: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @linux
-@pytest.mark.parametrize("name", ["entropy", "auto", "heat"])
+@pytest.mark.parametrize("name", ["entropy", "pull", "heat"])
 def test_two_ranks_with_the_same_batches_are_one_process_bit_for_bit(tmp_path: Path, name: str) -> None:
     fit(tmp_path, Automatic(), CALLBACKS[name]())
     alone = Automatic()

@@ -37,7 +37,7 @@ KINDS: dict[str, Any] = {"automatic": Automatic, "manual": Manual, "pair": Pair}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_resume_in_the_middle_of_an_inner_loop_and_of_an_epoch(tmp_path: Path, name: str, kind: str) -> None:
-    """From every third step, also the first ones (``gamma="auto"`` measures there) and the last of an epoch."""
+    """From every third step, also the first ones and the last of an epoch."""
     whole = KINDS[kind]()
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     t = trainer(tmp_path, callbacks=[CALLBACKS[name](), keep], enable_checkpointing=True, max_epochs=2)
@@ -51,7 +51,7 @@ def test_resume_in_the_middle_of_an_inner_loop_and_of_an_epoch(tmp_path: Path, n
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("name", ["entropy", "auto", "heat"])
+@pytest.mark.parametrize("name", ["entropy", "pull", "heat"])
 def test_resume_where_parameters_are_narrower_than_x(tmp_path: Path, name: str, precision: Any) -> None:
     whole = Automatic(lr=0.02)
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)

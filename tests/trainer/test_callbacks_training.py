@@ -112,9 +112,9 @@ def test_accumulation_makes_one_inner_step_of_several_batches(name: str) -> None
 @pytest.mark.parametrize("algorithm", ["value", "norm"])
 def test_the_gradient_is_clipped_before_it_is_used(algorithm: str) -> None:
     clip = 0.05
-    got = trained(Automatic(), CALLBACKS["auto"](), gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
+    got = trained(Automatic(), CALLBACKS["pull"](), gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
 
-    module, callback = Automatic(), CALLBACKS["auto"]()
+    module, callback = Automatic(), CALLBACKS["pull"]()
     optimizer = module.configure_optimizers()
     loop = le.relax(optimizer, callback.relaxation, seed=3)
     for batch in loader():
@@ -166,7 +166,7 @@ def scaled() -> MixedPrecision:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "fused"])
-@pytest.mark.parametrize("name", ["entropy", "coupled", "auto", "heat"])
+@pytest.mark.parametrize("name", ["entropy", "coupled", "pull", "heat"])
 def test_a_step_that_the_scaler_skips_did_not_happen(name: str, optimizer: str) -> None:
     """Without the bad batch, and with the loss scale halved from there on, nothing differs."""
     got = trained(Exploding(optimizer), CALLBACKS[name](), plugins=scaled())

@@ -26,7 +26,6 @@ CALLBACKS: dict[str, Callable[[], L.Callback]] = {
     "HamiltonJacobi": lambda: le.HamiltonJacobi(3, 0.5, outer_momentum=0.5),
     "HeatSmoothing": lambda: le.HeatSmoothing(2, width=0.1, scale="relative", seed=3),
 }
-READ_ONCE = [name for name, relaxation in METHODS.items() if relaxation.auto_gamma]
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in READ_ONCE])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_step_of_any_method_waits(method: str) -> None:
     assert own(lambda: [le.InnerOuterCallback(METHODS[method], seed=3)]) == [0] * STEPS
 
@@ -86,13 +85,6 @@ def test_a_fused_optimizer_under_a_scaler_is_asked_once_whether_it_skips(name: s
     """It skips by itself on the device, and torch does not ask; our step, and whether it counts, depend on it."""
     found = own(lambda: [CALLBACKS[name]()], lambda: Automatic("fused"), **PRECISIONS["float16"])
     assert found == [1] * STEPS
-
-
-@pytest.mark.parametrize("method", READ_ONCE)
-def test_a_measured_gamma_is_read_at_the_first_outer_step(method: str) -> None:
-    assert METHODS[method].inner_steps == 3
-    found = own(lambda: [le.InnerOuterCallback(METHODS[method], seed=3)])
-    assert found == [0, 0, 1, *[0] * (STEPS - 3)]
 
 
 def test_batchnorm_is_refreshed_around_validations_alone_and_reads_once_more_than_torch() -> None:
