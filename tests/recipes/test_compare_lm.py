@@ -203,7 +203,19 @@ def test_bytes_of_local_sgd(format, size, task, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["ema", "lookahead", "heat", "smoothed_lookahead", "gpa", "two_timescale", "snoo", "muon_snoo"]
+    "method",
+    [
+        "ema",
+        "lookahead",
+        "entropy_sgd",
+        "hamilton_jacobi",
+        "heat",
+        "smoothed_lookahead",
+        "gpa",
+        "two_timescale",
+        "snoo",
+        "muon_snoo",
+    ],
 )
 def test_methods_of_one_replica_train(method, task, tmp_path):
     if method == "muon_snoo" and not hasattr(run_module.torch.optim, "Muon"):

@@ -123,6 +123,8 @@ METHODS: dict[str, Method] = {
     "muon": Method("muon"),
     "ema": Method(ema=True),
     "lookahead": Method(relaxation=lambda inner_steps, _: le.lookahead(inner_steps), inner_steps=5),
+    "entropy_sgd": Method(relaxation=lambda inner_steps, _: le.entropy_sgd(inner_steps), inner_steps=20),
+    "hamilton_jacobi": Method(relaxation=lambda inner_steps, _: le.hamilton_jacobi(inner_steps), inner_steps=20),
     "heat": Method(relaxation=lambda _, __: le.heat(), inner_steps=1),
     "smoothed_lookahead": Method(relaxation=lambda inner_steps, _: le.smoothed_lookahead(inner_steps), inner_steps=20),
     "gpa": Method(relaxation=lambda _, __: le.gpa(), inner_steps=1, beta1=0.0),  # its mean is the momentum
