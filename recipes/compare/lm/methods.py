@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning_entropy as le
@@ -98,25 +99,19 @@ def ddp_like(arm: Arm) -> Arm:
     return Arm("muon_ddp" if METHODS[arm.method].optimizer == "muon" else "ddp", arm.replicas)
 
 
-def _nesterov(inner_steps: int, settings: Settings) -> Relaxation:
-    return le.diloco(inner_steps, **_outer(settings))
-
-
-def _streaming(inner_steps: int, settings: Settings) -> Relaxation:
-    return le.streaming_diloco(inner_steps, delay=min(4, inner_steps - 1), **_outer(settings))
-
-
-def _sprung(inner_steps: int, settings: Settings) -> Relaxation:
-    return le.palsgd(inner_steps, **_outer(settings))
-
-
-def _outer(settings: Settings) -> Any:
+def _nesterov(preset: Callable[..., Relaxation], inner_steps: int, settings: Settings) -> Relaxation:
     final = settings.get("outer_final", 1.0)
     rate = OUTER_LR if final == 1 else le.Warmup(final * OUTER_LR, settings.get("outer_fall", FALL), start=OUTER_LR)
-    return {"outer_lr": rate, "outer_momentum": settings["outer_momentum"]}
+    return preset(inner_steps, outer_lr=rate, outer_momentum=settings["outer_momentum"])
 
 
-_OUTER: Any = {"relaxation": _nesterov, "nesterov": True}
+def _streaming(inner_steps: int, **outer: Any) -> Relaxation:
+    return le.streaming_diloco(inner_steps, delay=min(4, inner_steps - 1), **outer)
+
+
+def _outer(preset: Callable[..., Relaxation]) -> Any:
+    return {"relaxation": partial(_nesterov, preset), "nesterov": True}
+
 
 METHODS: dict[str, Method] = {
     "adamw": Method(),
@@ -129,15 +124,15 @@ METHODS: dict[str, Method] = {
     "smoothed_lookahead": Method(relaxation=lambda inner_steps, _: le.smoothed_lookahead(inner_steps), inner_steps=20),
     "gpa": Method(relaxation=lambda _, __: le.gpa(), inner_steps=1, beta1=0.0),  # its mean is the momentum
     "two_timescale": Method(relaxation=lambda _, __: le.two_timescale(), inner_steps=1),
-    "snoo": Method(**_OUTER),
-    "muon_snoo": Method("muon", **_OUTER),
+    "snoo": Method(**_outer(le.diloco)),
+    "muon_snoo": Method("muon", **_outer(le.diloco)),
     "ddp": Method(replicated=True),
     "muon_ddp": Method("muon", replicated=True),
     "local_sgd": Method(relaxation=lambda inner_steps, _: le.local_sgd(inner_steps), replicated=True),
-    "diloco": Method(replicated=True, **_OUTER),
-    "streaming_diloco": Method(replicated=True, relaxation=_streaming, nesterov=True),
-    "palsgd": Method(replicated=True, relaxation=_sprung, nesterov=True),
-    "muon_diloco": Method("muon", replicated=True, **_OUTER),
+    "diloco": Method(replicated=True, **_outer(le.diloco)),
+    "streaming_diloco": Method(replicated=True, **_outer(_streaming)),
+    "palsgd": Method(replicated=True, **_outer(le.palsgd)),
+    "muon_diloco": Method("muon", replicated=True, **_outer(le.diloco)),
     "elastic_sgd": Method(relaxation=lambda inner_steps, _: le.elastic_sgd(inner_steps, rho=1.0), replicated=True),
     "parle": Method(relaxation=lambda inner_steps, _: le.parle(inner_steps), replicated=True),
 }

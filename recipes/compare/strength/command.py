@@ -56,7 +56,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=list(TRIALS), default=["lenet", "lenet-wrong40"], metavar="TASK",
+    add("--tasks", nargs="+", choices=list(TRIALS), default=["mlp", "mlp-wrong40"], metavar="TASK",
         help="; ".join(f"{name}: {trial.words}" for name, trial in TRIALS.items()))  # fmt: skip
     add("--methods", nargs="+", type=_method, default=list(METHODS), metavar="METHOD", help="name:option=value,...")
     add("--lrs", type=argument(float, 1e-9, 1000), nargs="+", help="that every method tries; by default the task's")
