@@ -44,6 +44,8 @@ class Judge:
         self.train = data.train_indices[:eval_images]
         self.refresh = data.train_indices[:refresh_images]
         self.val = data.val_indices[:eval_images]
+        # Test images are in the order of the files: in a folder of images, class by class.
+        self.some = spread(data.test_indices, len(self.val) or len(data.test_indices))
 
     def point(self, module: L.LightningModule) -> dict[str, float]:
         """Measure the error on the held-out images, in per cent."""
@@ -52,8 +54,8 @@ class Judge:
     def final(self, module: L.LightningModule) -> dict[str, float]:
         """Measure errors on held-out, test and training images, the rise of the training loss under noise, and more.
 
-        That is the calibration error on the test images, and on the first of them the error with corrupted images and
-        with a part of the weights, each in per cent.
+        That is the calibration error on the test images, and on some of them the error with corrupted images and with
+        a part of the weights, each in per cent.
         """
         images = {"val": self.val, "test": self.data.test_indices, "train": self.train}
         return self._errors(module, images, whole=True)
@@ -77,12 +79,10 @@ class Judge:
         return result
 
     def _robustness(self, module: L.LightningModule) -> tuple[float, float, float]:
-        test = self.data.test_indices
-        some = test[: len(self.val) or len(test)]
-        calibration = calibration_error(module, self._batches(test), len(self.data.classes))
-        corrupt = error_and_loss(module, corrupted(self._batches(some)))[0]
+        calibration = calibration_error(module, self._batches(self.data.test_indices), len(self.data.classes))
+        corrupt = error_and_loss(module, corrupted(self._batches(self.some)))[0]
         with pruned(module):
-            return calibration, corrupt, self._error(module, some)[0]
+            return calibration, corrupt, self._error(module, self.some)[0]
 
     def _error(self, module: L.LightningModule, indices: Tensor) -> tuple[float, float]:
         return error_and_loss(module, self._batches(indices))
@@ -96,6 +96,17 @@ class Judge:
         # Its cache would keep rounded weights through the noise on them.
         half = self.precision == "bf16-mixed"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+
+
+def spread(indices: Tensor, count: int) -> Tensor:
+    """Return at most ``count`` of the indices [n], evenly spread over their order.
+
+    Example:
+        >>> spread(torch.arange(10), 4)
+        tensor([0, 2, 5, 7])
+    """
+    count = min(count, len(indices))
+    return indices[torch.arange(count) * len(indices) // count] if count else indices
 
 
 class Recorder(Callback):

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from recipes.compare import run as run_module
+from recipes.compare.judge import Judge
 from recipes.compare.measure import calibration_error, corrupted, error_and_loss, loss_rise, pruned, reestimated
 from tests.recipes.comparison import TASK, record_of
+from tests.recipes.images import tree_data
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -133,3 +135,14 @@ def test_corruption_blurs_and_adds_the_same_noise_for_every_net():
     weights = torch.tensor([math.exp(-(i**2) / 2) for i in range(-2, 3)])
     peak = (100 * (weights / weights.sum())[2] ** 2).item()
     assert first[:, 0, 14, 14].mean().item() == pytest.approx(peak, abs=0.2)
+
+
+def test_robustness_is_measured_on_images_of_every_class(tmp_path):
+    """Files come class by class, and with two of four held out no more of the test images are taken than that."""
+    data = tree_data(tmp_path, n_val=2)
+    data.setup()
+    judge = Judge(data, device=torch.device("cpu"), precision="32-true", eval_images=2, refresh_images=2)
+    assert len(judge.some) == 2
+    labels = [label for _, batch in judge._batches(judge.some) for label in batch.tolist()]
+    assert labels == [0, 1]
+    assert len(set(judge.some.tolist()) & set(data.test_indices.tolist())) == 2
