@@ -48,9 +48,9 @@ def test_a_study_of_two_tasks(tmp_path, monkeypatch, capsys):
     assert set(results["lenet"].study.chosen(results["lenet"].search).values()) == {Setting(0.1, 8e-3)}
     text = (tmp_path / "table.md").read_text()
     # The pairs differ by -0.9, -1.1 and -1: Student's 4.3027 times 0.1 / 3^(1/2). The seeds themselves differ by more.
-    assert "| heat | 0.1 | 0.008 | 20.00 +- 0.95 (-1.00 +- 0.25)" in text
-    assert "| ema | 0.1 | 0.008 | 21.00 +- 0.89 (=)" in text
-    assert "| sgd | 0.1 | 0.008 | 21.00 +- 1.00 |" in text
+    assert "| heat | 0.1* | 0.008 | 20.00 +- 0.95 (-1.00 +- 0.25)" in text
+    assert "| ema | 0.1* | 0.008 | 21.00 +- 0.89 (=)" in text
+    assert "| sgd | 0.1* | 0.008 | 21.00 +- 1.00 |" in text
     assert text.count("### ") == 2
     assert text.count(" | 1000.0 +- 0.0 (=) |") == 4, "a second for one gradient, of two methods on two tasks"
     assert picture(results).axes[0].yaxis_inverted(), "the first method on top, however many the tasks"
