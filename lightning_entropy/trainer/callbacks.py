@@ -119,10 +119,10 @@ class HeatSmoothing(InnerOuterCallback):
     and is a ``RuntimeError``.
 
     The default is noise of a tenth of each filter's norm, which does little good or harm. At 0.02 one sees nothing; 0.2
-    to 0.4 help some nets where labels are wrong and cost others up to two points of error where they are right; there
-    :func:`lightning_entropy.smoothed_lookahead` does better. Search the weight decay first, which has some of the
-    same effects. ``width=Warmup(0.1, 500)`` lets the noise grow over 500 steps, and ``width=Starting(0.1, at=0.88)``
-    has it in the last part of the training alone.
+    to 0.4 help some nets where labels are wrong and cost others up to two points of error where they are right. Search
+    the learning rate and the weight decay first, and stop in time, which have most of the same effects.
+    ``width=Warmup(0.1, 500)`` lets the noise grow over 500 steps, and ``width=Starting(0.1, at=0.88)`` has it in the
+    last part of the training alone.
 
     Args:
         inner_steps: gradients averaged per update, int >= 1.
