@@ -61,7 +61,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "optimizers": (lambda s: s["EntropySGD"].update(optimizers=[1]), "optimizers in .* must be a list of class names"),
     "loop": (lambda s: loops(s).__setitem__(1, None), r"loops\[1\] in .* must be a dict, got None"),
     "newer": (lambda s: s["EntropySGD"].update(format=7), "must be of format 1 or older, got format 7"),
-    "newer loop": (lambda s: loops(s)[1].update(format=7), r"loops\[1\] in .* of format 1 or older, got format 7"),
+    "newer loop": (lambda s: loops(s)[1].update(format=7), r"loops\[1\] in .* of format 2 or older, got format 7"),
     "missing": (lambda s: loops(s)[1].pop("seed"), r"loops\[1\] in .* must have seed, an int >= 0, got the keys"),
     "type": (lambda s: loops(s)[1].update(inner_step="1"), r"inner_step in loops\[1\] in .* an int >= 0, got '1'"),
     "name": (rename, r"slots in loops\[1\] in .* must be of the parameters .*, got 'another', which is not one"),
