@@ -44,7 +44,7 @@ class Scoping:
     def __call__(self, t: int) -> float:
         """Return the value at outer step t >= 0; infinity where that overflows."""
         try:
-            value = self.start * (1 + self.rate) ** t
+            value = float(self.start) * (1 + self.rate) ** t
         except OverflowError:
             value = math.inf
         if self.limit is None:

@@ -106,7 +106,7 @@ def spread(indices: Tensor, count: int) -> Tensor:
         tensor([0, 2, 5, 7])
     """
     count = min(count, len(indices))
-    return indices[torch.arange(count) * len(indices) // count] if count else indices
+    return indices[torch.arange(count) * len(indices) // max(count, 1)]
 
 
 class Recorder(Callback):

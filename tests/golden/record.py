@@ -304,7 +304,7 @@ def from_checkpoints(folder: Path) -> dict[str, list[str]]:
     for name in PLAIN_CHECKPOINTS:
         content = torch.load(folder / f"{name}.pt", weights_only=True)
         found[f"checkpoint {name}"] = resumed(content, RELAXATIONS[name](), "sgd")
-    # Of version 0.1 alone, which measured gamma: what it had measured is said as what it came to.
+    # Of version 0.1 alone, which measured gamma: what it had measured is said as what it came to, to rounding.
     content = torch.load(HERE / "checkpoints/entropy_sgd_auto.pt", weights_only=True)
     spring = le.Scoping(content["loop"]["gamma_start"] / 1.001, 1e-3)
     found["checkpoint entropy_sgd_auto"] = resumed(content, le.entropy_sgd(3, spring, 0.0), "sgd")

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lightning_entropy as le
@@ -53,6 +54,11 @@ def test_a_late_start_counts_its_schedule_from_there() -> None:
     late = le.Starting(le.Warmup(1.0, 2), at=3, before=0.5)
     assert [late(t) for t in range(7)] == [0.5, 0.5, 0.5, 0.0, 0.5, 1.0, 1.0]
     assert [le.Starting(0.5, at=0)(t) for t in range(2)] == [0.5, 0.5]
+
+
+def test_a_start_of_another_library_is_grown_in_full_precision() -> None:
+    start = np.float32(0.1)
+    assert float(le.Scoping(start, 0.1)(3)) == float(start) * 1.1**3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
